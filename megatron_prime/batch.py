@@ -1,0 +1,141 @@
+"""What flows between the stages of a step: frozen dataclasses, never string-keyed dicts.
+
+Dimension names used in every docstring of the package:
+
+* ``B``: responses of the batch (all groups, group after group);
+* ``R``: response positions, right-padded to the longest response of the batch;
+* ``T``: packed tokens (no padding);
+* ``K``: responses of one group (one prompt). Groups may differ in size: a response whose
+  verdict is missing has been dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One problem, tokenized and ready for the engine."""
+
+    prompt_id: str
+    """Stable and unique in its dataset; seeds of the samples derive from it."""
+    text: str
+    """The prompt as the model sees it (template applied)."""
+    token_ids: tuple[int, ...]
+    ground_truth: str
+    ability: str = "math"
+    data_source: str = ""
+    extra_info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Response:
+    """One sampled answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """Includes the end token when ``finish_reason`` is ``stop``."""
+    logprobs: tuple[float, ...]
+    """Log-probability of each token under the sampling distribution (temperature applied)."""
+    finish_reason: FinishReason
+    weight_version: int
+    """Version of the weights that sampled it (``Engine.load_weights``)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What the verifier says of one response."""
+
+    status: str
+    """``correct``, ``wrong``, ``no_answer``, ``too_long``, ``timeout`` or ``grader_error``."""
+    reward: float | None
+    """Outcome in [0, 1]; ``None`` = missing: the response takes no part in training."""
+    extracted: str | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """A prompt with its verified responses; every response has a reward (missing ones were dropped)."""
+
+    prompt: Prompt
+    responses: tuple[Response, ...]
+    rewards: tuple[float, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Mean outcome of the group, in [0, 1]."""
+        return sum(self.rewards) / len(self.rewards)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutBatch:
+    """The whole batch of a step, on the CPU, identical on every rank."""
+
+    prompt_token_ids: tuple[tuple[int, ...], ...]
+    """Per response (a prompt repeats for each of its responses), length B."""
+    response_ids: torch.Tensor
+    """int64 [B, R], right-padded with 0."""
+    mask: torch.Tensor
+    """bool [B, R], true on response tokens incl. the end token."""
+    rollout_logprobs: torch.Tensor
+    """float32 [B, R], as the engine reported them; 0 on padding."""
+    outcomes: torch.Tensor
+    """float32 [B], verifier rewards in [0, 1]."""
+    group_index: torch.Tensor
+    """int64 [B], which group each response belongs to, 0 .. num_groups - 1."""
+
+    @property
+    def num_responses(self) -> int:
+        return self.response_ids.shape[0]
+
+    @property
+    def num_response_tokens(self) -> int:
+        return int(self.mask.sum())
+
+    def sequence_lengths(self) -> list[int]:
+        """Prompt + response length of each row, in tokens."""
+        lengths = self.mask.sum(dim=1).tolist()
+        return [len(p) + int(n) for p, n in zip(self.prompt_token_ids, lengths, strict=True)]
+
+    @classmethod
+    def from_groups(cls, groups: Sequence[Group]) -> RolloutBatch:
+        """Flattens groups to padded tensors, group after group."""
+        rows = [(index, g, i) for index, g in enumerate(groups) for i in range(len(g.responses))]
+        width = max((len(g.responses[i].token_ids) for _, g, i in rows), default=0)
+        response_ids = torch.zeros(len(rows), width, dtype=torch.int64)
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        logprobs = torch.zeros(len(rows), width, dtype=torch.float32)
+        for row, (_, group, i) in enumerate(rows):
+            response = group.responses[i]
+            length = len(response.token_ids)
+            response_ids[row, :length] = torch.tensor(response.token_ids, dtype=torch.int64)
+            logprobs[row, :length] = torch.tensor(response.logprobs, dtype=torch.float32)
+            mask[row, :length] = True
+        return cls(
+            prompt_token_ids=tuple(g.prompt.token_ids for _, g, _ in rows),
+            response_ids=response_ids,
+            mask=mask,
+            rollout_logprobs=logprobs,
+            outcomes=torch.tensor([g.rewards[i] for _, g, i in rows], dtype=torch.float32),
+            group_index=torch.tensor([index for index, _, _ in rows], dtype=torch.int64),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredBatch:
+    """A rollout batch with the log-probs of the three models, each float32 [B, R], 0 on padding."""
+
+    rollout: RolloutBatch
+    policy_logprobs: torch.Tensor
+    """Of the policy before this step's update, at the sampling temperature."""
+    reference_logprobs: torch.Tensor
+    prm_logprobs: torch.Tensor
+    """Of one PRM snapshot for the whole batch, without temperature."""

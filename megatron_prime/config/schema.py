@@ -1,0 +1,322 @@
+"""The configuration of a run: plain dataclasses, a docstring under each field, no torch.
+
+Defaults live here and nowhere else. Names that go to Megatron keep Megatron's spelling.
+Two kinds of run: `PrimeConfig` (``kind: prime``) and `SftConfig` (``kind: sft``).
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(kw_only=True, slots=True)
+class RunSection:
+    """Name, place and length of the run."""
+
+    name: str
+    """Folder of the run below `directory`."""
+    directory: str = "runs"
+    """Where run folders are made."""
+    num_steps: int
+    """Steps of training (PRIME: rollout-and-update steps; SFT: optimizer steps)."""
+    seed: int = 1
+    """Seed of data order, sampling and random initialisation."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on from the newest checkpoint of the run folder; `never` refuses a folder that has one."""
+    num_threads: int = 1
+    """CPU threads of each process."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelSection:
+    """The model that policy, reference and PRM start from."""
+
+    path: str
+    """Hugging Face folder: config.json, tokenizer and (unless `init: random`) safetensors weights."""
+    init: Literal["weights", "random"] = "weights"
+    """`random` takes only the shape and the tokenizer from `path`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of parameters and activations; optimizer states are float32 always."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layer implementation; `auto` takes Transformer Engine where it can be imported and there is CUDA."""
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation of the trained models."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelSection:
+    """The layout that policy, reference and PRM share."""
+
+    world_size: int = 1
+    """Processes of the run; data parallel size = world_size / (tensor * pipeline)."""
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    """Shard activations of norms over the tensor-parallel ranks (needs Transformer Engine)."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer states over data-parallel ranks."""
+    timeout_seconds: float = 1800.0
+    """How long a collective may take before the run is given up."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MicroBatchSection:
+    """How a batch is cut for the forward pass. Never changes a result, only memory and speed."""
+
+    packed: bool = True
+    """Sequences back to back without padding (thd); false: right-padded rows."""
+    micro_batch_size: int | None = None
+    """Sequences of a micro-batch; exactly one of this and `micro_batch_tokens` is set."""
+    micro_batch_tokens: int | None = None
+    """Tokens of a micro-batch at the most (a longer sequence goes alone)."""
+    logprob_chunk_tokens: int = 1024
+    """Response tokens whose logits exist at one time."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerSection:
+    """Adam with decoupled weight decay."""
+
+    lr: float
+    min_lr: float = 0.0
+    """What a decaying schedule ends at."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: int = 0
+    """Optimizer steps of linear warm-up from 0."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ArithmeticData:
+    """Chains of additions and subtractions, made by a generator that also knows which steps are right."""
+
+    kind: Literal["arithmetic"] = "arithmetic"
+    min_operations: int = 2
+    max_operations: int = 4
+    max_operand: int = 9
+    max_start: int = 99
+    """The chain starts with a number of 1 .. max_start."""
+    step_error_rate: float = 0.15
+    """Share of wrong steps in the SFT answers; reinforcement has these to repair."""
+    num_problems: int = 100_000
+    """Problems of one epoch."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FileData:
+    """Prompts from files or Hugging Face datasets (Eurus-2-RL-Data, GSM8K and MATH layouts)."""
+
+    kind: Literal["files"] = "files"
+    train: list[str]
+    """JSONL, JSON or Parquet files, or `hf:NAME[:CONFIG]:SPLIT`."""
+    evaluation: list[str] = field(default_factory=list)
+    """The same for evaluation; needed where `evaluation.every_steps` is not 0."""
+    template: Literal["chat", "raw"] = "chat"
+    """`chat` applies the tokenizer's chat template, `raw` joins the messages' contents."""
+    system_prompt: Literal["prime", "none"] = "prime"
+    """`prime` puts the published system prompt first (unless the row brings its own)."""
+    task_suffix: bool = True
+    """Append PRIME's math or code suffix to the question (unless it is there)."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted."""
+    max_response_tokens: int = 3072
+    """SFT only: longer answers are dropped and counted."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutSection:
+    """Sampling of answers."""
+
+    engine: Literal["transformers"] = "transformers"
+    """`transformers`: embedded in every process."""
+    num_prompts: int
+    """Groups of a step's batch (after filtering)."""
+    num_responses: int = 4
+    """Answers per prompt (K)."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_response_tokens: int = 3072
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Token ids that end an answer, besides the tokenizer's and generation config's end tokens."""
+    max_batch_size: int = 256
+    """Answers that one process samples at the same time."""
+
+
+@dataclass(kw_only=True, slots=True)
+class VerifierSection:
+    """Outcome labels."""
+
+    kind: Literal["math"] = "math"
+    num_workers: int = 1
+    """Grader processes per rank for answers that the exact fast path cannot decide."""
+    timeout_seconds: float = 3.0
+    """A grader that takes longer is killed; the response is missing."""
+    memory_gib: float = 2.0
+    """Address space of a grader process."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FilterSection:
+    """Which groups are worth training on."""
+
+    enabled: bool = True
+    min_accuracy: float = 0.2
+    max_accuracy: float = 0.8
+    """A group is kept when min_accuracy <= mean outcome <= max_accuracy."""
+    max_attempts: int = 4
+    """Rounds of sampling per step at the most; what is kept by then is the step's batch."""
+    drop_truncated: bool = False
+    """Also drop groups in which a response hit the length limit."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PrmSection:
+    """The implicit process reward model."""
+
+    path: str | None = None
+    """Hugging Face folder to start from; the policy's where null (what PRIME does)."""
+    beta: float = 0.05
+    """Scale of the log ratio in rewards and loss."""
+    loss: Literal["cross_entropy", "pairwise"] = "cross_entropy"
+    aggregation: Literal["sum", "mean"] = "sum"
+    """Sequence logit: beta times the sum or the mean of the token log ratios."""
+    soft_labels: bool = False
+    """Train on fractional outcomes as they are; false: label 1 only for a full reward."""
+    update: Literal["after", "before"] = "after"
+    """Rewards come from the PRM as it is before its update (`after`, single forward) or from the updated one."""
+    num_minibatches: int = 1
+    """Optimizer steps per pass."""
+    num_window_batches: int = 1
+    """The PRM trains on this many latest batches each step (1: the step's own, as published)."""
+    warmup_steps: int = 0
+    """First steps in which only the PRM trains."""
+    optimizer: OptimizerSection = field(default_factory=lambda: OptimizerSection(lr=1e-6, clip_grad=10.0))
+
+
+@dataclass(kw_only=True, slots=True)
+class ReferenceSection:
+    """Where log p_ref comes from."""
+
+    source: Literal["sft", "policy"] = "sft"
+    """`sft`: a frozen copy of the start; `policy`: the policy before its update (no extra model)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AdvantageSection:
+    """How outcomes and process rewards become advantages."""
+
+    estimator: Literal["rloo", "grpo", "reinforce"] = "rloo"
+    process_baseline: Literal["strict", "group"] = "strict"
+    """RLOO baseline of process rewards: leave-one-out mean (paper) or the released code's K/(K-1) form."""
+    outcome_coef: float = 1.0
+    process_coef: float = 1.0
+    """0 makes outcome-only training; no PRM is then built."""
+    outcome_gamma: float = 1.0
+    process_gamma: float = 1.0
+    process_scale: Literal["none", "max", "rms"] = "max"
+    """Divide process rewards by the global max or RMS of their returns."""
+    process_gate: Literal["none", "auc"] = "auc"
+    """`auc` scales the process source by how far the PRM's fresh outcome AUC is above chance."""
+    gate_smoothing: float = 0.5
+    """Weight of the gate's past in its moving average, in [0, 1)."""
+    whiten: bool = True
+    """Zero mean and unit variance over all response tokens of the batch."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PolicySection:
+    """The policy update."""
+
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.2
+    dual_clip: float | None = None
+    """Bound c > 1 of the loss for negative advantages; off where null."""
+    loss_normalization: Literal["token", "sequence"] = "token"
+    """Mean over all response tokens, or over responses of their token means; of the whole mini-batch."""
+    kl_coef: float = 0.0
+    """Weight of the KL estimate (k3) to the reference in the loss."""
+    num_minibatches: int = 1
+    """Optimizer steps per pass over the batch."""
+    num_epochs: int = 1
+    optimizer: OptimizerSection = field(default_factory=lambda: OptimizerSection(lr=5e-7, weight_decay=0.01))
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationSection:
+    """avg@k on held-out prompts, before, during and after training."""
+
+    every_steps: int = 10
+    """0: only before the first and after the last step."""
+    num_prompts: int = 400
+    num_responses: int = 1
+    """k of avg@k."""
+    temperature: float = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointSection:
+    """What is kept."""
+
+    every_steps: int = 10
+    """0: only at the end."""
+    keep_last: int = 2
+    export_hf: bool = True
+    """Write the final policy (PRIME: and PRM) as Hugging Face folders `hf/` and `hf_prm/` of the run."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SftSection:
+    """Supervised fine-tuning."""
+
+    batch_size: int
+    """Examples per optimizer step, over all ranks."""
+    optimizer: OptimizerSection
+
+
+@dataclass(kw_only=True, slots=True)
+class PrimeConfig:
+    """A PRIME run."""
+
+    kind: Literal["prime"] = "prime"
+    run: RunSection
+    model: ModelSection
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    micro_batch: MicroBatchSection = field(default_factory=lambda: MicroBatchSection(micro_batch_tokens=8192))
+    data: ArithmeticData | FileData
+    rollout: RolloutSection
+    verifier: VerifierSection = field(default_factory=VerifierSection)
+    filter: FilterSection = field(default_factory=FilterSection)
+    prm: PrmSection = field(default_factory=PrmSection)
+    reference: ReferenceSection = field(default_factory=ReferenceSection)
+    advantage: AdvantageSection = field(default_factory=AdvantageSection)
+    policy: PolicySection = field(default_factory=PolicySection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+
+    @property
+    def uses_prm(self) -> bool:
+        """Whether the process source takes part at all."""
+        return self.advantage.process_coef != 0.0
+
+
+@dataclass(kw_only=True, slots=True)
+class SftConfig:
+    """A supervised run that makes the starting model."""
+
+    kind: Literal["sft"] = "sft"
+    run: RunSection
+    model: ModelSection
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    micro_batch: MicroBatchSection = field(default_factory=lambda: MicroBatchSection(micro_batch_tokens=8192))
+    data: ArithmeticData | FileData
+    sft: SftSection
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+
+
+AnyConfig = PrimeConfig | SftConfig

@@ -1,0 +1,45 @@
+"""One exception tree. Every error a user can cause names the key or file at fault and the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class PrimeError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(PrimeError, ValueError):
+    """A configuration that cannot run; carries *all* problems found, not only the first.
+
+    Args:
+        problems: one line per problem, each starting with the full key path (``prm.beta: ...``).
+    """
+
+    def __init__(self, problems: Sequence[str] | str) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(PrimeError, ValueError):
+    """A dataset, prompt or tokenizer that cannot be used; names the file and the row or field."""
+
+
+class WeightsError(PrimeError, ValueError):
+    """A model folder or weight set that is unknown, incomplete, misshapen or damaged."""
+
+
+class CheckpointError(PrimeError, RuntimeError):
+    """A checkpoint that cannot be written, found or loaded."""
+
+
+class RolloutError(PrimeError, RuntimeError):
+    """The rollout engine failed or disagrees with the trainer about its weights."""
+
+
+class VerifierError(PrimeError, RuntimeError):
+    """The verifier itself failed (never: a wrong answer)."""
+
+
+class TrainingError(PrimeError, RuntimeError):
+    """Training cannot go on: non-finite loss, no usable groups, ranks that disagree."""
