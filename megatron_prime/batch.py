@@ -50,6 +50,42 @@ class Response:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How answers are sampled."""
+
+    num_responses: int
+    """Answers per prompt."""
+    temperature: float
+    """0 = greedy."""
+    top_p: float
+    max_response_tokens: int
+    seed: int
+    """With the prompt's id and the answer's number it fixes the randomness of one answer, whatever the
+    batch around it, the rank that samples it or the order of the prompts."""
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepSpan:
+    """One reasoning step of a response and whether it is right (known only where a generator knows)."""
+
+    start: int
+    """First token of the step, an index into the response's tokens."""
+    stop: int
+    """One past its last token."""
+    correct: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SftExample:
+    """A prompt with the answer to imitate."""
+
+    prompt_token_ids: tuple[int, ...]
+    response_token_ids: tuple[int, ...]
+    """Includes the end token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
     """What the verifier says of one response."""
 
