@@ -1,0 +1,228 @@
+"""GPTModel of the Qwen2, Qwen3 and Llama families, built from an architecture, ending in log-probs.
+
+Import this module only inside `cpu.megatron_platform`: it imports Megatron.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_prime.config.schema import ModelSection, ParallelSection
+from megatron_prime.errors import ConfigError
+from megatron_prime.kernels.logprob import fused_linear_logprob
+from megatron_prime.mcore.layers import (
+    PackedSequences,
+    PositionRotaryEmbedding,
+    RMSNorm,
+    SdpaAttention,
+    rotary_inverse_frequencies,
+)
+from megatron_prime.mcore.packing import MicroBatch
+from megatron_prime.weights.architecture import ModelArchitecture
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def uses_transformer_engine(config: ModelSection) -> bool:
+    """Decides between Transformer Engine and the local layers, for the whole process.
+
+    Raises:
+        ConfigError: Transformer Engine is demanded but cannot be had.
+    """
+    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    if config.transformer_impl == "transformer_engine" and not available:
+        raise ConfigError(
+            "model.transformer_impl: 'transformer_engine' needs CUDA and the transformer_engine package; "
+            "install megatron-prime[gpu] or use 'auto'"
+        )
+    return available and config.transformer_impl != "local"
+
+
+def transformer_config(
+    architecture: ModelArchitecture, model: ModelSection, parallel: ParallelSection
+) -> TransformerConfig:
+    """Megatron's configuration of one model."""
+    dtype = DTYPES[model.dtype]
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.layernorm_epsilon,
+        qk_layernorm=architecture.qk_layernorm,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.add_qkv_bias,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        # Packed micro-batches differ in length, so pipeline stages tell each other the shape.
+        variable_seq_lengths=True,
+        # Losses arrive normalised over the whole mini-batch: Megatron must neither divide by the
+        # number of micro-batches nor average over data-parallel ranks.
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=uses_transformer_engine(model),
+        attention_softmax_in_fp32=True,
+        **_recompute(model),
+    )
+
+
+def _recompute(model: ModelSection) -> dict[str, Any]:
+    if model.recompute_granularity == "none":
+        return {}
+    if model.recompute_granularity == "selective":
+        return {"recompute_granularity": "selective"}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def block_spec(
+    architecture: ModelArchitecture, config: TransformerConfig, transformer_engine: bool
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """Transformer Engine's layers, or Megatron's local ones with our norm and attention in them."""
+    if transformer_engine:
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_layernorm)
+    spec = get_gpt_layer_local_spec(qk_layernorm=architecture.qk_layernorm, normalization="RMSNorm")
+    layer: Any = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention: Any = layer.self_attention.submodules
+    attention.core_attention = SdpaAttention
+    if architecture.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+class LogprobModel(GPTModel):
+    """A GPTModel whose last stage returns log-probs of the response tokens instead of logits.
+
+    Called with ``labels`` and ``loss_mask`` (true on positions that predict a response token), the
+    last stage gives float [2, n]: log-prob and entropy of each response token. Only these n
+    positions reach the head.
+    """
+
+    logprob_chunk_tokens: int = 1024
+    temperature: float = 1.0
+    true_vocab_size: int
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """GPTModel.forward, telling the rotary embedding the positions first."""
+        if isinstance(self.rotary_pos_emb, PositionRotaryEmbedding):
+            self.rotary_pos_emb.set_positions(position_ids, kwargs.get("packed_seq_params") is not None)
+        return super().forward(input_ids, position_ids, *args, **kwargs)
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            # The head sums the hidden gradient over tensor-parallel ranks itself, so backward only splits.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        predicts, labels = kwargs["loss_mask"], kwargs["labels"]
+        selected = hidden_states.transpose(0, 1)[predicts]
+        tied = self.share_embeddings_and_output_weights
+        result = fused_linear_logprob(
+            selected,
+            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            labels[predicts],
+            vocab_size=self.true_vocab_size,
+            temperature=self.temperature,
+            tp_group=self.pg_collection.tp,
+            entropy="metric",
+            chunk_tokens=self.logprob_chunk_tokens,
+        )
+        assert result.entropy is not None
+        return torch.stack((result.logprobs, result.entropy))
+
+
+def build_model(
+    architecture: ModelArchitecture,
+    model: ModelSection,
+    parallel: ParallelSection,
+    *,
+    logprob_chunk_tokens: int,
+    device: torch.device,
+) -> LogprobModel:
+    """This rank's part of the model, with Megatron's random initialisation.
+
+    Args:
+        architecture: shape, from the Hugging Face config.
+        model: types and layer implementation.
+        parallel: the layout.
+        logprob_chunk_tokens: response tokens whose logits exist at one time.
+        device: where the parameters live.
+    """
+    config = transformer_config(architecture, model, parallel)
+    transformer_engine = uses_transformer_engine(model)
+    result = LogprobModel(
+        config=config,
+        transformer_layer_spec=block_spec(architecture, config, transformer_engine),  # type: ignore[arg-type]
+        vocab_size=architecture.padded_vocab_size(
+            model.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size
+        ),
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=architecture.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=architecture.rotary_base,  # type: ignore[arg-type]
+    )
+    inverse = rotary_inverse_frequencies(architecture)
+    if transformer_engine:
+        result.rotary_pos_emb.inv_freq = inverse.to(device)
+    else:
+        result.rotary_pos_emb = PositionRotaryEmbedding(inverse)  # type: ignore[assignment]
+    result.true_vocab_size = architecture.vocab_size
+    result.logprob_chunk_tokens = logprob_chunk_tokens
+    return result.to(device)
+
+
+def packed_parameters(micro_batch: MicroBatch, transformer_engine: bool) -> PackedSeqParams | None:
+    """How the packed sequences lie, for the attention in use; None for a padded micro-batch."""
+    if not micro_batch.packed:
+        return None
+    lengths = torch.tensor(micro_batch.lengths)
+    longest = int(lengths.max())
+    if transformer_engine:
+        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32).cuda()
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+    slots = None
+    if bool((lengths != longest).any()):
+        inside = torch.arange(longest) < lengths[:, None]
+        slots = inside.flatten().nonzero().squeeze(1)
+    return PackedSequences(qkv_format="thd", num_sequences=len(lengths), max_length=longest, slots=slots)

@@ -1,0 +1,79 @@
+"""Megatron's data-parallel wrapper, optimizer and learning-rate schedule.
+
+Import this module only inside `cpu.megatron_platform`: it imports Megatron.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_prime.config.schema import ModelSection, OptimizerSection, ParallelSection
+from megatron_prime.mcore.model import DTYPES
+
+
+def wrap_data_parallel(module: Any, parallel: ParallelSection) -> DistributedDataParallel:
+    """Megatron's gradient buffers (float32) and their reduction over data-parallel ranks."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        check_for_nan_in_grad=False,
+    )
+    ddp = DistributedDataParallel(module.config, config, module)
+
+    def finalize(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
+        # Losses are normalised over the mini-batch already: no division by the token count here.
+        finalize_model_grads(model, None, **kwargs)
+
+    module.config.finalize_model_grads_func = finalize
+    return ddp
+
+
+def build_optimizer(
+    ddp: DistributedDataParallel, section: OptimizerSection, model: ModelSection, parallel: ParallelSection
+) -> Any:
+    """Megatron's Adam over one wrapped model."""
+    dtype = DTYPES[model.dtype]
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=section.lr,
+        min_lr=section.min_lr,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.adam_beta1,
+        adam_beta2=section.adam_beta2,
+        adam_eps=section.adam_eps,
+        clip_grad=section.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    optimizer = get_megatron_optimizer(config, [ddp])
+    ddp.config.grad_scale_func = optimizer.scale_loss
+    if not torch.cuda.is_available():
+        # Torch's Adam (the one in use where neither Transformer Engine nor apex is) has a fused CPU
+        # kernel; its default is a Python loop over the parameters.
+        for group in optimizer.param_groups:
+            group["fused"] = True
+    return optimizer
+
+
+def build_scheduler(optimizer: Any, section: OptimizerSection, num_steps: int) -> OptimizerParamScheduler:
+    """Learning rate of each optimizer step; ``num_steps`` is where a decaying schedule ends."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=section.lr,
+        min_lr=section.min_lr,
+        lr_warmup_steps=section.lr_warmup_steps,
+        lr_decay_steps=max(num_steps, section.lr_warmup_steps + 1),
+        lr_decay_style=section.lr_decay_style,
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=num_steps,
+        wd_incr_style="constant",
+    )

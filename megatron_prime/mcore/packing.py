@@ -1,0 +1,185 @@
+"""From the whole batch to this rank's micro-batches: sharding by tokens, packing, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_prime.batch import RolloutBatch, SftExample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenRows:
+    """Prompts with answers, whole batch, on the CPU: what any of the models can score or train on."""
+
+    prompt_token_ids: tuple[tuple[int, ...], ...]
+    """Length B."""
+    response_ids: torch.Tensor
+    """int64 [B, R], right-padded."""
+    mask: torch.Tensor
+    """bool [B, R], true on response tokens."""
+
+    @classmethod
+    def from_rollout(cls, batch: RolloutBatch) -> TokenRows:
+        """The rows of a rollout batch."""
+        return cls(prompt_token_ids=batch.prompt_token_ids, response_ids=batch.response_ids, mask=batch.mask)
+
+    @classmethod
+    def from_examples(cls, examples: Sequence[SftExample]) -> TokenRows:
+        """The rows of supervised examples."""
+        width = max(len(e.response_token_ids) for e in examples)
+        response_ids = torch.zeros(len(examples), width, dtype=torch.int64)
+        mask = torch.zeros(len(examples), width, dtype=torch.bool)
+        for row, example in enumerate(examples):
+            length = len(example.response_token_ids)
+            response_ids[row, :length] = torch.tensor(example.response_token_ids)
+            mask[row, :length] = True
+        return cls(prompt_token_ids=tuple(e.prompt_token_ids for e in examples), response_ids=response_ids, mask=mask)
+
+    def input_lengths(self) -> list[int]:
+        """Tokens that each row feeds to a model: all but the last one, which is only a target."""
+        responses = self.mask.sum(dim=1).tolist()
+        return [len(p) + int(n) - 1 for p, n in zip(self.prompt_token_ids, responses, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """One forward pass. n is the number of its response tokens, flat, row after row."""
+
+    input_ids: torch.Tensor
+    """int64 [1, T] packed, or [b, s]."""
+    position_ids: torch.Tensor
+    labels: torch.Tensor
+    """int64, shaped as `input_ids`: the next token where `predicts`."""
+    predicts: torch.Tensor
+    """bool, shaped as `input_ids`: positions whose next token is a response token (n of them)."""
+    lengths: tuple[int, ...]
+    """Input tokens of each sequence; with `packed` they sum to T (padding is a sequence of its own)."""
+    packed: bool
+    rows: torch.Tensor
+    """int64 [n], row of the whole batch that each flat response token belongs to."""
+    columns: torch.Tensor
+    """int64 [n], its response position."""
+
+    def take(self, whole: torch.Tensor) -> torch.Tensor:
+        """Flat [n] view of a whole-batch [B, R] tensor."""
+        return whole[self.rows, self.columns]
+
+    def unique_rows(self) -> torch.Tensor:
+        """The rows of the whole batch in this micro-batch, in order of first appearance."""
+        return torch.unique_consecutive(self.rows)
+
+    def to_rows(self, flat: torch.Tensor, width: int) -> torch.Tensor:
+        """Differentiable inverse of `take` for this micro-batch: [n] to [num_rows, width], 0 elsewhere."""
+        unique, inverse = torch.unique_consecutive(self.rows, return_inverse=True)
+        return flat.new_zeros(len(unique), width).index_put((inverse, self.columns), flat)
+
+
+def shard_rows(lengths: Sequence[int], rows: Sequence[int], num_shards: int) -> list[list[int]]:
+    """Rows to data-parallel shards, longest first onto the lightest shard; the same on every rank.
+
+    Args:
+        lengths: tokens of every row of the whole batch.
+        rows: the rows to share out.
+
+    Returns:
+        Row numbers per shard, each sorted by falling length (equal lengths by row number).
+    """
+    shards: list[list[int]] = [[] for _ in range(num_shards)]
+    loads = [0] * num_shards
+    for row in sorted(rows, key=lambda r: (-lengths[r], r)):
+        lightest = min(range(num_shards), key=lambda s: (loads[s], len(shards[s]), s))
+        shards[lightest].append(row)
+        loads[lightest] += lengths[row]
+    return shards
+
+
+def cut_micro_batches(
+    lengths: Sequence[int], rows: Sequence[int], *, micro_batch_size: int | None, micro_batch_tokens: int | None
+) -> list[list[int]]:
+    """Cuts one shard's rows (sorted by length) into micro-batches.
+
+    Exactly one limit is set: sequences, or tokens (a longer sequence goes alone).
+    """
+    cuts: list[list[int]] = []
+    tokens = 0
+    for row in rows:
+        full = not cuts or (
+            len(cuts[-1]) >= micro_batch_size
+            if micro_batch_size is not None
+            else micro_batch_tokens is not None and tokens + lengths[row] > micro_batch_tokens
+        )
+        if full:
+            cuts.append([])
+            tokens = 0
+        cuts[-1].append(row)
+        tokens += lengths[row]
+    return cuts
+
+
+def build_micro_batch(batch: TokenRows, rows: Sequence[int], *, packed: bool, multiple_of: int) -> MicroBatch:
+    """Lays out rows for one forward pass.
+
+    Args:
+        batch: the whole batch.
+        rows: its rows to take.
+        packed: back to back, else right-padded.
+        multiple_of: the sequence dimension is padded to a multiple of this (sequence parallelism).
+    """
+    sequences: list[torch.Tensor] = []
+    prompt_lengths: list[int] = []
+    for row in rows:
+        prompt = batch.prompt_token_ids[row]
+        sequences.append(torch.cat((torch.tensor(prompt), batch.response_ids[row][batch.mask[row]])))
+        prompt_lengths.append(len(prompt))
+    lengths = [len(s) - 1 for s in sequences]
+    width = sum(lengths) if packed else max(lengths)
+    padding = -width % multiple_of
+    shape = (1, width + padding) if packed else (len(rows), width + padding)
+    input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    position_ids = torch.zeros(shape, dtype=torch.int64) if packed else torch.arange(shape[1]).expand(shape)
+    predicts = torch.zeros(shape, dtype=torch.bool)
+    start = 0
+    for index, (sequence, length, prompt) in enumerate(zip(sequences, lengths, prompt_lengths, strict=True)):
+        line, offset = (0, start) if packed else (index, 0)
+        place = slice(offset, offset + length)
+        input_ids[line, place], labels[line, place] = sequence[:-1], sequence[1:]
+        predicts[line, offset + prompt - 1 : offset + length] = True
+        if packed:
+            position_ids[line, place] = torch.arange(length)
+        start += length
+    if packed and padding:
+        position_ids[0, width:] = torch.arange(padding)
+        lengths.append(padding)
+    counts = batch.mask[list(rows)].sum(dim=1)
+    columns = torch.cat([torch.arange(int(count)) for count in counts])
+    return MicroBatch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        labels=labels,
+        predicts=predicts,
+        lengths=tuple(lengths),
+        packed=packed,
+        rows=torch.tensor(list(rows)).repeat_interleave(counts),
+        columns=columns,
+    )
+
+
+def split_minibatches(group_index: torch.Tensor, num_minibatches: int, seed: int) -> list[list[int]]:
+    """Rows of each mini-batch: whole groups in a seeded order, dealt out evenly.
+
+    Args:
+        group_index: int64 [B], group of each row.
+        num_minibatches: at most the number of groups.
+        seed: of the order.
+    """
+    num_groups = int(group_index.max()) + 1
+    if num_groups < num_minibatches:
+        num_minibatches = num_groups
+    order = torch.randperm(num_groups, generator=torch.Generator().manual_seed(seed)).tolist()
+    rows_of: list[list[int]] = [[] for _ in range(num_groups)]
+    for row, group in enumerate(group_index.tolist()):
+        rows_of[group].append(row)
+    return [[row for group in order[i::num_minibatches] for row in rows_of[group]] for i in range(num_minibatches)]

@@ -1,0 +1,135 @@
+"""The process group, Megatron's parallel state and the layout that all three models share."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_prime.config.schema import ParallelSection
+from megatron_prime.errors import ConfigError
+from megatron_prime.mcore.cpu import megatron_platform
+from megatron_prime.weights.stream import ParallelGroups
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where this process stands."""
+
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    last_stage_rank: int
+    """Global rank of the last pipeline stage of this process's pipeline."""
+    device: torch.device
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    def export_groups(self) -> ParallelGroups:
+        """The groups over which a model's weights are gathered."""
+        return ParallelGroups(
+            tp_group=self.tp_group,
+            pp_group=self.pp_group,
+            tp_rank=self.tp_rank,
+            tp_size=self.tp_size,
+            pp_rank=self.pp_rank,
+            pp_size=self.pp_size,
+        )
+
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums a CPU tensor that only last stages know over data-parallel ranks; the result is on every rank."""
+        moved = values.to(self.device)
+        if self.is_last_stage and self.dp_size > 1:
+            dist.all_reduce(moved, group=self.dp_group)
+        if self.pp_size > 1:
+            dist.broadcast(moved, src=self.last_stage_rank, group=self.pp_group)
+        return moved.cpu()
+
+    def max_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """`sum_over_data` with the maximum instead of the sum."""
+        moved = values.to(self.device)
+        if self.is_last_stage and self.dp_size > 1:
+            dist.all_reduce(moved, op=dist.ReduceOp.MAX, group=self.dp_group)
+        if self.pp_size > 1:
+            dist.broadcast(moved, src=self.last_stage_rank, group=self.pp_group)
+        return moved.cpu()
+
+
+def _local_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def parallel_layout(config: ParallelSection, seed: int) -> Iterator[Layout]:
+    """Sets up torch.distributed and Megatron for a ``with`` block and takes them down after it.
+
+    Args:
+        config: sizes; the started number of processes must equal ``world_size``.
+        seed: for Megatron's random states (initialisation).
+
+    Raises:
+        ConfigError: when another number of processes was started.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != config.world_size:
+        raise ConfigError(
+            f"parallel.world_size: {config.world_size} in the configuration but {started} processes were started; "
+            f"start {config.world_size} with torchrun or srun, or set parallel.world_size={started}"
+        )
+    device = _local_device()
+    # A process of its own needs no rendezvous; anything larger finds MASTER_ADDR in its environment.
+    store = dist.HashStore() if started == 1 else None
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=started,
+        timeout=timedelta(seconds=config.timeout_seconds),
+    )
+    with megatron_platform():
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor_model_parallel_size,
+            pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        )
+        model_parallel_cuda_manual_seed(seed)
+        layout = Layout(
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            pp_group=parallel_state.get_pipeline_model_parallel_group(),
+            dp_group=parallel_state.get_data_parallel_group(),
+            last_stage_rank=parallel_state.get_pipeline_model_parallel_last_rank(),
+            device=device,
+        )
+    try:
+        yield layout
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,282 @@
+"""A model in its role: scoring whole batches, and (`TrainableRole`) one optimizer step at a time.
+
+Whole-batch CPU tensors come in and go out; sharding over data-parallel ranks, packing and Megatron's
+pipeline schedule happen inside.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_prime.config.schema import MicroBatchSection, ModelSection, OptimizerSection, ParallelSection
+from megatron_prime.errors import TrainingError
+from megatron_prime.mcore.cpu import megatron_platform, on_megatron_platform
+from megatron_prime.mcore.packing import MicroBatch, TokenRows, build_micro_batch, cut_micro_batches, shard_rows
+from megatron_prime.mcore.parallel import Layout
+from megatron_prime.weights.architecture import ModelArchitecture
+from megatron_prime.weights.families import WeightSpec, transformer_engine_name, weight_specs
+from megatron_prime.weights.hf_folder import HfFolder
+from megatron_prime.weights.stream import export_stream, import_weights
+
+logger = logging.getLogger(__name__)
+
+MicroLoss = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
+"""(log-probs [n], entropies [n], micro-batch) -> (loss that sums over micro-batches, metrics that sum)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleSetup:
+    """What every model of a run is built from."""
+
+    architecture: ModelArchitecture
+    model: ModelSection
+    parallel: ParallelSection
+    micro_batch: MicroBatchSection
+    layout: Layout
+
+
+class ModelRole:
+    """One model of the run on this rank, with random weights until `load_hf`."""
+
+    def __init__(self, setup: RoleSetup) -> None:
+        self.setup = setup
+        self.layout = setup.layout
+        self.architecture = setup.architecture
+        self.sequence_multiple = setup.layout.tp_size if setup.parallel.sequence_parallel else 1
+        self.padded_vocab_size = setup.architecture.padded_vocab_size(
+            setup.model.make_vocab_size_divisible_by, setup.layout.tp_size
+        )
+        with megatron_platform():
+            from megatron.core.transformer.module import Float16Module
+
+            from megatron_prime.mcore.model import build_model, uses_transformer_engine
+
+            self.transformer_engine = uses_transformer_engine(setup.model)
+            self.gpt = build_model(
+                setup.architecture,
+                setup.model,
+                setup.parallel,
+                logprob_chunk_tokens=setup.micro_batch.logprob_chunk_tokens,
+                device=setup.layout.device,
+            )
+            config = self.gpt.config
+            self.module: Any = Float16Module(config, self.gpt) if config.bf16 else self.gpt
+        self.specs: list[WeightSpec] = weight_specs(setup.architecture)
+
+    def local_weights(self) -> dict[str, torch.Tensor]:
+        """This rank's parameters under their global Megatron names (views, not copies)."""
+        by_local_name = dict(self.gpt.named_parameters())
+        layers = self.gpt.decoder.layers
+        first_layer = layers[0].layer_number - 1 if len(layers) else 0
+        result: dict[str, torch.Tensor] = {}
+        for spec in self.specs:
+            name = transformer_engine_name(spec.megatron_name) if self.transformer_engine else spec.megatron_name
+            if spec.layer is not None:
+                name = name.replace(f"layers.{spec.layer}.", f"layers.{spec.layer - first_layer}.", 1)
+            parameter = by_local_name.pop(name, None)
+            if parameter is not None:
+                result[spec.megatron_name] = parameter.data
+        # The last stage's copy of a tied embedding is Megatron's own and is refreshed by `sync_tied_copy`.
+        assert set(by_local_name) <= {"output_layer.weight"}, f"parameters without a map: {sorted(by_local_name)}"
+        return result
+
+    def load_hf(self, folder: HfFolder) -> None:
+        """Reads this rank's slices of a validated Hugging Face folder."""
+        import_weights(
+            self.specs,
+            self.architecture,
+            folder,
+            self.local_weights(),
+            tp_rank=self.layout.tp_rank,
+            tp_size=self.layout.tp_size,
+            padded_vocab_size=self.padded_vocab_size,
+        )
+        self.sync_tied_copy()
+
+    def sync_tied_copy(self) -> None:
+        """Gives the last stage the first stage's embedding, where a tied head makes both hold it."""
+        if not self.architecture.tied_embeddings or self.layout.pp_size == 1:
+            return
+        with megatron_platform():
+            from megatron.core import parallel_state
+
+            if parallel_state.is_rank_in_embedding_group():
+                weight = self.gpt.shared_embedding_or_output_weight().data
+                source = parallel_state.get_pipeline_model_parallel_first_rank()
+                torch.distributed.broadcast(weight, src=source, group=parallel_state.get_embedding_group())
+
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Streams (Hugging Face name, whole tensor), the same on every rank; every rank must drain it."""
+        return export_stream(self.specs, self.architecture, self.local_weights(), self.layout.export_groups())
+
+    def _micro_batches(self, rows: TokenRows, selected: Sequence[int]) -> list[MicroBatch]:
+        lengths = rows.input_lengths()
+        shard = shard_rows(lengths, selected, self.layout.dp_size)[self.layout.dp_rank]
+        if not shard:
+            raise TrainingError(
+                f"{len(selected)} responses cannot be shared by {self.layout.dp_size} data-parallel ranks; "
+                "raise rollout.num_prompts or lower the number of mini-batches"
+            )
+        cuts = cut_micro_batches(
+            lengths,
+            shard,
+            micro_batch_size=self.setup.micro_batch.micro_batch_size,
+            micro_batch_tokens=self.setup.micro_batch.micro_batch_tokens,
+        )
+        return [
+            build_micro_batch(rows, cut, packed=self.setup.micro_batch.packed, multiple_of=self.sequence_multiple)
+            for cut in cuts
+        ]
+
+    def _forward(self, module: Any, micro_batch: MicroBatch) -> torch.Tensor:
+        from megatron_prime.mcore.model import packed_parameters
+
+        device = self.layout.device
+        return module(
+            micro_batch.input_ids.to(device),
+            micro_batch.position_ids.to(device),
+            None,
+            labels=micro_batch.labels.to(device),
+            loss_mask=micro_batch.predicts.to(device),
+            packed_seq_params=packed_parameters(micro_batch, self.transformer_engine),
+        )
+
+    def _schedule(
+        self, module: Any, micro_batches: Sequence[MicroBatch], of_output: Callable[..., Any], *, forward_only: bool
+    ) -> list[Any]:
+        """Runs Megatron's schedule; returns what ``of_output`` gave per micro-batch (last stage only)."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        def forward_step(iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+            micro_batch = next(iterator)
+
+            def finish(output: torch.Tensor, non_loss_data: bool = False) -> Any:
+                return of_output(output, micro_batch)
+
+            return self._forward(model, micro_batch), finish
+
+        longest = max(m.input_ids.shape[1] for m in micro_batches)
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=[module],
+            num_microbatches=len(micro_batches),
+            seq_length=longest,
+            micro_batch_size=1 if self.setup.micro_batch.packed else micro_batches[0].input_ids.shape[0],
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    @on_megatron_platform
+    def logprobs(self, rows: TokenRows, *, temperature: float = 1.0) -> torch.Tensor:
+        """Log-probs of the response tokens.
+
+        Args:
+            rows: the whole batch.
+            temperature: divides the logits.
+
+        Returns:
+            float32 [B, R] on the CPU, 0 on padding, the same on every rank.
+        """
+        micro_batches = self._micro_batches(rows, range(rows.mask.shape[0]))
+        self.gpt.temperature = temperature
+        self.gpt.eval()
+        with torch.no_grad():
+            outputs = self._schedule(
+                self.module, micro_batches, lambda output, _: output[0].float().cpu(), forward_only=True
+            )
+        result = torch.zeros(rows.mask.shape, dtype=torch.float32)
+        for micro_batch, output in zip(micro_batches, outputs, strict=False):
+            result[micro_batch.rows, micro_batch.columns] = output
+        return self.layout.sum_over_data(result)
+
+
+class TrainableRole(ModelRole):
+    """A model with gradients, Megatron's data-parallel wrapper, optimizer and learning-rate schedule."""
+
+    def __init__(self, setup: RoleSetup, optimizer: OptimizerSection, *, num_optimizer_steps: int) -> None:
+        super().__init__(setup)
+        with megatron_platform():
+            from megatron_prime.mcore.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+
+            self.ddp = wrap_data_parallel(self.module, setup.parallel)
+            self.optimizer = build_optimizer(self.ddp, optimizer, setup.model, setup.parallel)
+            self.scheduler = build_scheduler(self.optimizer, optimizer, num_optimizer_steps)
+
+    def load_hf(self, folder: HfFolder) -> None:
+        super().load_hf(folder)
+        with megatron_platform():
+            # bfloat16 models keep float32 masters, which were copied from the random start.
+            self.optimizer.reload_model_params()
+
+    @on_megatron_platform
+    def optimizer_step(
+        self, rows: TokenRows, selected: Sequence[int], loss: MicroLoss, *, temperature: float = 1.0
+    ) -> dict[str, float]:
+        """One optimizer step on the selected rows of the batch.
+
+        Args:
+            rows: the whole batch.
+            selected: rows of this mini-batch, the same on every rank.
+            loss: called per micro-batch on the last stage; losses and metrics sum over micro-batches
+                and ranks, so both must be normalised by the whole mini-batch.
+            temperature: divides the logits.
+
+        Returns:
+            The summed metrics (a key starting with ``max_`` is maximised), ``grad_norm`` and ``lr``;
+            the same on every rank.
+
+        Raises:
+            TrainingError: loss or gradients are not finite; go on from the last checkpoint.
+        """
+        micro_batches = self._micro_batches(rows, selected)
+        self.gpt.temperature = temperature
+        self.gpt.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def of_output(output: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, Any]:
+            value, metrics = loss(output[0], output[1].detach(), micro_batch)
+            # Megatron's third value; the token count is unused because the loss is normalised already.
+            return value, torch.ones((), dtype=torch.int), {"loss": value.detach(), **metrics}
+
+        reports = self._schedule(self.ddp, micro_batches, of_output, forward_only=False)
+        metrics = self._reduce_metrics(reports)
+        if not all(torch.isfinite(torch.tensor(v)) for v in metrics.values()):
+            raise TrainingError(f"non-finite loss or metric: {metrics}; lower the learning rate or check the data")
+        succeeded, grad_norm, _ = self.optimizer.step()
+        if not succeeded or grad_norm is None or grad_norm != grad_norm:
+            raise TrainingError(f"optimizer step failed, gradient norm {grad_norm}; lower the learning rate")
+        metrics |= {"grad_norm": float(grad_norm), "lr": float(self.optimizer.param_groups[0]["lr"])}
+        self.scheduler.step(increment=1)
+        return metrics
+
+    def _reduce_metrics(self, reports: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
+        """Sums (``max_*``: maximises) the micro-batches' metrics over this rank and all others."""
+        # Stages before the last have no reports and learn the names along with the values.
+        names = sorted(reports[0]) if reports else []
+        if self.layout.pp_size > 1:
+            box: list[Any] = [names]
+            torch.distributed.broadcast_object_list(
+                box, src=self.layout.last_stage_rank, group=self.layout.pp_group, device=self.layout.device
+            )
+            names = box[0]
+        maximised = [n for n in names if n.startswith("max_")]
+        summed = [n for n in names if not n.startswith("max_")]
+
+        def stacked(keys: list[str]) -> torch.Tensor:
+            if not reports:
+                return torch.zeros(1, len(keys), dtype=torch.float64)
+            return torch.stack([torch.stack([r[k].detach().double().cpu() for k in keys]) for r in reports])
+
+        sums = self.layout.sum_over_data(stacked(summed).sum(dim=0))
+        result = dict(zip(summed, sums.tolist(), strict=True))
+        if maximised:
+            maxima = self.layout.max_over_data(stacked(maximised).amax(dim=0))
+            result |= dict(zip(maximised, maxima.tolist(), strict=True))
+        return result
