@@ -1,0 +1,202 @@
+"""Moving weights between a Hugging Face folder, the ranks that hold them, and anyone who reads the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_prime.errors import WeightsError
+from megatron_prime.weights.architecture import ModelArchitecture
+from megatron_prime.weights.families import Layout, WeightSpec
+from megatron_prime.weights.hf_folder import HfFolder
+from megatron_prime.weights.layouts import local_shape, local_slice, merge
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelGroups:
+    """The model-parallel groups of this rank; a group of one rank may be None."""
+
+    tp_group: dist.ProcessGroup | None = None
+    pp_group: dist.ProcessGroup | None = None
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    stage: int
+    num_rows: int
+    """Of one shard."""
+    dtype: torch.dtype
+
+
+def export_stream(
+    specs: Sequence[WeightSpec],
+    architecture: ModelArchitecture,
+    local: Mapping[str, Tensor],
+    groups: ParallelGroups,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the model as a whole Hugging Face tensor, on every rank, in the order of `specs`.
+
+    A collective: all ranks of the groups must iterate to the end. One weight exists as a whole at a time. Its
+    pipeline stage gathers it over tensor-parallel ranks and broadcasts it to the other stages; of a weight that
+    several stages hold (a tied embedding) the first one counts.
+
+    Args:
+        specs: `weight_specs` of the model.
+        architecture: the model.
+        local: this rank's shards by global Megatron name (`WeightSpec.megatron_name`); a last stage that keeps a
+            copy of a tied embedding has it under the embedding's name or not at all.
+        groups: where this rank is and whom it shares the model with.
+        dtype: converts every weight to this before it is sent; None keeps each weight's own.
+
+    Yields:
+        (Hugging Face name, tensor) on the device of `local`. The tensor may be the parameter's own memory and is
+        valid until the next step of the iteration: read it, or copy it to keep or change it.
+
+    Raises:
+        WeightsError: on every rank alike and before anything is sent, if ranks together lack a weight, have one
+            that is unknown, or have shapes that contradict the architecture; lists all.
+    """
+    owners = _find_owners(specs, architecture, local, groups)
+    device = next(iter(local.values())).device
+    for spec in specs:
+        owner = owners[spec.megatron_name]
+        for name, tensor in _whole(spec, architecture, local, groups, owner, dtype or owner.dtype, device):
+            if groups.pp_group is not None and groups.pp_size > 1:
+                dist.broadcast(tensor, src=dist.get_global_rank(groups.pp_group, owner.stage), group=groups.pp_group)
+            yield name, tensor
+
+
+@torch.no_grad()
+def import_weights(
+    specs: Sequence[WeightSpec],
+    architecture: ModelArchitecture,
+    folder: HfFolder,
+    local: Mapping[str, Tensor],
+    *,
+    tp_rank: int,
+    tp_size: int,
+    padded_vocab_size: int,
+) -> None:
+    """Fills this rank's parameters in place from a folder, reading only the slices that it owns.
+
+    Args:
+        specs: `weight_specs` of the model.
+        architecture: the model.
+        folder: the weights; call its `validate` before building the model.
+        local: this rank's parameters by global Megatron name; values are cast to their dtype and device.
+        tp_rank: tensor-parallel rank.
+        tp_size: tensor-parallel ranks.
+        padded_vocab_size: rows of the whole embedding in Megatron.
+
+    Raises:
+        WeightsError: a parameter has no spec or another shape than its shard; lists all, before any is written.
+    """
+    by_name = {spec.megatron_name: spec for spec in specs}
+    problems = []
+    for name, parameter in local.items():
+        problems += _problems_of(
+            name, tuple(parameter.shape), by_name, architecture, tp_size=tp_size, padded_vocab_size=padded_vocab_size
+        )
+    if problems:
+        raise WeightsError("\n".join(problems))
+    for name, parameter in local.items():
+        shard = local_slice(
+            by_name[name],
+            architecture,
+            folder.fetch,
+            tp_rank=tp_rank,
+            tp_size=tp_size,
+            padded_vocab_size=padded_vocab_size,
+        )
+        parameter.copy_(shard)
+
+
+def _problems_of(
+    name: str,
+    shape: tuple[int, ...],
+    specs: Mapping[str, WeightSpec],
+    architecture: ModelArchitecture,
+    *,
+    tp_size: int,
+    padded_vocab_size: int,
+) -> list[str]:
+    if name not in specs:
+        return [f"{name}: not a weight of this {architecture.family} architecture"]
+    expected = local_shape(specs[name], architecture, tp_size=tp_size, padded_vocab_size=padded_vocab_size)
+    return [] if shape == expected else [f"{name}: the shard has shape {shape}, expected {expected}"]
+
+
+def _find_owners(
+    specs: Sequence[WeightSpec], architecture: ModelArchitecture, local: Mapping[str, Tensor], groups: ParallelGroups
+) -> dict[str, _Owner]:
+    """Which stage sends each weight; every rank sees every rank's shapes, so all reach the same verdict."""
+    mine = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in local.items()}
+    stages = _all_gather_object(
+        _all_gather_object(mine, groups.tp_group, groups.tp_size), groups.pp_group, groups.pp_size
+    )
+    by_name = {spec.megatron_name: spec for spec in specs}
+    owners: dict[str, _Owner] = {}
+    problems = []
+    for stage, ranks in enumerate(stages):
+        if any(shards != ranks[0] for shards in ranks):
+            problems.append(
+                f"pipeline stage {stage}: tensor-parallel ranks differ in names, shapes or dtypes of weights"
+            )
+        for name, (shape, dtype) in ranks[0].items():
+            num_rows = shape[0] if shape else 0
+            owners.setdefault(name, _Owner(stage, num_rows, dtype))
+            problems += _problems_of(
+                name, shape, by_name, architecture, tp_size=groups.tp_size, padded_vocab_size=num_rows * groups.tp_size
+            )
+    problems += [f"{name}: no rank has it" for name in by_name if name not in owners]
+    if problems:
+        raise WeightsError("\n".join(problems))
+    return owners
+
+
+def _whole(
+    spec: WeightSpec,
+    architecture: ModelArchitecture,
+    local: Mapping[str, Tensor],
+    groups: ParallelGroups,
+    owner: _Owner,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[tuple[str, Tensor]]:
+    """The Hugging Face tensors of a weight: whole on the owning stage, room to receive them on the others."""
+    if owner.stage != groups.pp_rank:
+        return [
+            (name, torch.empty(shape, dtype=dtype, device=device))
+            for name, shape in zip(spec.hf_names, spec.hf_shapes, strict=True)
+        ]
+    shard = local[spec.megatron_name].detach().to(dtype)
+    shards = [shard] if spec.layout is Layout.REPLICATED else _gather(shard, groups)
+    return merge(spec, architecture, shards, owner.num_rows * groups.tp_size)
+
+
+def _gather(shard: Tensor, groups: ParallelGroups) -> list[Tensor]:
+    if groups.tp_size == 1:
+        return [shard]
+    shard = shard.contiguous()
+    shards = [torch.empty_like(shard) for _ in range(groups.tp_size)]
+    dist.all_gather(shards, shard, group=groups.tp_group)
+    return shards
+
+
+def _all_gather_object(value: Any, group: dist.ProcessGroup | None, size: int) -> list[Any]:
+    if size == 1:
+        return [value]
+    values: list[Any] = [None] * size
+    dist.all_gather_object(values, value, group=group)
+    return values
