@@ -1,0 +1,58 @@
+# make demo     train a small model with PRIME on this machine's CPU (installs everything on first use)
+# make test     the whole test suite
+# make check    formatting, lint, types, import floors, file and function lengths, generated docs
+# make bench    every tools/bench_*.py; `make bench-NAME` runs one
+# make style    format and fix what can be fixed
+# make clean    remove build outputs and caches (never runs/ or .venv/)
+#
+# PyPI's default torch for Linux brings CUDA along. For the smaller CPU build:
+#   make TORCH_INDEX=https://download.pytorch.org/whl/cpu demo
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+TEST ?= tests
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+BENCHES := $(patsubst tools/bench_%.py,bench-%,$(wildcard tools/bench_*.py))
+
+.PHONY: demo test check bench $(BENCHES) style docs clean
+
+demo: $(INSTALLED)
+	$(BIN)/megatron-prime demo
+
+# One thread per process: tests start processes of their own.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TEST)
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python tools/check_shape.py
+	$(BIN)/python tools/make_configuration_doc.py --check
+
+bench: $(BENCHES)
+
+$(BENCHES): bench-%: $(INSTALLED)
+	$(BIN)/python tools/bench_$*.py
+
+style: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(INSTALLED)
+	$(BIN)/python tools/make_configuration_doc.py
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find megatron_prime tests tools examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and from its own index where one is given; the package then finds it installed.
+$(INSTALLED): setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/python -m pip install -e ".[dev]"
+	touch $@

@@ -1,0 +1,302 @@
+"""What a well-typed configuration can still get wrong, found before any process group or GPU is touched.
+
+Every check returns lines ``key: problem; fix``. All problems are reported together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Protocol
+
+from megatron_prime.config.ranges import out_of_range
+from megatron_prime.config.schema import (
+    AnyConfig,
+    ArithmeticData,
+    FileData,
+    ModelSection,
+    OptimizerSection,
+    ParallelSection,
+    PrimeConfig,
+    SftConfig,
+)
+from megatron_prime.errors import ConfigError
+
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+_COUNTS = ("run.num_", "parallel.", "rollout.num_", "policy.num_", "prm.num_", "sft.batch_size")
+"""Where a number is out of range here, the arithmetic of batches and layouts means nothing."""
+
+
+class Architecture(Protocol):
+    """The numbers of a model's shape that a layout must agree with."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_query_groups(self) -> int: ...
+    @property
+    def ffn_hidden_size(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+
+
+def check_config(config: AnyConfig, architecture: Architecture | None = None, check_files: bool = True) -> list[str]:
+    """Finds contradictions, numbers out of range, arithmetic that does not work out and missing files.
+
+    Args:
+        config: a configuration from `load_config`.
+        architecture: shape of the model, where it is known; adds the checks of the layout against it.
+        check_files: look for the model folder and the data files on this machine.
+
+    Returns:
+        One line ``key: problem; fix`` per problem, empty where the configuration can run.
+    """
+    problems = out_of_range(config)
+    countable = not any(problem.startswith(_COUNTS) for problem in problems)
+    problems += _check_run_name(config.run.name)
+    problems += _check_micro_batch(config)
+    problems += _check_data(config, check_files)
+    if check_files:
+        problems += _check_model_folder("model.path", config.model.path, needs_weights=config.model.init == "weights")
+        if isinstance(config, PrimeConfig) and config.uses_prm and config.prm.path is not None:
+            problems += _check_model_folder("prm.path", config.prm.path, needs_weights=True)
+    if not countable:
+        return problems
+    problems += _check_parallel(config.parallel, config.model)
+    if isinstance(config, SftConfig):
+        problems += _check_sft(config)
+    else:
+        problems += _check_rollout(config)
+        problems += _check_updates(config)
+    if architecture is not None:
+        problems += _check_architecture(config, architecture)
+    return problems
+
+
+def raise_for_problems(problems: Sequence[str]) -> None:
+    """Raises one `ConfigError` with all problems, if there are any."""
+    if problems:
+        raise ConfigError(problems)
+
+
+def data_parallel_size(parallel: ParallelSection) -> int:
+    """Replicas of the model: world_size / (tensor * pipeline), rounded down."""
+    return parallel.world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+
+
+def _check_run_name(name: str) -> list[str]:
+    path = PurePath(name)
+    if not name.strip() or path.is_absolute() or ".." in path.parts:
+        return [f"run.name: {name!r} is no folder below run.directory; use a plain name such as my-run"]
+    return []
+
+
+def _check_parallel(parallel: ParallelSection, model: ModelSection) -> list[str]:
+    problems = []
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if parallel.world_size % (tensor * pipeline):
+        problems.append(
+            f"parallel.world_size: {parallel.world_size} is not divisible by tensor x pipeline = {tensor} x {pipeline}"
+            f"; use a multiple of {tensor * pipeline}"
+        )
+    if parallel.sequence_parallel and tensor == 1:
+        problems.append(
+            "parallel.sequence_parallel: shards over tensor-parallel ranks and there is one"
+            "; set parallel.tensor_model_parallel_size above 1 or parallel.sequence_parallel=false"
+        )
+    if parallel.sequence_parallel and model.transformer_impl == "local":
+        problems.append(
+            "parallel.sequence_parallel: needs Transformer Engine"
+            "; set model.transformer_impl=auto or parallel.sequence_parallel=false"
+        )
+    return problems
+
+
+def _check_micro_batch(config: AnyConfig) -> list[str]:
+    micro_batch = config.micro_batch
+    if micro_batch.micro_batch_size is not None and micro_batch.micro_batch_tokens is not None:
+        return [
+            "micro_batch.micro_batch_size: micro_batch.micro_batch_tokens is set too"
+            "; set exactly one and the other to null"
+        ]
+    if micro_batch.micro_batch_size is None and micro_batch.micro_batch_tokens is None:
+        return ["micro_batch.micro_batch_tokens: neither it nor micro_batch.micro_batch_size is set; set exactly one"]
+    return []
+
+
+def _check_data(config: AnyConfig, check_files: bool) -> list[str]:
+    data = config.data
+    if isinstance(data, ArithmeticData):
+        if data.min_operations > data.max_operations:
+            return [
+                f"data.min_operations: {data.min_operations} is above data.max_operations = {data.max_operations}"
+                "; lower it"
+            ]
+        return []
+    problems = []
+    if not data.train:
+        problems.append("data.train: no files; name at least one")
+    if isinstance(config, PrimeConfig) and config.evaluation.every_steps and not data.evaluation:
+        problems.append(
+            f"data.evaluation: no files, and evaluation.every_steps is {config.evaluation.every_steps}"
+            "; name held-out files or set evaluation.every_steps=0"
+        )
+    for key, sources in (("data.train", data.train), ("data.evaluation", data.evaluation)):
+        for source in sources:
+            problems += _check_source(key, source, check_files)
+    return problems
+
+
+def _check_source(key: str, source: str, check_files: bool) -> list[str]:
+    if source.startswith("hf:"):
+        parts = source.split(":")[1:]
+        well_formed = len(parts) in (2, 3) and all(parts)
+        return (
+            [] if well_formed else [f"{key}: {source!r} is not a dataset; write hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"]
+        )
+    if not source.endswith(DATA_SUFFIXES):
+        return [f"{key}: {source!r} has an unknown format; use {', '.join(DATA_SUFFIXES)} or hf:NAME:SPLIT"]
+    if check_files and not Path(source).is_file():
+        return [f"{key}: no such file: {source}; correct the path or fetch the file"]
+    return []
+
+
+def _check_model_folder(key: str, path: str, *, needs_weights: bool) -> list[str]:
+    folder = Path(path)
+    if not folder.is_dir():
+        return [f"{key}: no such folder: {path}; give a local Hugging Face folder"]
+    if not (folder / "config.json").is_file():
+        return [f"{key}: {path} has no config.json; give a Hugging Face model folder"]
+    if needs_weights and not any(folder.glob("*.safetensors")):
+        return [f"{key}: {path} has no *.safetensors; fetch the weights (or set model.init=random)"]
+    return []
+
+
+def _check_rollout(config: PrimeConfig) -> list[str]:
+    rollout, keep = config.rollout, config.filter
+    problems = []
+    grouped = config.advantage.estimator if config.advantage.estimator in ("rloo", "grpo") else None
+    if grouped and rollout.num_responses < 2:
+        problems.append(
+            f"rollout.num_responses: {grouped} compares the answers of a prompt and there is one"
+            "; use 2 or more, or advantage.estimator=reinforce"
+        )
+    if config.uses_prm and config.prm.loss == "pairwise" and rollout.num_responses < 2:
+        problems.append(
+            "rollout.num_responses: prm.loss=pairwise compares the answers of a prompt and there is one"
+            "; use 2 or more, or prm.loss=cross_entropy"
+        )
+    if keep.min_accuracy > keep.max_accuracy:
+        problems.append(
+            f"filter.min_accuracy: {keep.min_accuracy} is above filter.max_accuracy = {keep.max_accuracy}; lower it"
+        )
+    elif keep.enabled and not any(
+        keep.min_accuracy <= correct / rollout.num_responses <= keep.max_accuracy
+        for correct in range(rollout.num_responses + 1)
+    ):
+        problems.append(
+            f"filter.min_accuracy: no count of right answers out of rollout.num_responses = {rollout.num_responses}"
+            f" lies in [{keep.min_accuracy}, {keep.max_accuracy}]; widen the range or sample more answers"
+        )
+    if config.advantage.outcome_coef == 0 and config.advantage.process_coef == 0:
+        problems.append("advantage.outcome_coef: both coefficients are 0; give outcomes or process rewards a weight")
+    return problems
+
+
+def _check_updates(config: PrimeConfig) -> list[str]:
+    num_rows = config.rollout.num_prompts * config.rollout.num_responses
+    num_updates = max(config.run.num_steps - config.prm.warmup_steps, 0) if config.uses_prm else config.run.num_steps
+    num_policy_steps = num_updates * config.policy.num_epochs * config.policy.num_minibatches
+    problems = _check_minibatches("policy.num_minibatches", num_rows, config.policy.num_minibatches, config.parallel)
+    problems += _check_optimizer("policy.optimizer", config.policy.optimizer, num_policy_steps)
+    if not config.uses_prm:
+        return problems
+    if config.prm.warmup_steps >= config.run.num_steps:
+        problems.append(
+            f"prm.warmup_steps: {config.prm.warmup_steps} of run.num_steps = {config.run.num_steps} steps"
+            " leave none for the policy; lower it"
+        )
+    # The window fills up step by step, so the first step has the fewest rows.
+    problems += _check_minibatches("prm.num_minibatches", num_rows, config.prm.num_minibatches, config.parallel)
+    num_prm_steps = config.run.num_steps * config.prm.num_minibatches
+    return problems + _check_optimizer("prm.optimizer", config.prm.optimizer, num_prm_steps)
+
+
+def _check_minibatches(key: str, num_rows: int, num_minibatches: int, parallel: ParallelSection) -> list[str]:
+    if num_minibatches > num_rows:
+        return [f"{key}: {num_minibatches} mini-batches of {num_rows} responses; use {num_rows} at the most"]
+    num_replicas = data_parallel_size(parallel)
+    if num_rows // num_minibatches < num_replicas:
+        return [
+            f"{key}: {num_rows} responses / {num_minibatches} leave {num_rows // num_minibatches} per mini-batch,"
+            f" less than the data parallel size {num_replicas}; use fewer mini-batches or a larger batch"
+        ]
+    return []
+
+
+def _check_optimizer(key: str, optimizer: OptimizerSection, num_steps: int) -> list[str]:
+    problems = []
+    if optimizer.min_lr > optimizer.lr:
+        problems.append(f"{key}.min_lr: {optimizer.min_lr} is above {key}.lr = {optimizer.lr}; lower it")
+    elif optimizer.min_lr > 0 and optimizer.lr_decay_style == "constant":
+        problems.append(
+            f"{key}.min_lr: has no effect on a constant learning rate; set it to 0 or {key}.lr_decay_style=cosine"
+        )
+    if optimizer.lr_warmup_steps > num_steps:
+        problems.append(
+            f"{key}.lr_warmup_steps: {optimizer.lr_warmup_steps} is above the run's {num_steps} optimizer steps"
+            "; lower it"
+        )
+    return problems
+
+
+def _check_sft(config: SftConfig) -> list[str]:
+    problems = _check_optimizer("sft.optimizer", config.sft.optimizer, config.run.num_steps)
+    num_replicas = data_parallel_size(config.parallel)
+    if config.sft.batch_size < num_replicas:
+        problems.append(
+            f"sft.batch_size: {config.sft.batch_size} is less than the data parallel size {num_replicas}"
+            f"; use {num_replicas} or more"
+        )
+    return problems
+
+
+def _check_architecture(config: AnyConfig, architecture: Architecture) -> list[str]:
+    parallel = config.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    sharded = {
+        "attention heads": architecture.num_attention_heads,
+        "query groups (key-value heads)": architecture.num_query_groups,
+        "feed-forward channels": architecture.ffn_hidden_size,
+    }
+    problems = [
+        f"parallel.tensor_model_parallel_size: the model's {number} {what} are not divisible by {tensor}; use a divisor"
+        for what, number in sharded.items()
+        if number % tensor
+    ]
+    if architecture.num_layers % pipeline:
+        problems.append(
+            f"parallel.pipeline_model_parallel_size: the model's {architecture.num_layers} layers are not divisible"
+            f" by {pipeline}; use a divisor"
+        )
+    return problems + _check_length(config, architecture.max_position_embeddings)
+
+
+def _check_length(config: AnyConfig, max_position_embeddings: int) -> list[str]:
+    data, prompt = config.data, 0
+    if isinstance(data, FileData):
+        prompt = data.max_prompt_tokens
+    if isinstance(config, PrimeConfig):
+        key, response = "rollout.max_response_tokens", config.rollout.max_response_tokens
+    elif isinstance(data, FileData):
+        key, response = "data.max_response_tokens", data.max_response_tokens
+    else:
+        return []
+    if prompt + response <= max_position_embeddings:
+        return []
+    return [
+        f"{key}: {prompt} prompt + {response} response tokens are above the model's {max_position_embeddings} positions"
+        "; lower it or data.max_prompt_tokens"
+    ]

@@ -1,0 +1,339 @@
+"""Contradictions, ranges and arithmetic: one wrong thing at a time, then many at once."""
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_prime.config import (
+    AnyConfig,
+    PrimeConfig,
+    SftConfig,
+    batch_plan,
+    check_config,
+    load_config,
+    raise_for_problems,
+)
+from megatron_prime.config.ranges import RANGES
+from megatron_prime.errors import ConfigError
+
+PRIME = """
+run: {name: test, num_steps: 10}
+model: {path: MODEL}
+data: {kind: arithmetic}
+rollout: {num_prompts: 8, num_responses: 4, max_response_tokens: 32}
+"""
+SFT = """
+kind: sft
+run: {name: test, num_steps: 10}
+model: {path: MODEL, init: random}
+data: {kind: arithmetic}
+sft: {batch_size: 8, optimizer: {lr: 1e-3}}
+"""
+SHAPE = SimpleNamespace(
+    num_layers=6,
+    hidden_size=64,
+    num_attention_heads=8,
+    num_query_groups=4,
+    ffn_hidden_size=96,
+    max_position_embeddings=2048,
+)
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    (folder / "model.safetensors").write_bytes(b"")
+    return folder
+
+
+def load(folder: Path, text: str, *overrides: str) -> AnyConfig:
+    path = folder.parent / "config.yaml"
+    path.write_text(text.replace("MODEL", str(folder)))
+    return load_config(path, overrides)
+
+
+def test_sound_configs_have_no_problems(model_folder):
+    for text in (PRIME, SFT):
+        config = load(model_folder, text)
+        assert check_config(config, SHAPE) == []
+        raise_for_problems(check_config(config))
+
+
+ONE_PROBLEM = [
+    # A layout that does not exist.
+    (["parallel.world_size=6", "parallel.tensor_model_parallel_size=4"], "parallel.world_size: 6 is not divisible by"),
+    (["parallel.world_size=3", "parallel.pipeline_model_parallel_size=2"], "parallel.world_size: 3 is not divisible"),
+    (["parallel.sequence_parallel=true"], "parallel.sequence_parallel: shards over tensor-parallel ranks"),
+    (
+        [
+            "parallel.sequence_parallel=true",
+            "parallel.world_size=2",
+            "parallel.tensor_model_parallel_size=2",
+            "model.transformer_impl=local",
+        ],
+        "parallel.sequence_parallel: needs Transformer Engine",
+    ),
+    # Micro-batches.
+    (["micro_batch.micro_batch_size=2"], "micro_batch.micro_batch_size: micro_batch.micro_batch_tokens is set too"),
+    (["micro_batch.micro_batch_tokens=null"], "micro_batch.micro_batch_tokens: neither it nor"),
+    # Names and places.
+    (["run.name=''"], "run.name: '' is no folder below"),
+    (["run.name=/tmp/x"], "run.name: '/tmp/x' is no folder below"),
+    (["run.name=a/../../b"], "run.name: 'a/../../b' is no folder below"),
+    (["model.path=nowhere"], "model.path: no such folder: nowhere"),
+    (["prm.path=nowhere"], "prm.path: no such folder: nowhere"),
+    # Data.
+    (["data.min_operations=5"], "data.min_operations: 5 is above data.max_operations = 4"),
+    (["data={kind: files, train: []}", "evaluation.every_steps=0"], "data.train: no files"),
+    (["data={kind: files, train: ['hf:a:b']}"], "data.evaluation: no files, and evaluation.every_steps is 10"),
+    (["data={kind: files, train: [none.jsonl]}", "evaluation.every_steps=0"], "data.train: no such file: none.jsonl"),
+    (["data={kind: files, train: ['hf:a:b'], evaluation: [e.json]}"], "data.evaluation: no such file: e.json"),
+    (["data={kind: files, train: [a.csv]}", "evaluation.every_steps=0"], "data.train: 'a.csv' has an unknown format"),
+    (["data={kind: files, train: ['hf:a']}", "evaluation.every_steps=0"], "data.train: 'hf:a' is not a dataset"),
+    # Groups and their filter.
+    (["rollout.num_responses=1", "filter.enabled=false"], "rollout.num_responses: rloo compares the answers"),
+    (
+        ["rollout.num_responses=1", "filter.enabled=false", "advantage.estimator=grpo"],
+        "rollout.num_responses: grpo compares the answers",
+    ),
+    (
+        [
+            "rollout.num_responses=1",
+            "filter.enabled=false",
+            "advantage.estimator=reinforce",
+            "prm.loss=pairwise",
+        ],
+        "rollout.num_responses: prm.loss=pairwise compares the answers",
+    ),
+    (["filter.min_accuracy=0.9"], "filter.min_accuracy: 0.9 is above filter.max_accuracy"),
+    (["filter.min_accuracy=0.3", "filter.max_accuracy=0.4"], "filter.min_accuracy: no count of right answers out of"),
+    (
+        ["advantage.outcome_coef=0", "advantage.process_coef=0"],
+        "advantage.outcome_coef: both coefficients are 0",
+    ),
+    # Mini-batches and optimizers.
+    (["policy.num_minibatches=33"], "policy.num_minibatches: 33 mini-batches of 32 responses"),
+    (["prm.num_minibatches=33"], "prm.num_minibatches: 33 mini-batches of 32 responses"),
+    (
+        ["policy.num_minibatches=16", "parallel.world_size=4"],
+        "policy.num_minibatches: 32 responses / 16 leave 2 per mini-batch, less than the data parallel size 4",
+    ),
+    (["prm.num_minibatches=16", "parallel.world_size=4"], "prm.num_minibatches: 32 responses / 16 leave 2"),
+    (["prm.warmup_steps=10"], "prm.warmup_steps: 10 of run.num_steps = 10 steps leave none"),
+    (
+        ["policy.optimizer.min_lr=1", "policy.optimizer.lr_decay_style=cosine"],
+        "policy.optimizer.min_lr: 1.0 is above policy.optimizer.lr",
+    ),
+    (["prm.optimizer.min_lr=1e-7"], "prm.optimizer.min_lr: has no effect on a constant learning rate"),
+    (["prm.optimizer.lr_warmup_steps=11"], "prm.optimizer.lr_warmup_steps: 11 is above the run's 10 optimizer steps"),
+    (
+        ["prm.warmup_steps=5", "policy.optimizer.lr_warmup_steps=6"],
+        "policy.optimizer.lr_warmup_steps: 6 is above the run's 5 optimizer steps",
+    ),
+    # The layout against the model's shape.
+    (
+        ["parallel.world_size=8", "parallel.tensor_model_parallel_size=8"],
+        "parallel.tensor_model_parallel_size: the model's 4 query groups",
+    ),
+    (
+        ["parallel.world_size=4", "parallel.pipeline_model_parallel_size=4"],
+        "parallel.pipeline_model_parallel_size: the model's 6 layers are not divisible by 4",
+    ),
+    (["rollout.max_response_tokens=2049"], "rollout.max_response_tokens: 0 prompt + 2049 response tokens are above"),
+    (
+        ["data={kind: files, train: ['hf:a:b'], evaluation: ['hf:a:b:c'], max_prompt_tokens: 2017}"],
+        "rollout.max_response_tokens: 2017 prompt + 32 response tokens are above the model's 2048 positions",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), ONE_PROBLEM)
+def test_one_problem_of_a_prime_run(model_folder, overrides, expected):
+    problems = check_config(load(model_folder, PRIME, *overrides), SHAPE)
+    assert len(problems) == 1, problems
+    assert problems[0].startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["parallel.world_size=16"], "sft.batch_size: 8 is less than the data parallel size 16"),
+        (["sft.optimizer.lr_warmup_steps=11"], "sft.optimizer.lr_warmup_steps: 11 is above the run's 10"),
+        (["sft.optimizer.min_lr=1", "sft.optimizer.lr_decay_style=linear"], "sft.optimizer.min_lr: 1.0 is above"),
+        (
+            ["data={kind: files, train: [none.parquet], max_response_tokens: 9}"],
+            "data.train: no such file: none.parquet",
+        ),
+        (
+            ["data={kind: files, train: ['hf:a:b'], max_prompt_tokens: 1024, max_response_tokens: 1025}"],
+            "data.max_response_tokens: 1024 prompt + 1025 response tokens are above",
+        ),
+    ],
+)
+def test_one_problem_of_an_sft_run(model_folder, overrides, expected):
+    problems = check_config(load(model_folder, SFT, *overrides), SHAPE)
+    assert len(problems) == 1, problems
+    assert problems[0].startswith(expected)
+
+
+def test_model_folders_must_hold_what_the_run_reads(model_folder):
+    (model_folder / "model.safetensors").unlink()
+    assert check_config(load(model_folder, SFT)) == []
+    (problem,) = check_config(load(model_folder, PRIME))
+    assert problem.startswith("model.path: ") and "no *.safetensors" in problem
+    assert check_config(load(model_folder, PRIME), check_files=False) == []
+    (model_folder / "config.json").unlink()
+    (problem,) = check_config(load(model_folder, SFT))
+    assert "no config.json" in problem
+
+
+OUT_OF_RANGE = [
+    ("run.num_steps", 0, ">= 1"),
+    ("run.seed", -1, "in [0, 4294967296)"),
+    ("run.seed", 2**32, "in [0, 4294967296)"),
+    ("run.num_threads", 0, ">= 1"),
+    ("parallel.world_size", 0, ">= 1"),
+    ("parallel.timeout_seconds", 0, "> 0"),
+    ("micro_batch.micro_batch_tokens", 0, ">= 1"),
+    ("data.step_error_rate", 1, "in [0, 1)"),
+    ("rollout.num_responses", 0, ">= 1"),
+    ("rollout.temperature", 0, "> 0"),
+    ("rollout.top_p", 0, "in (0, 1]"),
+    ("rollout.top_p", 1.01, "in (0, 1]"),
+    ("rollout.stop_token_ids", [1, -1], ">= 0"),
+    ("verifier.memory_gib", 0, "> 0"),
+    ("filter.min_accuracy", -0.1, "in [0, 1]"),
+    ("filter.max_attempts", 0, ">= 1"),
+    ("prm.beta", 0, "> 0"),
+    ("prm.num_minibatches", 0, ">= 1"),
+    ("prm.optimizer.adam_beta2", 1, "in [0, 1)"),
+    ("advantage.process_coef", -1, ">= 0"),
+    ("advantage.process_gamma", 1.1, "in [0, 1]"),
+    ("advantage.gate_smoothing", 1, "in [0, 1)"),
+    ("policy.clip_ratio_low", 0, "in (0, 1]"),
+    ("policy.dual_clip", 1, "> 1"),
+    ("policy.kl_coef", -0.1, ">= 0"),
+    ("policy.optimizer.lr", 0, "> 0"),
+    ("policy.optimizer.clip_grad", -1, ">= 0"),
+    ("evaluation.temperature", -1, ">= 0"),
+    ("checkpoint.keep_last", 0, ">= 1"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), OUT_OF_RANGE)
+def test_number_out_of_range(model_folder, key, value, expected):
+    problems = check_config(load(model_folder, PRIME, f"{key}={value}"), SHAPE)
+    assert len(problems) == 1, problems
+    assert problems[0].startswith(f"{key}: ")
+    assert problems[0].endswith(f"must be {expected}")
+
+
+def test_settings_that_look_odd_but_mean_something(model_folder):
+    sound = [
+        ["reference.source=policy", f"prm.path={model_folder}"],
+        ["advantage.process_coef=0", "prm.warmup_steps=50", "prm.num_minibatches=999", "prm.path=nowhere"],
+        ["parallel.use_distributed_optimizer=true"],
+        ["prm.update=before", "prm.num_window_batches=4"],
+        ["policy.optimizer.clip_grad=0"],
+        ["evaluation.every_steps=0", "evaluation.temperature=0"],
+        ["micro_batch={micro_batch_size: 1, micro_batch_tokens: null}"],
+        ["advantage.estimator=reinforce", "rollout.num_responses=1", "filter.enabled=false"],
+        ["policy.num_minibatches=8", "parallel.world_size=4"],
+    ]
+    for overrides in sound:
+        assert check_config(load(model_folder, PRIME, *overrides), SHAPE) == [], overrides
+
+
+def test_all_problems_come_together(model_folder):
+    config = load(
+        model_folder,
+        PRIME,
+        "parallel.world_size=3",
+        "parallel.tensor_model_parallel_size=2",
+        "prm.beta=-1",
+        "run.name=..",
+        "micro_batch.micro_batch_tokens=null",
+        "model.path=nowhere",
+        "advantage.outcome_gamma=2",
+        "filter.min_accuracy=0.9",
+        "prm.warmup_steps=10",
+    )
+    problems = check_config(config, SHAPE)
+    assert [problem.split(":")[0] for problem in problems] == [
+        "prm.beta",
+        "advantage.outcome_gamma",
+        "run.name",
+        "micro_batch.micro_batch_tokens",
+        "model.path",
+        "parallel.world_size",
+        "filter.min_accuracy",
+        "prm.warmup_steps",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        raise_for_problems(problems)
+    assert caught.value.problems == tuple(problems)
+
+
+def test_counts_out_of_range_do_not_hide_the_rest(model_folder):
+    config = load(model_folder, PRIME, "rollout.num_prompts=0", "policy.num_minibatches=0", "run.name=..")
+    assert [problem.split(":")[0] for problem in check_config(config, SHAPE)] == [
+        "rollout.num_prompts",
+        "policy.num_minibatches",
+        "run.name",
+    ]
+
+
+def number_keys(section: typing.Any, prefix: str = "") -> set[str]:
+    keys = set()
+    for name, hint in typing.get_type_hints(section).items():
+        for member in typing.get_args(hint) or (hint,):
+            if dataclasses.is_dataclass(member):
+                keys |= number_keys(member, f"{prefix}{name}.")
+            elif member in (int, float):
+                keys.add(f"{prefix}{name}")
+    return keys
+
+
+def test_every_number_of_the_schema_has_a_range_and_no_range_is_left_over():
+    assert number_keys(PrimeConfig) | number_keys(SftConfig) == set(RANGES)
+
+
+def test_plan_counts_what_a_step_does(model_folder):
+    overrides = [
+        "parallel.world_size=8",
+        "parallel.tensor_model_parallel_size=2",
+        "parallel.pipeline_model_parallel_size=2",
+        "policy.num_minibatches=4",
+        "policy.num_epochs=2",
+        "prm.num_window_batches=3",
+        "run.num_steps=5",
+    ]
+    rows = dict(batch_plan(load(model_folder, PRIME, *overrides)))
+    assert rows["layout"] == "8 processes = 2 tensor x 2 pipeline x 2 data parallel"
+    assert rows["rollouts"] == "8 prompts x 4 = 32 responses per step"
+    assert rows["sampling"].startswith("at most 128 responses")
+    assert rows["policy update"] == "8 optimizer steps per step, each of about 8 responses"
+    assert rows["PRM update"] == "1 optimizer step per step, each of about 96 responses (window of 3)"
+    assert rows["models"] == f"policy, PRM, frozen reference from {model_folder} (float32)"
+    assert rows["run"] == "5 steps, 160 trained responses"
+
+
+def test_plan_names_only_the_models_that_are_built(model_folder):
+    def models(*overrides: str) -> str:
+        return dict(batch_plan(load(model_folder, PRIME, *overrides)))["models"]
+
+    assert models("advantage.process_coef=0") == f"policy from {model_folder} (float32)"
+    assert models("advantage.process_coef=0", "policy.kl_coef=0.1").startswith("policy, frozen reference from")
+    assert models("reference.source=policy").startswith("policy, PRM from")
+    assert models("prm.path=other") == (
+        f"policy from {model_folder}, PRM from other, frozen reference from {model_folder} (float32)"
+    )
+    rows = dict(batch_plan(load(model_folder, SFT)))
+    assert rows["run"] == "10 optimizer steps, 80 examples"
+    assert rows["micro-batches"] == "at most 8192 tokens, packed"
