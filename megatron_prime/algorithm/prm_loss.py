@@ -1,0 +1,114 @@
+"""Losses of the implicit PRM: outcome labels teach it, token rewards come for free.
+
+Every loss is a sum over the responses it is given divided by the responses of the whole mini-batch, so
+the losses (and gradients) of micro-batches and of data-parallel ranks add up to those of the mini-batch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from megatron_prime.algorithm.groups import group_sum
+from megatron_prime.algorithm.implicit_reward import implicit_rewards
+
+
+def sequence_logits(
+    prm_logprobs: torch.Tensor,
+    reference_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    beta: float,
+    aggregation: Literal["sum", "mean"],
+) -> torch.Tensor:
+    """Turns token log-ratios into one logit per response.
+
+    Source: arXiv 2502.01456, the outcome score of the implicit PRM (`sum`); `mean` divides by the response's
+    length, so that long responses do not saturate the sigmoid.
+
+    Args:
+        prm_logprobs: [B, R].
+        reference_logprobs: [B, R].
+        mask: bool [B, R].
+        beta: scale of the log-ratio.
+        aggregation: sum or mean over the response's tokens.
+
+    Returns:
+        [B]; 0 for a response without tokens.
+    """
+    totals = implicit_rewards(prm_logprobs, reference_logprobs, mask, beta=beta).sum(dim=1)
+    return totals / mask.sum(dim=1).clamp(min=1) if aggregation == "mean" else totals
+
+
+def outcome_labels(outcomes: torch.Tensor, *, soft_labels: bool) -> torch.Tensor:
+    """Turns verifier rewards into labels of the PRM.
+
+    Args:
+        outcomes: [B], in [0, 1]; fractional where only some tests of a program pass.
+        soft_labels: keep fractions; otherwise only a full reward counts as right.
+
+    Returns:
+        [B], same dtype as `outcomes`.
+    """
+    return outcomes if soft_labels else (outcomes >= 1.0).to(outcomes.dtype)
+
+
+def cross_entropy_loss(logits: torch.Tensor, labels: torch.Tensor, *, num_responses: int) -> torch.Tensor:
+    """Computes the binary cross-entropy of outcome labels.
+
+    Source: arXiv 2502.01456, the loss of the implicit PRM; on logits, so that a confident PRM neither overflows nor
+    loses its gradient.
+
+    Args:
+        logits: [b], from `sequence_logits`.
+        labels: [b], in [0, 1].
+        num_responses: responses of the whole mini-batch.
+
+    Returns:
+        Scalar; sums over micro-batches to the mini-batch mean.
+    """
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum") / num_responses
+
+
+def opponent_logits(logits: torch.Tensor, labels: torch.Tensor, group_index: torch.Tensor) -> torch.Tensor:
+    """Averages the logits of the other side: for a right answer the wrong ones of its group, and the reverse.
+
+    Args:
+        logits: [B], of the whole batch, since a group may be spread over micro-batches and ranks.
+        labels: [B]; above 0.5 counts as right.
+        group_index: int64 [B].
+
+    Returns:
+        [B], without gradient; nan where the group has no answer of the other side.
+    """
+    logits = logits.detach()
+    right = (labels > 0.5).to(logits.dtype)
+    wrong = 1.0 - right
+    right_mean = group_sum(logits * right, group_index) / group_sum(right, group_index)
+    wrong_mean = group_sum(logits * wrong, group_index) / group_sum(wrong, group_index)
+    return torch.where(labels > 0.5, wrong_mean, right_mean)
+
+
+def pairwise_loss(
+    logits: torch.Tensor, labels: torch.Tensor, opponent_logits: torch.Tensor, *, num_responses: int
+) -> torch.Tensor:
+    """Computes the DPO-style loss -log sigmoid(+-(logit - mean logit of the other side)), detached opponents.
+
+    Source: arXiv 2502.01456, appendix C.2, in the detached form of verl's recipe. The sign follows the label here,
+    where the recipe took any partial credit for right; responses without opponents add nothing.
+
+    Args:
+        logits: [b], with gradient.
+        labels: [b]; above 0.5 counts as right.
+        opponent_logits: [b], the micro-batch's rows of what `opponent_logits` returned for the whole batch.
+        num_responses: responses of the whole mini-batch.
+
+    Returns:
+        Scalar; sums over micro-batches to the mini-batch mean.
+    """
+    has_opponent = ~opponent_logits.isnan()
+    margin = logits - torch.where(has_opponent, opponent_logits, 0.0).detach()
+    losses = -F.logsigmoid(torch.where(labels > 0.5, margin, -margin))
+    return torch.where(has_opponent, losses, 0.0).sum() / num_responses
