@@ -102,7 +102,12 @@ def _patches() -> list[tuple[Any, str, Any]]:
     def set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         torch.set_rng_state(state)
 
+    def not_compiled(function: Any = None, **kwargs: Any) -> Any:
+        return function if function is not None else lambda f: f
+
     return [
+        # Megatron compiles small functions at import; on a CPU that costs minutes and gains nothing.
+        (torch, "compile", not_compiled),
         (cuda, "current_device", lambda: _CPU),
         (cuda, "Stream", _Stream),
         (cuda, "Event", _Event),

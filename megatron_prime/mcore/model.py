@@ -85,6 +85,7 @@ def transformer_config(
         sequence_parallel=parallel.sequence_parallel,
         # Packed micro-batches differ in length, so pipeline stages tell each other the shape.
         variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
         # Losses arrive normalised over the whole mini-batch: Megatron must neither divide by the
         # number of micro-batches nor average over data-parallel ranks.
         calculate_per_token_loss=True,

@@ -1,0 +1,134 @@
+"""Checkpoints of a run: Megatron's distributed format for models and optimizers, plus the trainer's state.
+
+A checkpoint is written to ``step_00000010.writing`` and renamed when every rank has finished and the
+manifest is on disk, so a folder without ``.writing`` is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prime import world
+from megatron_prime.errors import CheckpointError
+from megatron_prime.mcore.cpu import on_megatron_platform
+from megatron_prime.mcore.role import TrainableRole
+
+logger = logging.getLogger(__name__)
+
+_WRITING = ".writing"
+_MANIFEST = "manifest.json"
+_TRAINER_STATE = "trainer.pt"
+_OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
+
+
+class Checkpointer:
+    """Saves and restores the trained models of a run.
+
+    Args:
+        folder: holds one folder per checkpoint.
+        roles: trained models by name (``policy``, ``prm``, ``model``).
+        layout: sizes written into the manifest; optimizer states only load at the same layout.
+        keep_last: complete checkpoints to keep.
+    """
+
+    def __init__(
+        self, folder: Path, roles: Mapping[str, TrainableRole], layout: Mapping[str, int], keep_last: int
+    ) -> None:
+        self.folder = folder
+        self.roles = roles
+        self.layout = dict(layout)
+        self.keep_last = keep_last
+
+    @on_megatron_platform
+    def save(self, step: int, trainer_state: Mapping[str, Any]) -> None:
+        """Writes a checkpoint and then removes those that are too old.
+
+        Args:
+            step: steps done.
+            trainer_state: picklable, the same on every rank.
+
+        Raises:
+            CheckpointError: it could not be written; nothing older was removed.
+        """
+        from megatron.core import dist_checkpointing
+
+        final = self.folder / f"step_{step:08d}"
+        writing = final.with_name(final.name + _WRITING)
+        if world.is_main():
+            shutil.rmtree(writing, ignore_errors=True)
+            shutil.rmtree(final, ignore_errors=True)
+            for name in self.roles:
+                (writing / name).mkdir(parents=True)
+        world.barrier()
+        try:
+            for name, role in self.roles.items():
+                dist_checkpointing.save(self._state(role, loading=False), str(writing / name))
+        except OSError as error:
+            raise CheckpointError(f"{writing}: {error}; free space or choose another run.directory") from error
+        world.barrier()
+        if world.is_main():
+            torch.save(dict(trainer_state), writing / _TRAINER_STATE)
+            manifest = {"step": step, "layout": self.layout, "roles": sorted(self.roles)}
+            (writing / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+            writing.rename(final)
+            for old in self.complete()[: -self.keep_last]:
+                shutil.rmtree(old)
+        world.barrier()
+
+    def complete(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(p for p in self.folder.glob("step_*") if p.suffix != _WRITING and (p / _MANIFEST).exists())
+
+    @on_megatron_platform
+    def restore(self) -> Mapping[str, Any] | None:
+        """Loads the newest complete checkpoint into the models.
+
+        Returns:
+            The trainer's state, or None where there is no checkpoint.
+
+        Raises:
+            CheckpointError: it was written at another parallel layout or for other models.
+        """
+        found = self.complete()
+        if not found:
+            return None
+        newest = found[-1]
+        manifest = json.loads((newest / _MANIFEST).read_text())
+        if manifest["layout"] != self.layout:
+            raise CheckpointError(
+                f"{newest}: written at layout {manifest['layout']}, this run has {self.layout}; resume at the old "
+                "layout, or start a new run.name from the exported model"
+            )
+        if manifest["roles"] != sorted(self.roles):
+            raise CheckpointError(
+                f"{newest}: holds {manifest['roles']}, this run trains {sorted(self.roles)}; "
+                "advantage.process_coef must stay what it was"
+            )
+        for name, role in self.roles.items():
+            self._load(role, newest / name)
+        # Written by this class: the trainer's dataclasses need the full unpickler.
+        return torch.load(newest / _TRAINER_STATE, weights_only=False)
+
+    def _load(self, role: TrainableRole, path: Path) -> None:
+        from megatron.core import dist_checkpointing
+
+        state = dist_checkpointing.load(self._state(role, loading=True), str(path))
+        role.gpt.load_state_dict(state["model"])
+        role.optimizer.load_state_dict(state["optimizer"])
+        role.scheduler.load_state_dict(state["scheduler"])
+
+    @staticmethod
+    def _state(role: TrainableRole, *, loading: bool) -> dict[str, Any]:
+        model = role.gpt.sharded_state_dict(metadata=_OPTIMIZER_METADATA)
+        return {
+            "model": model,
+            "optimizer": role.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_METADATA),
+            "scheduler": role.scheduler.state_dict(),
+        }

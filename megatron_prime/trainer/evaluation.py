@@ -1,0 +1,74 @@
+"""Sampling and grading, for training and for evaluation alike."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_prime import world
+from megatron_prime.batch import Prompt, Response, SamplingParams, Verdict
+from megatron_prime.trainer.protocols import Engine, Verifier
+
+_Z95 = 1.959964
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accuracy:
+    """avg@k with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+    num_prompts: int
+    num_missing: int
+    """Answers without a verdict; they are left out."""
+
+    def metrics(self) -> dict[str, float]:
+        """Under the names of the metrics log."""
+        return {
+            "evaluation/accuracy": self.value,
+            "evaluation/accuracy_low": self.low,
+            "evaluation/accuracy_high": self.high,
+        }
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on every part and on nothing else."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def sample_and_verify(
+    engine: Engine, verifier: Verifier, prompts: Sequence[Prompt], sampling: SamplingParams
+) -> list[list[tuple[Response, Verdict]]]:
+    """Answers with verdicts, per prompt; every rank grades its share and gets all verdicts."""
+    responses = engine.generate(prompts, sampling)
+    items = [(prompt, r) for prompt, answers in zip(prompts, responses, strict=True) for r in answers]
+    verdicts = iter(world.interleave(world.all_gather(verifier.verify(world.my_share(items)))))
+    return [[(response, next(verdicts)) for response in answers] for answers in responses]
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """95% score interval of a share seen in ``count`` trials (Wilson 1927)."""
+    if count == 0:
+        return 0.0, 1.0
+    z2 = _Z95**2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = _Z95 * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def accuracy(verdicts: Sequence[Sequence[Verdict]]) -> Accuracy:
+    """avg@k: the mean over prompts of their answers' mean reward.
+
+    The interval is Wilson's with one trial per prompt. Averaging k answers only narrows the true
+    one, so for k > 1 it is on the safe side.
+    """
+    per_prompt = [[v.reward for v in row if v.reward is not None] for row in verdicts]
+    means = [sum(row) / len(row) for row in per_prompt if row]
+    value = sum(means) / len(means) if means else 0.0
+    low, high = wilson_interval(value, len(means))
+    num_missing = sum(v.reward is None for row in verdicts for v in row)
+    return Accuracy(value=value, low=low, high=high, num_prompts=len(means), num_missing=num_missing)

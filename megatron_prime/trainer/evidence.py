@@ -1,0 +1,82 @@
+"""How much the PRM knows about rollouts that it has not trained on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_prime.algorithm.evidence import auc, auc_gate, grouped_auc, step_scores
+from megatron_prime.algorithm.prm_loss import cross_entropy_loss, outcome_labels, sequence_logits
+from megatron_prime.batch import Group, Prompt, Response, ScoredBatch, StepSpan
+from megatron_prime.config.schema import PrmSection
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evidence:
+    """Measured on a fresh, filtered batch before the PRM trains on it."""
+
+    loss: float
+    """Cross-entropy on the outcomes."""
+    accuracy: float
+    """Share of responses on whose outcome the sign of the sequence logit agrees."""
+    auc: float
+    """Share of (right, wrong) answer pairs of a group that the PRM orders rightly; nan without pairs."""
+    gate: float
+    """Weight in [0, 1] that this AUC earns process rewards."""
+    step_auc: float
+    """AUC of mean process rewards per step against true step correctness; nan where steps are unknown."""
+
+    def metrics(self) -> dict[str, float]:
+        """Under the names of the metrics log."""
+        return {
+            "prm/fresh_loss": self.loss,
+            "prm/fresh_accuracy": self.accuracy,
+            "prm/fresh_auc": self.auc,
+            "prm/step_auc": self.step_auc,
+        }
+
+
+def measure_evidence(
+    groups: Sequence[Group],
+    batch: ScoredBatch,
+    rewards: torch.Tensor,
+    section: PrmSection,
+    step_spans: Callable[[Prompt, Response], tuple[StepSpan, ...] | None],
+) -> Evidence:
+    """Judges the PRM snapshot that scored the batch.
+
+    Args:
+        groups: the batch's groups, in its order.
+        batch: the scored batch.
+        rewards: process rewards [B, R] of that snapshot.
+        section: PRM settings.
+        step_spans: the true steps of a response, or None.
+    """
+    rollout = batch.rollout
+    logits = sequence_logits(
+        batch.prm_logprobs,
+        batch.reference_logprobs,
+        rollout.mask,
+        beta=section.beta,
+        aggregation=section.aggregation,
+    )
+    labels = outcome_labels(rollout.outcomes, soft_labels=False)
+    pair_auc, num_pairs = grouped_auc(logits, labels, rollout.group_index)
+    scores: list[torch.Tensor] = []
+    correct: list[bool] = []
+    responses = [(group.prompt, response) for group in groups for response in group.responses]
+    for row, (prompt, response) in enumerate(responses):
+        spans = step_spans(prompt, response)
+        if spans:
+            scores.append(step_scores(rewards[row], spans))
+            correct += [span.correct for span in spans]
+    return Evidence(
+        loss=float(cross_entropy_loss(logits, labels, num_responses=len(labels))),
+        accuracy=float(((logits > 0) == (labels > 0.5)).float().mean()),
+        auc=pair_auc,
+        gate=auc_gate(pair_auc, num_pairs),
+        step_auc=auc(torch.cat(scores), torch.tensor(correct)) if scores else math.nan,
+    )

@@ -1,0 +1,356 @@
+"""The PRIME loop: every rank runs this same program on the same whole batch."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from megatron_prime.algorithm.advantage import AdvantageOptions, compute_advantages
+from megatron_prime.algorithm.filtering import FilterCounts, GroupCollector
+from megatron_prime.algorithm.implicit_reward import implicit_rewards
+from megatron_prime.batch import Group, RolloutBatch, SamplingParams, ScoredBatch
+from megatron_prime.config.schema import PrimeConfig
+from megatron_prime.errors import RolloutError, TrainingError
+from megatron_prime.trainer.evaluation import Accuracy, accuracy, derive_seed, sample_and_verify
+from megatron_prime.trainer.evidence import Evidence, measure_evidence
+from megatron_prime.trainer.protocols import (
+    Checkpoints,
+    Engine,
+    Logger,
+    Policy,
+    Prompts,
+    Reference,
+    RewardModel,
+    Verifier,
+)
+from megatron_prime.trainer.stages import Stages
+from megatron_prime.weights.checksum import WeightChecksum
+
+logger = logging.getLogger(__name__)
+
+_MAX_EMPTY_STEPS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrimeParts:
+    """Everything the loop is put together from."""
+
+    policy: Policy
+    reference: Reference | None
+    """None: the policy before its update is the reference."""
+    prm: RewardModel | None
+    """None: outcome rewards only."""
+    engine: Engine
+    verifier: Verifier
+    prompts: Prompts
+    checkpoints: Checkpoints
+    logger: Logger
+    min_groups: int
+    """Fewest groups of which every rank gets a share in every mini-batch."""
+
+
+class PrimeTrainer:
+    """Trains one run.
+
+    Args:
+        config: the checked configuration.
+        parts: models, engine, verifier, data and where results go.
+    """
+
+    def __init__(self, config: PrimeConfig, parts: PrimeParts) -> None:
+        self.config = config
+        self.parts = parts
+        self.stages = Stages(parts.logger.progress)
+        self.collector = GroupCollector(
+            num_groups=config.rollout.num_prompts,
+            min_accuracy=config.filter.min_accuracy,
+            max_accuracy=config.filter.max_accuracy,
+            enabled=config.filter.enabled,
+            drop_truncated=config.filter.drop_truncated,
+        )
+        self.num_steps_done = 0
+        self.position = 0
+        self.gate = 0.0
+        self.num_empty_steps = 0
+        self.window: list[ScoredBatch] = []
+        self.evaluations: dict[int, Accuracy] = {}
+        self.step_aucs: list[float] = []
+        self.last_evidence: Evidence | None = None
+        self.seconds_before = 0.0
+        self.started = time.perf_counter()
+
+    def train(self) -> dict[str, Any]:
+        """Runs to the last step and returns the summary of the run."""
+        config = self.config
+        state = self.parts.checkpoints.restore()
+        if state is not None:
+            self.load_state_dict(state)
+            logger.info("resumed after step %d", self.num_steps_done)
+        self.refit()
+        if state is None:
+            self.evaluate()
+        self.stages.drain()
+        while self.num_steps_done < config.run.num_steps:
+            metrics = self.step()
+            self.num_steps_done += 1
+            last = self.num_steps_done == config.run.num_steps
+            if last or _is_due(self.num_steps_done, config.evaluation.every_steps):
+                metrics |= self.evaluate().metrics()
+            metrics |= self.stages.drain()
+            self.parts.logger.log(self.num_steps_done, metrics)
+            if last or _is_due(self.num_steps_done, config.checkpoint.every_steps):
+                self.parts.checkpoints.save(self.num_steps_done, self.state_dict())
+        return self.summary()
+
+    def step(self) -> dict[str, float]:
+        """One PRIME step; returns its metrics."""
+        groups, metrics = self.collect_groups()
+        if not groups:
+            return metrics
+        batch = self.score(groups)
+        rewards, prm_metrics = self.process_rewards(groups, batch)
+        metrics |= prm_metrics
+        with self.stages("advantage"):
+            result = compute_advantages(
+                batch.rollout.outcomes, rewards, batch.rollout.mask, batch.rollout.group_index, self._options()
+            )
+        metrics |= {f"advantage/{name}": value for name, value in result.metrics.items()}
+        if self.num_steps_done >= self.config.prm.warmup_steps or self.parts.prm is None:
+            with self.stages("policy_update"):
+                updated = self.parts.policy.update(
+                    batch,
+                    result.advantages,
+                    temperature=self.config.rollout.temperature,
+                    seed=self._seed("policy order"),
+                )
+            metrics |= {f"policy/{name}": value for name, value in updated.items()}
+            self.refit()
+        return metrics
+
+    def collect_groups(self) -> tuple[list[Group], dict[str, float]]:
+        """Samples, verifies and filters until the batch is full or the attempts are used up.
+
+        Kept groups beyond the batch wait for the next step. Too few for a training step: an empty
+        list, and they wait as well.
+
+        Raises:
+            TrainingError: several steps in a row without a batch.
+        """
+        wanted = self.config.rollout.num_prompts
+        sampled: list[Group] = []
+        for _ in range(self.config.filter.max_attempts):
+            if self.collector.is_full:
+                break
+            size = _refill_size(wanted, wanted - len(self.collector), self.collector.counts)
+            fresh = self.sample(size)
+            sampled += fresh
+            self.collector.add(fresh)
+        counts = self.collector.take_counts()
+        metrics = _rollout_metrics(sampled) | {f"filter/{k[4:]}": float(v) for k, v in asdict(counts).items()}
+        if len(self.collector) >= self.parts.min_groups:
+            self.num_empty_steps = 0
+            return self.collector.take(), metrics
+        self.num_empty_steps += 1
+        if self.num_empty_steps >= _MAX_EMPTY_STEPS:
+            raise TrainingError(
+                f"{_MAX_EMPTY_STEPS} steps without enough groups between filter.min_accuracy and "
+                f"filter.max_accuracy (the last: {counts}); use easier or harder prompts, or widen the filter"
+            )
+        return [], metrics
+
+    def sample(self, num_prompts: int) -> list[Group]:
+        """Fresh groups of the next prompts; answers without a verdict are left out."""
+        prompts = self.parts.prompts.take(self.position, num_prompts)
+        sampling = self._sampling(derive_seed(self.config.run.seed, "rollout", self.position))
+        self.position += num_prompts
+        with self.stages("rollout"):
+            answers = sample_and_verify(self.parts.engine, self.parts.verifier, prompts, sampling)
+        groups: list[Group] = []
+        for prompt, row in zip(prompts, answers, strict=True):
+            graded = [(response, verdict.reward) for response, verdict in row if verdict.reward is not None]
+            groups.append(
+                Group(prompt=prompt, responses=tuple(r for r, _ in graded), rewards=tuple(x for _, x in graded))
+            )
+        return groups
+
+    def score(self, groups: Sequence[Group]) -> ScoredBatch:
+        """Log-probs of all models for the batch; nothing trains."""
+        rollout = RolloutBatch.from_groups(groups)
+        temperature = self.config.rollout.temperature
+        with self.stages("score"):
+            policy = self.parts.policy.score(rollout, temperature=temperature)
+            if self.parts.reference is not None:
+                reference = self.parts.reference.score(rollout)
+            else:
+                reference = policy if temperature == 1.0 else self.parts.policy.score(rollout, temperature=1.0)
+            prm = self.parts.prm.score(rollout) if self.parts.prm is not None else torch.zeros_like(policy)
+        return ScoredBatch(rollout=rollout, policy_logprobs=policy, reference_logprobs=reference, prm_logprobs=prm)
+
+    def process_rewards(
+        self, groups: Sequence[Group], batch: ScoredBatch
+    ) -> tuple[torch.Tensor | None, dict[str, float]]:
+        """Process rewards [B, R] of the batch, measured as evidence before the PRM trains on it."""
+        prm, section = self.parts.prm, self.config.prm
+        if prm is None:
+            return None, {}
+        rewards = self._rewards(batch)
+        evidence = measure_evidence(groups, batch, rewards, section, self.parts.prompts.step_spans)
+        smoothing = self.config.advantage.gate_smoothing
+        self.gate = smoothing * self.gate + (1 - smoothing) * evidence.gate
+        self.last_evidence = evidence
+        self.step_aucs.append(evidence.step_auc)
+        self.window = [*self.window, batch][-section.num_window_batches :]
+        with self.stages("prm_update"):
+            updated = prm.update(self.window, seed=self._seed("prm order"))
+        if section.update == "before":
+            with self.stages("score"):
+                rescored = prm.score(batch.rollout)
+            rewards = implicit_rewards(rescored, batch.reference_logprobs, batch.rollout.mask, beta=section.beta)
+        metrics = {f"prm/{name}": value for name, value in updated.items()}
+        return rewards, metrics | evidence.metrics() | {"prm/gate": self._gate()}
+
+    def refit(self) -> None:
+        """Puts the policy's weights into the engine and proves that they arrived.
+
+        Raises:
+            RolloutError: the engine's checksum is not the trainer's.
+        """
+        with self.stages("refit"):
+            expected = WeightChecksum()
+            version = self.num_steps_done + 1
+            actual = self.parts.engine.load_weights(expected.tee(self.parts.policy.export_weights()), version)
+        if actual != expected.hexdigest():
+            raise RolloutError(
+                f"refit {version}: the engine's weights (checksum {actual}) are not the trainer's "
+                f"({expected.hexdigest()}); nothing was sampled from them"
+            )
+
+    def evaluate(self) -> Accuracy:
+        """avg@k on the held-out prompts with the engine's current weights."""
+        section = self.config.evaluation
+        sampling = SamplingParams(
+            num_responses=section.num_responses,
+            temperature=section.temperature,
+            top_p=1.0,
+            max_response_tokens=self.config.rollout.max_response_tokens,
+            seed=derive_seed(self.config.run.seed, "evaluation"),
+            stop_token_ids=tuple(self.config.rollout.stop_token_ids),
+        )
+        prompts = self.parts.prompts.evaluation(section.num_prompts)
+        with self.stages("evaluation"):
+            answers = sample_and_verify(self.parts.engine, self.parts.verifier, prompts, sampling)
+        result = accuracy([[verdict for _, verdict in row] for row in answers])
+        self.evaluations[self.num_steps_done] = result
+        return result
+
+    def summary(self) -> dict[str, Any]:
+        """What the run leaves in summary.json, less the launcher's part (commit, machine)."""
+        first, last = self.evaluations[0], self.evaluations[self.num_steps_done]
+        late = [a for a in self.step_aucs[-10:] if a == a]
+        evidence = self.last_evidence
+        return {
+            "accuracy_before": first.value,
+            "accuracy_before_interval": [first.low, first.high],
+            "accuracy_after": last.value,
+            "accuracy_after_interval": [last.low, last.high],
+            "process_reward_auc": sum(late) / len(late) if late else None,
+            "prm_fresh_accuracy": evidence.accuracy if evidence else None,
+            "prm_fresh_auc": evidence.auc if evidence else None,
+            "num_steps": self.num_steps_done,
+            "num_prompts_sampled": self.position,
+            "wall_seconds": self.seconds_before + time.perf_counter() - self.started,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The trainer's own state; models and optimizers are the checkpointer's."""
+        return {
+            "num_steps_done": self.num_steps_done,
+            "position": self.position,
+            "gate": self.gate,
+            "num_empty_steps": self.num_empty_steps,
+            "collector": self.collector.state_dict(),
+            "window": self.window,
+            "evaluations": self.evaluations,
+            "step_aucs": self.step_aucs,
+            "last_evidence": self.last_evidence,
+            "seconds": self.seconds_before + time.perf_counter() - self.started,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undoes `state_dict`."""
+        self.num_steps_done = state["num_steps_done"]
+        self.position = state["position"]
+        self.gate = state["gate"]
+        self.num_empty_steps = state["num_empty_steps"]
+        self.collector.load_state_dict(state["collector"])
+        self.window = list(state["window"])
+        self.evaluations = dict(state["evaluations"])
+        self.step_aucs = list(state["step_aucs"])
+        self.last_evidence = state["last_evidence"]
+        self.seconds_before = state["seconds"]
+
+    def _rewards(self, batch: ScoredBatch) -> torch.Tensor:
+        return implicit_rewards(
+            batch.prm_logprobs, batch.reference_logprobs, batch.rollout.mask, beta=self.config.prm.beta
+        )
+
+    def _gate(self) -> float:
+        return self.gate if self.config.advantage.process_gate == "auc" else 1.0
+
+    def _seed(self, purpose: str) -> int:
+        return derive_seed(self.config.run.seed, purpose, self.num_steps_done)
+
+    def _sampling(self, seed: int) -> SamplingParams:
+        section = self.config.rollout
+        return SamplingParams(
+            num_responses=section.num_responses,
+            temperature=section.temperature,
+            top_p=section.top_p,
+            max_response_tokens=section.max_response_tokens,
+            seed=seed,
+            stop_token_ids=tuple(section.stop_token_ids),
+        )
+
+    def _options(self) -> AdvantageOptions:
+        section = self.config.advantage
+        return AdvantageOptions(
+            estimator=section.estimator,
+            process_baseline=section.process_baseline,
+            outcome_coef=section.outcome_coef,
+            process_coef=section.process_coef,
+            outcome_gamma=section.outcome_gamma,
+            process_gamma=section.process_gamma,
+            process_scale=section.process_scale,
+            whiten=section.whiten,
+            process_gate=self._gate(),
+        )
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _refill_size(batch: int, missing: int, counts: FilterCounts) -> int:
+    """Prompts to sample so that about ``missing`` groups survive the filter, one batch at the most."""
+    if counts.num_seen == 0:
+        return batch
+    acceptance = max(counts.num_kept / counts.num_seen, missing / batch, 0.05)
+    return min(batch, math.ceil(missing / acceptance))
+
+
+def _rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    responses = [r for group in groups for r in group.responses]
+    if not responses:
+        return {}
+    rewards = [x for group in groups for x in group.rewards]
+    return {
+        "rollout/accuracy": sum(rewards) / len(rewards),
+        "rollout/response_tokens": sum(len(r.token_ids) for r in responses) / len(responses),
+        "rollout/truncated": sum(r.finish_reason == "length" for r in responses) / len(responses),
+    }

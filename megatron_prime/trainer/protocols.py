@@ -1,0 +1,97 @@
+"""What the trainer needs of the parts it is given; it knows no concrete class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from megatron_prime.batch import (
+    Prompt,
+    Response,
+    RolloutBatch,
+    SamplingParams,
+    ScoredBatch,
+    SftExample,
+    StepSpan,
+    Verdict,
+)
+
+
+class Policy(Protocol):
+    """The model that learns to answer."""
+
+    def score(self, batch: RolloutBatch, *, temperature: float) -> torch.Tensor: ...
+
+    def update(
+        self, batch: ScoredBatch, advantages: torch.Tensor, *, temperature: float, seed: int
+    ) -> dict[str, float]: ...
+
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+
+class Reference(Protocol):
+    """The frozen model."""
+
+    def score(self, batch: RolloutBatch) -> torch.Tensor: ...
+
+
+class RewardModel(Protocol):
+    """The implicit process reward model. Scoring never trains."""
+
+    def score(self, batch: RolloutBatch) -> torch.Tensor: ...
+
+    def update(self, batches: Sequence[ScoredBatch], *, seed: int) -> dict[str, float]: ...
+
+
+class Imitator(Protocol):
+    """The model of a supervised run."""
+
+    def update(self, examples: Sequence[SftExample]) -> dict[str, float]: ...
+
+
+class Engine(Protocol):
+    """The rollout engine; every rank calls it with the same arguments."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Response]]: ...
+
+    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> str: ...
+
+
+class Verifier(Protocol):
+    """Outcome labels for this process's share of the answers."""
+
+    def verify(self, items: Sequence[tuple[Prompt, Response]]) -> list[Verdict]: ...
+
+
+class Prompts(Protocol):
+    """The prompts of a run, addressed by position."""
+
+    def take(self, position: int, count: int) -> list[Prompt]: ...
+
+    def evaluation(self, count: int) -> list[Prompt]: ...
+
+    def step_spans(self, prompt: Prompt, response: Response) -> tuple[StepSpan, ...] | None: ...
+
+
+class Examples(Protocol):
+    """The examples of a supervised run, addressed by position."""
+
+    def take(self, position: int, count: int) -> list[SftExample]: ...
+
+
+class Checkpoints(Protocol):
+    """Saves and restores models, optimizers and the trainer's own state together."""
+
+    def save(self, step: int, trainer_state: Mapping[str, Any]) -> None: ...
+
+    def restore(self) -> Mapping[str, Any] | None: ...
+
+
+class Logger(Protocol):
+    """Metrics of one step, and what is going on right now."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def progress(self, stage: str) -> None: ...

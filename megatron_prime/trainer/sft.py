@@ -1,0 +1,53 @@
+"""Supervised fine-tuning: makes the model that PRIME starts from."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from megatron_prime.config.schema import SftConfig
+from megatron_prime.trainer.protocols import Checkpoints, Examples, Imitator, Logger
+from megatron_prime.trainer.stages import Stages
+
+logger = logging.getLogger(__name__)
+
+
+class SftTrainer:
+    """Trains one supervised run.
+
+    Args:
+        config: the checked configuration.
+        model: the model to train.
+        examples: prompts with answers.
+        checkpoints: where the state goes.
+        metrics: where the metrics go.
+    """
+
+    def __init__(
+        self, config: SftConfig, model: Imitator, examples: Examples, checkpoints: Checkpoints, metrics: Logger
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.examples = examples
+        self.checkpoints = checkpoints
+        self.metrics = metrics
+
+    def train(self) -> dict[str, Any]:
+        """Runs to the last step and returns the summary of the run."""
+        config, start = self.config, time.perf_counter()
+        state = self.checkpoints.restore()
+        done: int = state["num_steps_done"] if state is not None else 0
+        stages = Stages(self.metrics.progress)
+        loss = float("nan")
+        while done < config.run.num_steps:
+            with stages("update"):
+                batch = self.examples.take(done * config.sft.batch_size, config.sft.batch_size)
+                updated = self.model.update(batch)
+            done += 1
+            loss = updated["loss"]
+            self.metrics.log(done, {f"sft/{name}": value for name, value in updated.items()} | stages.drain())
+            last = done == config.run.num_steps
+            if last or (config.checkpoint.every_steps > 0 and done % config.checkpoint.every_steps == 0):
+                self.checkpoints.save(done, {"num_steps_done": done})
+        return {"num_steps": done, "final_loss": loss, "wall_seconds": time.perf_counter() - start}
