@@ -1,7 +1,6 @@
 """PRIME's mathematics: pure functions of whole-batch tensors, without models, ranks or configuration."""
 
 from megatron_prime.algorithm.advantage import (
-    AdvantageMetrics,
     AdvantageOptions,
     AdvantageResult,
     compute_advantages,
@@ -25,7 +24,6 @@ from megatron_prime.algorithm.prm_loss import (
 )
 
 __all__ = [
-    "AdvantageMetrics",
     "AdvantageOptions",
     "AdvantageResult",
     "FilterCounts",

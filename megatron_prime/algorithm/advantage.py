@@ -10,6 +10,7 @@ give advantages that *are* zero, and whitening finds no rounding noise to blow u
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,20 +43,6 @@ class AdvantageOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AdvantageMetrics:
-    """What each source brings to the advantage."""
-
-    outcome_std: float
-    """Of the outcome returns over response tokens, before coefficients."""
-    process_std: float
-    outcome_share: float
-    """Share of the weighted outcome returns in the summed magnitude of both sources, in [0, 1]; 0 if both are 0."""
-    process_share: float
-    process_scale: float
-    """What process rewards were divided by (1: not scaled). At or below `MIN_PROCESS_SCALE` they were dropped."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class AdvantageResult:
     """Advantages with the returns that they are made of, each [B, R] and 0 on padding."""
 
@@ -64,7 +51,11 @@ class AdvantageResult:
     """Before coefficients."""
     process_returns: torch.Tensor
     """Before coefficients and gate."""
-    metrics: AdvantageMetrics
+    metrics: Mapping[str, float]
+    """`outcome_std`, `process_std`: of the returns over response tokens. `outcome_share`, `process_share`: of each
+    source in the summed magnitude of both, after coefficients and gate, adding up to 1 (0 where nothing has a
+    magnitude). `process_scale`: what process rewards were divided by (1: not scaled); at or below
+    `MIN_PROCESS_SCALE` they were dropped."""
 
 
 def _from_group_minimum(
@@ -240,6 +231,16 @@ def _subtract_baseline(
     raise ValueError(f"estimator: {options.estimator!r} is none of 'rloo', 'grpo', 'reinforce'")
 
 
+def _outcome_returns(
+    outcomes: torch.Tensor, mask: torch.Tensor, group_index: torch.Tensor, options: AdvantageOptions
+) -> torch.Tensor:
+    """Baselined outcomes, put on the last token of each response and discounted backwards from there, [B, R]."""
+    everywhere = torch.ones_like(outcomes, dtype=torch.bool)[:, None]
+    values = _subtract_baseline(outcomes[:, None], everywhere, group_index, options)
+    is_last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(dim=1, keepdim=True) - 1
+    return discounted_returns(torch.where(is_last, values, 0.0), mask, options.outcome_gamma)
+
+
 def compute_advantages(
     outcomes: torch.Tensor,
     process_rewards: torch.Tensor | None,
@@ -249,8 +250,7 @@ def compute_advantages(
 ) -> AdvantageResult:
     """Turns the batch's outcomes and process rewards into advantages.
 
-    Source: arXiv 2502.01456, Eq. 5 (rloo), 7 (grpo), 8 (reinforce), with a coefficient per source. The outcome
-    stands on the last token of its response and is discounted backwards from there.
+    Source: arXiv 2502.01456, Eq. 5 (rloo), 7 (grpo), 8 (reinforce), with a coefficient per source.
 
     Args:
         outcomes: [B], in [0, 1].
@@ -270,12 +270,7 @@ def compute_advantages(
     if process_rewards is not None and process_rewards.shape != mask.shape:
         raise ValueError(f"process_rewards {process_rewards.shape} and mask {mask.shape} differ in shape")
 
-    single_token = torch.ones_like(outcomes, dtype=torch.bool)[:, None]
-    outcome_values = _subtract_baseline(outcomes[:, None], single_token, group_index, options)
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    last_token = positions == mask.sum(dim=1, keepdim=True) - 1
-    outcome_returns = discounted_returns(torch.where(last_token, outcome_values, 0.0), mask, options.outcome_gamma)
-
+    outcome_returns = _outcome_returns(outcomes, mask, group_index, options)
     process_returns, scale = torch.zeros_like(outcome_returns), 1.0
     if process_rewards is not None:
         scaled, scale = scale_process(process_rewards, mask, mode=options.process_scale, gamma=options.process_gamma)
@@ -285,18 +280,17 @@ def compute_advantages(
     outcome_part = options.outcome_coef * outcome_returns
     process_part = options.process_coef * options.process_gate * process_returns
     total = outcome_part + process_part
-    outcome_size = float(outcome_part.abs().sum(dtype=torch.float64))
-    process_size = float(process_part.abs().sum(dtype=torch.float64))
+    outcome_size, process_size = (float(part.abs().sum(dtype=torch.float64)) for part in (outcome_part, process_part))
     size = outcome_size + process_size or 1.0
     return AdvantageResult(
         advantages=whiten(total, mask) if options.whiten else total,
         outcome_returns=outcome_returns,
         process_returns=process_returns,
-        metrics=AdvantageMetrics(
-            outcome_std=_mean_and_std(outcome_returns, mask)[1],
-            process_std=_mean_and_std(process_returns, mask)[1],
-            outcome_share=outcome_size / size,
-            process_share=process_size / size,
-            process_scale=scale,
-        ),
+        metrics={
+            "outcome_std": _mean_and_std(outcome_returns, mask)[1],
+            "process_std": _mean_and_std(process_returns, mask)[1],
+            "outcome_share": outcome_size / size,
+            "process_share": process_size / size,
+            "process_scale": scale,
+        },
     )

@@ -7,7 +7,7 @@ however it is cut.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -29,7 +29,7 @@ class PolicyLossOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyLossMetrics:
-    """Detached scalars; all but `ratio_max` are weighted sums, and `+` joins the metrics of two parts of a batch."""
+    """Detached scalars of one part of a mini-batch; all but `max_ratio` add up over the parts."""
 
     clip_fraction: torch.Tensor
     """Weight of the tokens whose gradient the clip has cut."""
@@ -37,16 +37,12 @@ class PolicyLossMetrics:
     """k3 estimate of KL(old policy, policy), in nats per token."""
     reference_kl: torch.Tensor
     """k3 estimate of KL(policy, reference), in nats per token; 0 without a reference."""
-    ratio_max: torch.Tensor
+    max_ratio: torch.Tensor
     """Largest ratio of the policy to the old policy; 0 without tokens."""
 
-    def __add__(self, other: PolicyLossMetrics) -> PolicyLossMetrics:
-        return PolicyLossMetrics(
-            clip_fraction=self.clip_fraction + other.clip_fraction,
-            approx_kl=self.approx_kl + other.approx_kl,
-            reference_kl=self.reference_kl + other.reference_kl,
-            ratio_max=torch.maximum(self.ratio_max, other.ratio_max),
-        )
+    def as_dict(self) -> dict[str, torch.Tensor]:
+        """The scalars by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def loss_weights(mask: torch.Tensor, normalization: Literal["token", "sequence"]) -> torch.Tensor:
@@ -76,6 +72,18 @@ def _k3(log_ratio: torch.Tensor) -> torch.Tensor:
 
 def _log_ratio(numerator: torch.Tensor, denominator: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     return torch.where(valid, numerator - denominator, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def _clipped_losses(
+    ratio: torch.Tensor, advantages: torch.Tensor, options: PolicyLossOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of each token and whether the clip has cut its gradient."""
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - options.clip_ratio_low, 1.0 + options.clip_ratio_high)
+    losses = torch.maximum(unclipped, clipped)
+    if options.dual_clip is not None:
+        losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * options.dual_clip), losses)
+    return losses, losses != unclipped
 
 
 def ppo_clip_loss(
@@ -110,15 +118,9 @@ def ppo_clip_loss(
     if options.kl_coef != 0.0 and reference_logprobs is None:
         raise ValueError(f"kl_coef is {options.kl_coef} and reference_logprobs is None: a KL needs a reference")
     valid = weights > 0
-    advantages = torch.where(valid, advantages, 0.0)
     log_ratio = _log_ratio(logprobs, old_logprobs, valid)
     ratio = log_ratio.exp()
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - options.clip_ratio_low, 1.0 + options.clip_ratio_high)
-    losses = torch.maximum(unclipped, clipped)
-    if options.dual_clip is not None:
-        losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * options.dual_clip), losses)
-    is_cut = losses != unclipped
+    losses, is_cut = _clipped_losses(ratio, torch.where(valid, advantages, 0.0), options)
     loss = (weights * losses).sum()
 
     reference_kl = loss.new_zeros(())
@@ -132,6 +134,6 @@ def ppo_clip_loss(
             clip_fraction=(weights * is_cut).sum(),
             approx_kl=(weights * _k3(log_ratio)).sum(),
             reference_kl=reference_kl.detach(),
-            ratio_max=torch.where(valid, ratio, 0.0).max() if ratio.numel() else loss.new_zeros(()),
+            max_ratio=torch.where(valid, ratio, 0.0).max() if ratio.numel() else loss.new_zeros(()),
         )
     return loss, metrics

@@ -159,7 +159,7 @@ def policy_loss(
 ) -> dict[str, float]:
     num_tokens = sum(len(row) for row in logprobs)
     num_rows = sum(1 for row in logprobs if row)
-    result = {"loss": 0.0, "clip_fraction": 0.0, "approx_kl": 0.0, "reference_kl": 0.0, "ratio_max": 0.0}
+    result = {"loss": 0.0, "clip_fraction": 0.0, "approx_kl": 0.0, "reference_kl": 0.0, "max_ratio": 0.0}
     for row in range(len(logprobs)):
         for t in range(len(logprobs[row])):
             weight = 1 / num_tokens if normalization == "token" else 1 / (num_rows * len(logprobs[row]))
@@ -174,7 +174,7 @@ def policy_loss(
             result["clip_fraction"] += weight * (loss != -advantage * ratio)
             result["approx_kl"] += weight * (ratio - 1 - math.log(ratio))
             result["reference_kl"] += weight * kl
-            result["ratio_max"] = max(result["ratio_max"], ratio)
+            result["max_ratio"] = max(result["max_ratio"], ratio)
     return result
 
 

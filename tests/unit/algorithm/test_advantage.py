@@ -149,7 +149,7 @@ def test_noise_of_a_prm_that_equals_its_reference_is_dropped(mode):
     result = compute_advantages(
         torch.tensor([1.0, 0.0]), noise, mask, torch.tensor([0, 0]), options(process_scale=mode)
     )
-    assert result.metrics.process_share == 0.0
+    assert result.metrics["process_share"] == 0.0
 
 
 def test_whiten_by_hand():
@@ -182,7 +182,7 @@ def test_outcome_stands_on_the_last_token_and_is_discounted_from_there():
     assert result.advantages.tolist() == [[1.0, 2.0, 4.0], [-4.0, 0.0, 0.0]]
     assert result.outcome_returns.tolist() == [[0.25, 0.5, 1.0], [-1.0, 0.0, 0.0]]
     assert result.process_returns.eq(0).all()
-    assert (result.metrics.outcome_share, result.metrics.process_share) == (1.0, 0.0)
+    assert (result.metrics["outcome_share"], result.metrics["process_share"]) == (1.0, 0.0)
 
 
 def test_coefficients_and_gate_take_effect_and_are_reported():
@@ -191,10 +191,10 @@ def test_coefficients_and_gate_take_effect_and_are_reported():
     chosen = options(outcome_coef=2.0, process_coef=3.0, process_gate=0.5)
     result = compute_advantages(outcomes, process, mask, group_index, chosen)
     assert result.advantages.tolist() == [[2.0 * 1.0 + 1.5 * -2.0], [2.0 * -1.0 + 1.5 * 2.0]]
-    assert result.metrics.outcome_share == pytest.approx(2 / 5)
-    assert result.metrics.process_share == pytest.approx(3 / 5)
-    assert result.metrics.outcome_std == pytest.approx(2**0.5)
-    assert result.metrics.process_std == pytest.approx(2 * 2**0.5)
+    assert result.metrics["outcome_share"] == pytest.approx(2 / 5)
+    assert result.metrics["process_share"] == pytest.approx(3 / 5)
+    assert result.metrics["outcome_std"] == pytest.approx(2**0.5)
+    assert result.metrics["process_std"] == pytest.approx(2 * 2**0.5)
 
 
 def test_unknown_options_and_shapes_are_refused():

@@ -16,7 +16,6 @@ from megatron_prime.algorithm import PolicyLossMetrics, PolicyLossOptions, loss_
 OPTIONS = PolicyLossOptions(
     clip_ratio_low=0.2, clip_ratio_high=0.2, dual_clip=None, loss_normalization="token", kl_coef=0.0
 )
-METRICS = [field.name for field in dataclasses.fields(PolicyLossMetrics)]
 
 
 def one_token(ratio: float, advantage: float, **changes) -> tuple[float, float, float]:
@@ -102,7 +101,7 @@ def test_runaway_ratio_and_empty_part_stay_finite():
     empty = torch.zeros(0, requires_grad=True)
     loss, metrics = ppo_clip_loss(empty, empty, empty, empty, OPTIONS, reference_logprobs=empty)
     loss.backward()
-    assert loss.item() == 0.0 and [float(getattr(metrics, name)) for name in METRICS] == [0.0] * 4
+    assert loss.item() == 0.0 and [value.item() for value in metrics.as_dict().values()] == [0.0] * 4
 
 
 @pytest.mark.parametrize("normalization", ["token", "sequence"])
@@ -119,7 +118,7 @@ def test_matches_the_slow_reference(normalization, dual):
         rows = [slow.to_rows(t, mask) for t in tensors]
         expected = slow.policy_loss(*rows, low=0.1, high=0.25, dual=dual, normalization=normalization, kl_coef=0.2)
         assert loss.item() == pytest.approx(expected.pop("loss"), rel=1e-6)
-        assert {name: float(getattr(metrics, name)) for name in METRICS} == pytest.approx(expected, rel=1e-6)
+        assert {name: value.item() for name, value in metrics.as_dict().items()} == pytest.approx(expected, rel=1e-6)
 
 
 @settings(max_examples=30, deadline=None)
@@ -149,10 +148,9 @@ def test_parts_of_a_mini_batch_add_up(seed, assignment, normalization, packed):
     results = [run(cut, rows) for rows in parts]
     total = torch.stack([loss for loss, _ in results]).sum()
     total.backward()
-    metrics = results[0][1]
-    for _, more in results[1:]:
-        metrics = metrics + more
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(cut.grad, whole.grad, rtol=1e-12, atol=1e-12)
-    for name in METRICS:
-        torch.testing.assert_close(getattr(metrics, name), getattr(expected_metrics, name), rtol=1e-12, atol=1e-12)
+    for name, value in expected_metrics.as_dict().items():
+        values_of_parts = torch.stack([metrics.as_dict()[name] for _, metrics in results])
+        joined = values_of_parts.max() if name == "max_ratio" else values_of_parts.sum()
+        torch.testing.assert_close(joined, value, rtol=1e-12, atol=1e-12)
