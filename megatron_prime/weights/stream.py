@@ -146,6 +146,7 @@ def _find_owners(
         _all_gather_object(mine, groups.tp_group, groups.tp_size), groups.pp_group, groups.pp_size
     )
     by_name = {spec.megatron_name: spec for spec in specs}
+    fewest_vocab_rows = -(-architecture.vocab_size // groups.tp_size)
     owners: dict[str, _Owner] = {}
     problems = []
     for stage, ranks in enumerate(stages):
@@ -156,8 +157,10 @@ def _find_owners(
         for name, (shape, dtype) in ranks[0].items():
             num_rows = shape[0] if shape else 0
             owners.setdefault(name, _Owner(stage, num_rows, dtype))
+            # How far the vocabulary is padded is the trainer's choice, so any sufficient number of rows is right.
+            padded = max(num_rows, fewest_vocab_rows) * groups.tp_size
             problems += _problems_of(
-                name, shape, by_name, architecture, tp_size=groups.tp_size, padded_vocab_size=num_rows * groups.tp_size
+                name, shape, by_name, architecture, tp_size=groups.tp_size, padded_vocab_size=padded
             )
     problems += [f"{name}: no rank has it" for name in by_name if name not in owners]
     if problems:

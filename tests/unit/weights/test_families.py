@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from megatron_prime.weights.architecture import read_architecture
+from megatron_prime.weights.families import Layout, transformer_engine_name, weight_specs
+
+
+def test_table_names_exactly_what_transformers_saves(model_folder: Path) -> None:
+    specs = weight_specs(read_architecture(model_folder))
+    ours = {name: shape for spec in specs for name, shape in zip(spec.hf_names, spec.hf_shapes, strict=True)}
+    with safe_open(model_folder / "model.safetensors", framework="pt") as file:
+        theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    assert ours == theirs
+    assert len({spec.megatron_name for spec in specs}) == len(specs)
+
+
+def test_order_stages_and_layers(model_folders: dict[str, Path]) -> None:
+    specs = weight_specs(read_architecture(model_folders["qwen2-untied"]))
+    assert [(spec.megatron_name, spec.layout, spec.stage, spec.layer) for spec in specs] == [
+        ("embedding.word_embeddings.weight", Layout.VOCAB, "embedding", None),
+        *(
+            (f"decoder.layers.{layer}.{name}", layout, "layer", layer)
+            for layer in range(2)
+            for name, layout in [
+                ("input_layernorm.weight", Layout.REPLICATED),
+                ("self_attention.linear_qkv.weight", Layout.QKV),
+                ("self_attention.linear_qkv.bias", Layout.QKV_BIAS),
+                ("self_attention.linear_proj.weight", Layout.ROW),
+                ("pre_mlp_layernorm.weight", Layout.REPLICATED),
+                ("mlp.linear_fc1.weight", Layout.GATE_UP),
+                ("mlp.linear_fc2.weight", Layout.ROW),
+            ]
+        ),
+        ("decoder.final_layernorm.weight", Layout.REPLICATED, "head", None),
+        ("output_layer.weight", Layout.VOCAB, "head", None),
+    ]
+
+
+def test_qwen3_has_norms_of_query_and_key(model_folders: dict[str, Path]) -> None:
+    specs = {spec.megatron_name: spec for spec in weight_specs(read_architecture(model_folders["qwen3-tied"]))}
+    assert specs["decoder.layers.1.self_attention.q_layernorm.weight"].hf_names == (
+        "model.layers.1.self_attn.q_norm.weight",
+    )
+    assert specs["decoder.layers.1.self_attention.k_layernorm.weight"].hf_shapes == ((16,),)
+    assert "decoder.layers.1.self_attention.linear_qkv.bias" not in specs
+    assert "output_layer.weight" not in specs
+
+
+@pytest.mark.parametrize(
+    ("local", "fused"),
+    [
+        ("decoder.layers.12.input_layernorm.weight", "decoder.layers.12.self_attention.linear_qkv.layer_norm_weight"),
+        ("decoder.layers.0.pre_mlp_layernorm.weight", "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"),
+        ("decoder.layers.0.self_attention.q_layernorm.weight", "decoder.layers.0.self_attention.q_layernorm.weight"),
+        ("decoder.layers.0.mlp.linear_fc1.weight", "decoder.layers.0.mlp.linear_fc1.weight"),
+        ("decoder.final_layernorm.weight", "decoder.final_layernorm.weight"),
+        ("output_layer.weight", "output_layer.weight"),
+    ],
+)
+def test_transformer_engine_name(local: str, fused: str) -> None:
+    assert transformer_engine_name(local) == fused
