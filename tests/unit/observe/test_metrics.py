@@ -1,0 +1,97 @@
+"""Rows, events and console lines of a run."""
+
+import io
+import json
+import math
+import re
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_prime.observe import MetricsLogger, RunFolder, read_metrics
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = RunFolder(tmp_path, "run")
+    folder.path.mkdir()
+    return folder
+
+
+def plain_console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def output(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_rows_are_flushed_step_by_step_and_never_hold_nan(folder):
+    logger = MetricsLogger(folder, 3, True, console=plain_console())
+    logger.log(1, {"policy/loss": 0.25, "prm/loss": math.nan, "policy/kl": -math.inf})
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in folder.metrics_path.read_text().splitlines()]
+    assert rows == [{"step": 1, "policy/loss": 0.25, "prm/loss": None, "policy/kl": None}]
+    logger.close()
+    logger.close()
+    logger.log(2, {"policy/loss": 1.0})
+    assert len(folder.metrics_path.read_text().splitlines()) == 1
+
+
+def test_disabled_logger_writes_and_prints_nothing(folder):
+    console = plain_console()
+    logger = MetricsLogger(folder, 3, False, console=console)
+    logger.progress("rollout")
+    logger.log(1, {"policy/loss": 0.25})
+    logger.close()
+    assert list(folder.path.iterdir()) == []
+    assert output(console) == ""
+
+
+def test_one_plain_line_per_step_with_the_chosen_numbers(folder):
+    console = plain_console()
+    logger = MetricsLogger(folder, 12, True, console=console, line={"rollout/accuracy": "right", "prm/loss": "PRM"})
+    logger.progress("rollout")
+    logger.log(1, {"prm/loss": 0.69314, "rollout/accuracy": 0.5, "policy/loss": 1.0})
+    logger.log(2, {"rollout/accuracy": 0.7512})
+    logger.close()
+    first, second = output(console).splitlines()
+    assert first == "step  1/12  right 50.0%  PRM 0.693"
+    assert re.fullmatch(r"step  2/12  right 75\.1%  \S+ s/step, \d+:\d\d left", second)
+
+
+def test_evaluation_of_the_same_step_does_not_count_as_a_step(folder):
+    console = plain_console()
+    logger = MetricsLogger(folder, 5, True, console=console)
+    logger.log(1, {"rollout/accuracy": 0.5})
+    logger.log(1, {"evaluation/accuracy": 0.6})
+    logger.close()
+    assert "s/step" not in output(console)
+    assert read_metrics(folder.metrics_path) == {"rollout/accuracy": ([1], [0.5]), "evaluation/accuracy": ([1], [0.6])}
+
+
+def test_terminal_shows_bar_stage_and_lines(folder):
+    console = Console(file=io.StringIO(), width=160, force_terminal=True, color_system=None)
+    logger = MetricsLogger(folder, 4, True, console=console)
+    logger.log(1, {"rollout/accuracy": 0.5})
+    logger.log(2, {"rollout/accuracy": 0.75})
+    logger.progress("policy update")
+    logger.close()
+    shown = output(console)
+    assert "step 2/4  accuracy 75.0%" in shown
+    assert "2/4" in shown and "policy update" in shown and "left" in shown
+
+
+def test_tensorboard_holds_the_scalars_and_a_resumed_run_replaces_later_ones(folder):
+    first = MetricsLogger(folder, 4, True, console=plain_console())
+    for step in (1, 2, 3):
+        first.log(step, {"policy/loss": float(step), "prm/loss": math.nan})
+    first.close()
+    resumed = MetricsLogger(folder, 4, True, console=plain_console())
+    resumed.log(2, {"policy/loss": 20.0})
+    resumed.close()
+    events = EventAccumulator(str(folder.tensorboard))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["policy/loss"]
+    assert [(event.step, event.value) for event in events.Scalars("policy/loss")] == [(1, 1.0), (2, 20.0)]

@@ -1,0 +1,80 @@
+"""The run folder: what is made, what a fresh start removes, what a resumed run forgets."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_prime.config import load_config
+from megatron_prime.errors import ConfigError
+from megatron_prime.observe import RunFolder
+from megatron_prime.observe.run_folder import commit, versions
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def config():
+    return load_config(ROOT / "configs" / "arithmetic.yaml")
+
+
+def test_prepare_makes_folders_and_writes_a_config_that_loads_back(tmp_path, config):
+    folder = RunFolder(tmp_path / "runs", "a/b")
+    folder.prepare(config, "never")
+    assert folder.path == tmp_path / "runs" / "a" / "b"
+    assert all(path.is_dir() for path in (folder.checkpoints, folder.tensorboard, folder.plots))
+    assert load_config(folder.config_path) == config
+    folder.prepare(config, "never")
+
+
+def test_never_refuses_a_folder_with_a_checkpoint_and_auto_keeps_it(tmp_path, config):
+    folder = RunFolder(tmp_path, "a")
+    folder.prepare(config, "auto")
+    folder.metrics_path.write_text('{"step": 1}\n')
+    (folder.checkpoints / "step_10").mkdir()
+    folder.prepare(config, "auto")
+    assert folder.metrics_path.exists()
+    with pytest.raises(ConfigError, match=r"^run\.resume: never, but .*checkpoints"):
+        folder.prepare(config, "never")
+
+
+def test_starting_over_forgets_what_the_earlier_try_measured(tmp_path, config):
+    folder = RunFolder(tmp_path, "a")
+    folder.prepare(config, "auto")
+    stale = [folder.metrics_path, folder.summary_path, folder.tensorboard / "events.out.1"]
+    for path in stale:
+        path.write_text("old")
+    folder.prepare(config, "auto")
+    assert not any(path.exists() for path in stale)
+
+
+def test_truncate_keeps_steps_up_to_the_checkpoint_and_drops_half_rows(tmp_path, config):
+    folder = RunFolder(tmp_path, "a")
+    folder.truncate_metrics(3)
+    folder.prepare(config, "auto")
+    rows = [json.dumps({"step": step, "rollout/accuracy": step / 10}) + "\n" for step in range(6)]
+    folder.metrics_path.write_text("".join(rows) + '{"step": 2, "rollout/acc')
+    folder.truncate_metrics(3)
+    assert folder.metrics_path.read_text() == "".join(rows[:4])
+    folder.truncate_metrics(-1)
+    assert folder.metrics_path.read_text() == ""
+    assert sorted(path.name for path in folder.path.iterdir() if path.is_file()) == ["config.yaml", "metrics.jsonl"]
+
+
+def test_versions_name_the_interpreter_the_packages_and_the_commit(tmp_path, config):
+    folder = RunFolder(tmp_path, "a")
+    folder.prepare(config, "auto")
+    folder.write_versions()
+    written = json.loads(folder.versions_path.read_text())
+    assert written == versions()
+    assert written["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert written["torch"].startswith("2.")
+    assert written["megatron-core"] == "0.16.1"
+
+
+def test_commit_is_the_one_git_names():
+    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    expected = result.stdout.strip() if result.returncode == 0 else None
+    assert (commit() or "").removesuffix("-dirty") == (expected or "")
