@@ -1,0 +1,67 @@
+"""What the trainer knows of a data source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from megatron_prime.batch import Prompt, Response, SftExample, StepSpan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DropCounts:
+    """Rows that a source leaves out."""
+
+    num_rows: int
+    """Rows read, with those left out."""
+    by_reason: Mapping[str, int] = field(default_factory=dict)
+    """Rows left out: `too_long` (prompt), `response_too_long`, `no_answer` (nothing to check an answer
+    against), `in_evaluation` (the same prompt is in the evaluation set)."""
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows left out for any reason."""
+        return sum(self.by_reason.values())
+
+
+class PromptSource(Protocol):
+    """Prompts in a seeded order, addressed by their position since the start of training."""
+
+    @property
+    def dropped(self) -> DropCounts:
+        """What was left out of the training prompts."""
+        ...
+
+    def __len__(self) -> int:
+        """Prompts of an epoch."""
+        ...
+
+    def take(self, position: int, count: int) -> list[Prompt]:
+        """Prompts `position` .. `position + count - 1` since the start of training; each epoch has its own order."""
+        ...
+
+    def evaluation(self, count: int) -> list[Prompt]:
+        """The first `count` held-out prompts, the same in every run; fewer where there are fewer."""
+        ...
+
+    def step_spans(self, prompt: Prompt, response: Response) -> tuple[StepSpan, ...] | None:
+        """The steps of a response and which are right; None where the source cannot know."""
+        ...
+
+
+class SftSource(Protocol):
+    """Supervised examples, addressed in the same way."""
+
+    @property
+    def dropped(self) -> DropCounts:
+        """What was left out."""
+        ...
+
+    def __len__(self) -> int:
+        """Examples of an epoch."""
+        ...
+
+    def take(self, position: int, count: int) -> list[SftExample]:
+        """Examples `position` .. `position + count - 1` since the start of training."""
+        ...
