@@ -1,0 +1,196 @@
+"""One spelling for many: cleans the text of an answer and reads exact numbers from it.
+
+Everything here is string work with bounded cost; nothing is ever evaluated.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from fractions import Fraction
+
+MAX_EXPONENT = 1000
+"""Powers of ten beyond this are not expanded: the number is left to the symbolic grader."""
+
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₋₊", "0123456789-+")
+_SYMBOLS = str.maketrans(
+    {
+        "−": "-",
+        "–": "-",
+        "×": r"\times ",
+        "·": r"\cdot ",
+        "⋅": r"\cdot ",
+        "÷": "/",
+        "°": r"^\circ ",
+        "∞": r"\infty ",
+        "π": r"\pi ",
+        "≤": r"\le ",
+        "≥": r"\ge ",
+        "≠": r"\ne ",
+        "±": r"\pm ",
+        "∪": r"\cup ",
+        "∩": r"\cap ",
+        "∈": r"\in ",
+        "∅": r"\emptyset ",
+    }
+)
+
+_SYNONYMS = {
+    r"\dfrac": r"\frac",
+    r"\tfrac": r"\frac",
+    r"\cfrac": r"\frac",
+    r"\leq": r"\le",
+    r"\geq": r"\ge",
+    r"\neq": r"\ne",
+    r"\varnothing": r"\emptyset",
+    r"\lbrace": r"\{",
+    r"\rbrace": r"\}",
+    r"\degree": r"^\circ",
+    r"\quad": " ",
+    r"\qquad": " ",
+    r"\left": "",
+    r"\right": "",
+    r"\displaystyle": "",
+}
+_COMMAND = re.compile(r"\\(?:[a-zA-Z]+|.)")
+_SPACING = frozenset({r"\,", r"\;", r"\:", r"\!", r"\>", r"\ ", r"\$", r"\(", r"\)", r"\[", r"\]"})
+_CONJUNCTION = re.compile(r",?\s*\\(?:text|mathrm|textrm|mbox)\{\s*(?:and|or)\s*\}|(?<=\d) +(?:and|or) +(?=[-\d])")
+_STYLE = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox)\s*\{([^{}]*)\}")
+_DIGIT_GAP = re.compile(r"(?<=\d)(?:\\[,!]|\{,\})(?=\d{3}(?!\d))")
+
+_DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
+_GROUPED = re.compile(r"\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?")
+_SCIENTIFIC = re.compile(rf"({_DECIMAL})(?:[eE]|(?:\\times|\\cdot)10\^)\{{?([+-]?\d{{1,5}})\}}?")
+_RATIO = re.compile(rf"([+-]?{_DECIMAL})/([+-]?{_DECIMAL})|\\frac\{{([+-]?{_DECIMAL})\}}\{{([+-]?{_DECIMAL})\}}")
+_MIXED = re.compile(r"(\d+)(?: (\d+)/(\d+)|\\frac\{(\d+)\}\{(\d+)\})")
+_UNIT = re.compile(r"(.*[\d}.])\s*\\(?:text|textrm|textbf|mathrm|mbox)\s*\{\s*([^{}]*?)\s*\}(?:\^\{?\d\}?)?", re.DOTALL)
+_TRAILING = re.compile(r"(?:(?<!\.)[.,;]|\\| )+$")
+_COUNTED = re.compile(r"([+-]?[\d.,]+) +([a-zA-Z][a-zA-Z ]*)")
+
+
+def clean_unicode(text: str) -> str:
+    """Replaces look-alikes by their LaTeX or ASCII spelling and removes invisible characters.
+
+    Args:
+        text: any text.
+
+    Returns:
+        The text without control, zero-width and direction marks; super- and subscripts become `^{..}` and
+        `_{..}`, vulgar fractions `\\frac{..}{..}`, full-width digits plain digits.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    text = re.sub(r"√\s*(\d+|[a-zA-Z]|\([^()]*\))", r"\\sqrt{\1}", text)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda m: "^{" + m.group().translate(_SUPERSCRIPTS) + "}", text)
+    text = re.sub("[₀₁₂₃₄₅₆₇₈₉₋₊]+", lambda m: "_{" + m.group().translate(_SUBSCRIPTS) + "}", text)
+    text = re.sub("[¼-¾⅐-⅞]", _vulgar_fraction, text.translate(_SYMBOLS))
+    text = unicodedata.normalize("NFKC", text)
+    text = re.sub(r"\s", " ", text)
+    return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+
+
+def _vulgar_fraction(match: re.Match[str]) -> str:
+    top, _, bottom = unicodedata.normalize("NFKC", match.group()).partition("⁄")
+    return rf"\frac{{{top}}}{{{bottom}}}"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer in its normal spelling."""
+
+    text: str
+    """Without spacing commands, styles and units; equal texts mean equal answers."""
+    value: Fraction | None
+    """The exact number, where the text is one."""
+    unit: str
+    """What follows the number, lower case: `cm`, `%`, a degree sign; empty where there is none."""
+    is_word: bool
+    """Set as words (`\\text{even}`), not as a product of variables."""
+
+
+def normalize(latex: str) -> Answer:
+    """Brings an answer (the content of a box, or a ground truth) to its normal spelling.
+
+    Args:
+        latex: LaTeX or plain text; cleaned by `clean_unicode`.
+
+    Returns:
+        Text, exact value, unit.
+    """
+    text = _DIGIT_GAP.sub("", latex)
+    text = _COMMAND.sub(_replace_command, text).replace("$", "").replace("~", " ").strip()
+    text = _CONJUNCTION.sub(",", text)
+    is_word = bool(_STYLE.fullmatch(text)) and not any(c.isdigit() for c in text)
+    text, unit = _split_unit(text)
+    text = _STYLE.sub(r"\1", text)
+    text = _canonical_braces(text)
+    text = _TRAILING.sub("", _strip_spaces(text))
+    while text.startswith("{") and text.endswith("}") and text.count("{") == 1:
+        text = text[1:-1]
+    return Answer(text, exact_value(text), unit, is_word)
+
+
+def _replace_command(match: re.Match[str]) -> str:
+    command = match.group()
+    if command in _SPACING:
+        return " " if command == r"\ " else ""
+    return _SYNONYMS.get(command, command)
+
+
+def _split_unit(text: str) -> tuple[str, str]:
+    """Cuts a percent or degree sign, or words behind a number, off."""
+    bare = _TRAILING.sub("", text)
+    for sign, name in ((r"\%", "%"), ("%", "%"), (r"^{\circ}", "°"), (r"^\circ", "°")):
+        if bare.endswith(sign) and bare != sign:
+            return bare[: -len(sign)], name
+    if (match := _UNIT.fullmatch(bare)) and not any(c.isdigit() for c in match.group(2)):
+        # `12\text{cm}^2` and `12\text{cm}` are different: the power stays part of the unit.
+        return match.group(1), " ".join(bare[match.start(2) :].replace("}", "").lower().split())
+    inner = _STYLE.sub(r"\1", bare)
+    if match := _COUNTED.fullmatch(inner.strip()):
+        return match.group(1), match.group(2).strip().lower()
+    return text, ""
+
+
+def _canonical_braces(text: str) -> str:
+    text = re.sub(r"\\(frac|sqrt)\s*(?=[\da-zA-Z])(.)", r"\\\1{\2}", text)
+    text = re.sub(r"(\\frac\{[^{}]*\})\s*([\da-zA-Z])", r"\1{\2}", text)
+    return re.sub(r"([_^])\{\s*(\w)\s*\}", r"\1\2", text)
+
+
+def _strip_spaces(text: str) -> str:
+    # Between digits a space means something: "3 1/2" is not "31/2".
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(r"\s+", " ", text.strip()))
+
+
+def exact_value(text: str) -> Fraction | None:
+    """Reads an integer, decimal, fraction, mixed number or power-of-ten notation exactly.
+
+    Args:
+        text: an answer in its normal spelling.
+
+    Returns:
+        The number, or None where the text is anything else (also a division by zero).
+    """
+    sign = 1
+    body = text
+    if body[:1] in ("+", "-"):
+        sign, body = (-1 if body[0] == "-" else 1), body[1:].lstrip()
+    if body[:1] in ("+", "-") or not any(c.isdigit() for c in body):
+        return None
+    if re.fullmatch(_DECIMAL, body):
+        return sign * Fraction(body)
+    if _GROUPED.fullmatch(body):
+        return sign * Fraction(body.replace(",", "").replace(" ", ""))
+    if match := _SCIENTIFIC.fullmatch(body):
+        exponent = int(match.group(2))
+        return sign * Fraction(match.group(1)) * Fraction(10) ** exponent if abs(exponent) <= MAX_EXPONENT else None
+    if match := _RATIO.fullmatch(body):
+        top, bottom = (Fraction(part) for part in match.groups() if part is not None)
+        return sign * top / bottom if bottom else None
+    if match := _MIXED.fullmatch(body):
+        whole, top, bottom = (int(part) for part in match.groups() if part is not None)
+        return sign * (whole + Fraction(top, bottom)) if bottom else None
+    return None
