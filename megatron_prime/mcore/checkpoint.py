@@ -86,6 +86,11 @@ class Checkpointer:
         """Complete checkpoints, oldest first."""
         return sorted(p for p in self.folder.glob("step_*") if p.suffix != _WRITING and (p / _MANIFEST).exists())
 
+    def newest_step(self) -> int:
+        """Steps done at the newest complete checkpoint, 0 without one."""
+        found = self.complete()
+        return int(found[-1].name.removeprefix("step_")) if found else 0
+
     @on_megatron_platform
     def restore(self) -> Mapping[str, Any] | None:
         """Loads the newest complete checkpoint into the models.

@@ -97,7 +97,13 @@ class PolicyRole(TrainableRole):
                         options,
                         reference_logprobs=micro.take(batch.reference_logprobs).to(device),
                     )
-                    return value, metrics.as_dict() | {"entropy": (entropy * weight).sum()}
+                    return value, {
+                        "clip_fraction": metrics.clip_fraction,
+                        "kl": metrics.approx_kl,
+                        "reference_kl": metrics.reference_kl,
+                        "max_ratio": metrics.max_ratio,
+                        "entropy": (entropy * weight).sum(),
+                    }
 
                 reports.append(self.optimizer_step(rows, selected, loss, temperature=temperature))
         return _mean(reports)

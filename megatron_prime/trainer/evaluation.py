@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megatron_prime import world
 from megatron_prime.batch import Prompt, Response, SamplingParams, Verdict
+from megatron_prime.config.schema import PrimeConfig
 from megatron_prime.trainer.protocols import Engine, Verifier
 
 _Z95 = 1.959964
@@ -38,6 +39,18 @@ def derive_seed(*parts: object) -> int:
     """A 63-bit seed that depends on every part and on nothing else."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def evaluation_sampling(config: PrimeConfig) -> SamplingParams:
+    """How evaluation samples: seeded by the run and by nothing that training changes."""
+    return SamplingParams(
+        num_responses=config.evaluation.num_responses,
+        temperature=config.evaluation.temperature,
+        top_p=1.0,
+        max_response_tokens=config.rollout.max_response_tokens,
+        seed=derive_seed(config.run.seed, "evaluation"),
+        stop_token_ids=tuple(config.rollout.stop_token_ids),
+    )
 
 
 def sample_and_verify(

@@ -17,7 +17,7 @@ from megatron_prime.algorithm.implicit_reward import implicit_rewards
 from megatron_prime.batch import Group, RolloutBatch, SamplingParams, ScoredBatch
 from megatron_prime.config.schema import PrimeConfig
 from megatron_prime.errors import RolloutError, TrainingError
-from megatron_prime.trainer.evaluation import Accuracy, accuracy, derive_seed, sample_and_verify
+from megatron_prime.trainer.evaluation import Accuracy, accuracy, derive_seed, evaluation_sampling, sample_and_verify
 from megatron_prime.trainer.evidence import Evidence, measure_evidence
 from megatron_prime.trainer.protocols import (
     Checkpoints,
@@ -152,7 +152,8 @@ class PrimeTrainer:
             sampled += fresh
             self.collector.add(fresh)
         counts = self.collector.take_counts()
-        metrics = _rollout_metrics(sampled) | {f"filter/{k[4:]}": float(v) for k, v in asdict(counts).items()}
+        metrics = _rollout_metrics(sampled) | {f"filter/{name}": float(n) for name, n in asdict(counts).items()}
+        metrics["filter/kept"] = counts.num_kept / max(counts.num_seen, 1)
         if len(self.collector) >= self.parts.min_groups:
             self.num_empty_steps = 0
             return self.collector.take(), metrics
@@ -233,18 +234,11 @@ class PrimeTrainer:
 
     def evaluate(self) -> Accuracy:
         """avg@k on the held-out prompts with the engine's current weights."""
-        section = self.config.evaluation
-        sampling = SamplingParams(
-            num_responses=section.num_responses,
-            temperature=section.temperature,
-            top_p=1.0,
-            max_response_tokens=self.config.rollout.max_response_tokens,
-            seed=derive_seed(self.config.run.seed, "evaluation"),
-            stop_token_ids=tuple(self.config.rollout.stop_token_ids),
-        )
-        prompts = self.parts.prompts.evaluation(section.num_prompts)
+        prompts = self.parts.prompts.evaluation(self.config.evaluation.num_prompts)
         with self.stages("evaluation"):
-            answers = sample_and_verify(self.parts.engine, self.parts.verifier, prompts, sampling)
+            answers = sample_and_verify(
+                self.parts.engine, self.parts.verifier, prompts, evaluation_sampling(self.config)
+            )
         result = accuracy([[verdict for _, verdict in row] for row in answers])
         self.evaluations[self.num_steps_done] = result
         return result
@@ -252,8 +246,9 @@ class PrimeTrainer:
     def summary(self) -> dict[str, Any]:
         """What the run leaves in summary.json, less the launcher's part (commit, machine)."""
         first, last = self.evaluations[0], self.evaluations[self.num_steps_done]
-        late = [a for a in self.step_aucs[-10:] if a == a]
+        late = [a for a in self.step_aucs[-10:] if not math.isnan(a)]
         evidence = self.last_evidence
+        fresh_auc = evidence.auc if evidence is not None and not math.isnan(evidence.auc) else None
         return {
             "accuracy_before": first.value,
             "accuracy_before_interval": [first.low, first.high],
@@ -261,7 +256,7 @@ class PrimeTrainer:
             "accuracy_after_interval": [last.low, last.high],
             "process_reward_auc": sum(late) / len(late) if late else None,
             "prm_fresh_accuracy": evidence.accuracy if evidence else None,
-            "prm_fresh_auc": evidence.auc if evidence else None,
+            "prm_fresh_auc": fresh_auc,
             "num_steps": self.num_steps_done,
             "num_prompts_sampled": self.position,
             "wall_seconds": self.seconds_before + time.perf_counter() - self.started,

@@ -46,8 +46,9 @@ class SftTrainer:
                 updated = self.model.update(batch)
             done += 1
             loss = updated["loss"]
-            self.metrics.log(done, {f"sft/{name}": value for name, value in updated.items()} | stages.drain())
             last = done == config.run.num_steps
+            if last or done % config.sft.log_every_steps == 0:
+                self.metrics.log(done, {f"sft/{name}": value for name, value in updated.items()} | stages.drain())
             if last or (config.checkpoint.every_steps > 0 and done % config.checkpoint.every_steps == 0):
                 self.checkpoints.save(done, {"num_steps_done": done})
         return {"num_steps": done, "final_loss": loss, "wall_seconds": time.perf_counter() - start}

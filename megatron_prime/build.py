@@ -1,0 +1,241 @@
+"""The one place that knows every concrete class: from a checked configuration to a finished run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prime import world
+from megatron_prime.batch import Prompt, Response, SamplingParams
+from megatron_prime.config.checks import check_config, raise_for_problems
+from megatron_prime.config.schema import AnyConfig, PrimeConfig, SftConfig
+from megatron_prime.data.sources import PromptSource, build_prompt_source, build_sft_source
+from megatron_prime.data.templates import complete_messages, render
+from megatron_prime.data.tokenizer import encode, end_token_ids, load_tokenizer
+from megatron_prime.errors import ConfigError
+from megatron_prime.mcore import convert
+from megatron_prime.mcore.checkpoint import Checkpointer
+from megatron_prime.mcore.parallel import Layout, parallel_layout
+from megatron_prime.mcore.prime_roles import PolicyRole, PrmRole, ReferenceRole, SftRole
+from megatron_prime.mcore.role import ModelRole, RoleSetup, TrainableRole
+from megatron_prime.observe.metrics import MetricsLogger
+from megatron_prime.observe.report import draw_plots, write_summary
+from megatron_prime.observe.run_folder import RunFolder, commit
+from megatron_prime.rollout.transformers_engine import TransformersEngine
+from megatron_prime.trainer.evaluation import accuracy, evaluation_sampling, sample_and_verify
+from megatron_prime.trainer.prime import PrimeParts, PrimeTrainer
+from megatron_prime.trainer.sft import SftTrainer
+from megatron_prime.verify.verifier import MathVerifier
+from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
+from megatron_prime.weights.hf_folder import HfFolder
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def check(config: AnyConfig) -> ModelArchitecture:
+    """Everything that can be known to be wrong before a process group or a model exists.
+
+    Raises:
+        ConfigError, WeightsError: with all problems found.
+    """
+    problems = check_config(config)
+    if any(p.startswith("model.path") for p in problems):
+        raise_for_problems(problems)
+    architecture = read_architecture(config.model.path)
+    raise_for_problems(problems + [p for p in check_config(config, architecture) if p not in problems])
+    if config.model.init == "weights":
+        HfFolder(config.model.path).validate(architecture)
+    return architecture
+
+
+def run(config: AnyConfig) -> Mapping[str, Any]:
+    """Runs a configuration in the started processes; returns the summary, which is also in the run folder."""
+    architecture = check(config)
+    torch.set_num_threads(config.run.num_threads)
+    with parallel_layout(config.parallel, config.run.seed) as layout:
+        if isinstance(config, PrimeConfig):
+            return _run_prime(config, architecture, layout)
+        return _run_sft(config, architecture, layout)
+
+
+def _run_prime(config: PrimeConfig, architecture: ModelArchitecture, layout: Layout) -> Mapping[str, Any]:
+    setup = _setup(config, architecture, layout)
+    start = HfFolder(config.model.path)
+    policy = PolicyRole(setup, config.policy, num_steps=config.run.num_steps)
+    roles: dict[str, TrainableRole] = {"policy": policy}
+    models: list[ModelRole] = [policy]
+    prm = reference = None
+    if config.uses_prm:
+        prm = roles["prm"] = PrmRole(setup, config.prm, num_steps=config.run.num_steps)
+        prm.load_hf(_prm_start(config, architecture))
+    if config.reference.source == "sft" and (config.uses_prm or config.policy.kl_coef > 0):
+        reference = ReferenceRole(setup)
+        models.append(reference)
+    for model in models:
+        model.load_hf(start)
+    with _run_folder(config, roles, layout) as (folder, checkpoints, metrics), _verifier(config) as verifier:
+        prompts = _prompts(config)
+        parts = PrimeParts(
+            policy=policy,
+            reference=reference,
+            prm=prm,
+            engine=_engine(config.model.path, config.model.dtype, layout.device, config.rollout.max_batch_size),
+            verifier=verifier,
+            prompts=prompts,
+            checkpoints=checkpoints,
+            logger=metrics,
+            min_groups=layout.dp_size * max(config.policy.num_minibatches, config.prm.num_minibatches),
+        )
+        summary = PrimeTrainer(config, parts).train()
+        if config.checkpoint.export_hf:
+            convert.export_hf(policy, folder.path / "hf", Path(config.model.path))
+            if prm is not None:
+                convert.export_hf(prm, folder.path / "hf_prm", Path(config.model.path))
+        return _finish(folder, summary, metrics)
+
+
+def _run_sft(config: SftConfig, architecture: ModelArchitecture, layout: Layout) -> Mapping[str, Any]:
+    model = SftRole(
+        _setup(config, architecture, layout), config.sft.optimizer, num_optimizer_steps=config.run.num_steps
+    )
+    if config.model.init == "weights":
+        model.load_hf(HfFolder(config.model.path))
+    with _run_folder(config, {"model": model}, layout) as (folder, checkpoints, metrics):
+        examples = build_sft_source(config.data, load_tokenizer(config.model.path), seed=config.run.seed)
+        logger.info("%d examples; left out: %s", len(examples), dict(examples.dropped.by_reason))
+        summary = SftTrainer(config, model, examples, checkpoints, metrics).train()
+        if config.checkpoint.export_hf:
+            convert.export_hf(model, folder.path / "hf", Path(config.model.path))
+        return _finish(folder, summary, metrics)
+
+
+def evaluate(config: PrimeConfig) -> Mapping[str, Any]:
+    """avg@k of the model in ``model.path`` on the evaluation prompts of a configuration, in this process."""
+    raise_for_problems(check_config(config))
+    torch.set_num_threads(config.run.num_threads)
+    engine = _loaded_engine(config.model.path, config.model.dtype, config.rollout.max_batch_size)
+    section = config.evaluation
+    with _verifier(config) as verifier:
+        prompts = _prompts(config).evaluation(section.num_prompts)
+        sampling = evaluation_sampling(config)
+        answers = sample_and_verify(engine, verifier, prompts, sampling)
+    result = accuracy([[verdict for _, verdict in row] for row in answers])
+    return {
+        "model": config.model.path,
+        "accuracy": result.value,
+        "accuracy_interval": [result.low, result.high],
+        "num_prompts": result.num_prompts,
+        "num_responses": section.num_responses,
+        "num_missing": result.num_missing,
+    }
+
+
+def generate(
+    folder: str, questions: Sequence[str], *, ability: str, raw: bool, sampling: SamplingParams
+) -> list[list[Response]]:
+    """Answers of a Hugging Face folder's model to questions, in this process.
+
+    Args:
+        folder: model with tokenizer.
+        questions: one prompt each.
+        ability: ``math`` or ``code``: which of PRIME's suffixes the question gets.
+        raw: take the questions as they are, without system prompt, suffix and chat template.
+        sampling: how to sample.
+    """
+    tokenizer = load_tokenizer(folder)
+    prompts: list[Prompt] = []
+    for number, question in enumerate(questions):
+        message = {"role": "user", "content": question}
+        kept = "none" if raw else "prime"
+        messages = complete_messages([message], ability=ability, system_prompt=kept, task_suffix=not raw)
+        text = render(tokenizer, messages, "raw" if raw else "chat")
+        ids = encode(tokenizer, [text], special_tokens=raw)[0]
+        prompts.append(Prompt(prompt_id=str(number), text=text, token_ids=ids, ground_truth="", ability=ability))
+    engine = _loaded_engine(folder, "float32", max_batch_size=64)
+    return engine.generate(prompts, sampling)
+
+
+def _setup(config: AnyConfig, architecture: ModelArchitecture, layout: Layout) -> RoleSetup:
+    return RoleSetup(
+        architecture=architecture,
+        model=config.model,
+        parallel=config.parallel,
+        micro_batch=config.micro_batch,
+        layout=layout,
+    )
+
+
+def _prm_start(config: PrimeConfig, architecture: ModelArchitecture) -> HfFolder:
+    path = config.prm.path or config.model.path
+    if config.prm.path is not None and read_architecture(path) != architecture:
+        raise ConfigError(f"prm.path: {path} has another architecture than model.path; it must be the same for now")
+    folder = HfFolder(path)
+    folder.validate(architecture)
+    return folder
+
+
+@contextmanager
+def _run_folder(
+    config: AnyConfig, roles: Mapping[str, TrainableRole], layout: Layout
+) -> Iterator[tuple[RunFolder, Checkpointer, MetricsLogger]]:
+    folder = RunFolder(config.run.directory, config.run.name)
+    folder.prepare(config, config.run.resume)
+    folder.write_versions()
+    sizes = {"tp": layout.tp_size, "pp": layout.pp_size, "dp": layout.dp_size}
+    checkpoints = Checkpointer(folder.checkpoints, roles, sizes, config.checkpoint.keep_last)
+    folder.truncate_metrics(checkpoints.newest_step())
+    metrics = MetricsLogger(folder, config.run.num_steps, enabled=world.is_main())
+    try:
+        yield folder, checkpoints, metrics
+    finally:
+        metrics.close()
+
+
+def _verifier(config: PrimeConfig) -> MathVerifier:
+    section = config.verifier
+    return MathVerifier(section.num_workers, section.timeout_seconds, section.memory_gib)
+
+
+def _prompts(config: PrimeConfig) -> PromptSource:
+    prompts = build_prompt_source(config.data, load_tokenizer(config.model.path), seed=config.run.seed)
+    logger.info("%d prompts; left out: %s", len(prompts), dict(prompts.dropped.by_reason))
+    return prompts
+
+
+def _engine(folder: str, dtype: str, device: torch.device, max_batch_size: int) -> TransformersEngine:
+    tokenizer = load_tokenizer(folder)
+    return TransformersEngine(
+        folder,
+        dtype=_DTYPES[dtype],
+        device=device,
+        end_token_ids=end_token_ids(tokenizer, folder),
+        decode=lambda ids: str(tokenizer.decode(list(ids))),
+        max_batch_size=max_batch_size,
+    )
+
+
+def _loaded_engine(path: str, dtype: str, max_batch_size: int) -> TransformersEngine:
+    """An engine with the folder's own weights, no Megatron involved."""
+    folder = HfFolder(path)
+    folder.validate(read_architecture(path))
+    engine = _engine(path, dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"), max_batch_size)
+    whole = ((name, folder.fetch(name, (slice(None),) * len(folder.shape(name)))) for name in folder.names())
+    engine.load_weights(whole, version=0)
+    return engine
+
+
+def _finish(folder: RunFolder, summary: Mapping[str, Any], metrics: MetricsLogger) -> Mapping[str, Any]:
+    full = {**summary, "commit": commit()}
+    metrics.close()
+    if world.is_main():
+        write_summary(folder, full)
+        draw_plots(folder)
+    world.barrier()
+    return full

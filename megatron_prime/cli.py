@@ -1,0 +1,192 @@
+"""The command line: parse, load the configuration, call."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import megatron_prime
+from megatron_prime.config.loader import load_config
+from megatron_prime.config.plan import batch_plan
+from megatron_prime.config.schema import AnyConfig, ParallelSection, PrimeConfig, SftConfig
+from megatron_prime.errors import ConfigError, PrimeError
+from megatron_prime.launch.local import is_launched, launch_local
+
+_CONFIGS = Path(megatron_prime.__file__).resolve().parents[1] / "configs"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status (2: the input is at fault)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("megatron_prime").setLevel(logging.INFO if _is_main() else logging.WARNING)
+    try:
+        return options.command(options, arguments)
+    except PrimeError as error:
+        if _is_main():
+            lines = "\n".join(f"  {line}" for line in str(error).splitlines())
+            print(f"{type(error).__name__}:\n{lines}", file=sys.stderr)
+        return 2
+
+
+def _is_main() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _train(options: argparse.Namespace, arguments: list[str]) -> int:
+    kind = SftConfig if options.name == "sft" else PrimeConfig
+    config = load_config(options.config, options.overrides)
+    if not isinstance(config, kind):
+        raise ConfigError(f"kind: {options.config} is a {config.kind!r} configuration; use its own command")
+    return _run(config, arguments)
+
+
+def _run(config: AnyConfig, arguments: list[str]) -> int:
+    from megatron_prime import build
+
+    if not is_launched() and config.parallel.world_size > 1:
+        build.check(config)
+        return launch_local(arguments, config.parallel.world_size, config.run.num_threads)
+    summary = build.run(config)
+    if _is_main():
+        from megatron_prime.observe.report import final_table
+
+        print(final_table(summary))
+        print(f"everything is in {Path(config.run.directory) / config.run.name}/")
+    return 0
+
+
+def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
+    """SFT and then PRIME with the shipped configurations, each as its own command would run it."""
+    if any(not override.startswith("run.seed=") for override in options.overrides):
+        raise ConfigError("demo: takes only run.seed=N; use the commands sft and train for anything else")
+    for name, config in (("sft", "arithmetic_sft.yaml"), ("train", "arithmetic.yaml")):
+        print(f"megatron-prime {name} {_CONFIGS / config} {' '.join(options.overrides)}", flush=True)
+        status = main([name, str(_CONFIGS / config), *options.overrides])
+        if status != 0:
+            return status
+    return 0
+
+
+def _check(options: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_prime import build
+
+    config = load_config(options.config, options.overrides)
+    build.check(config)
+    rows = batch_plan(config)
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    return 0
+
+
+def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_prime import build
+
+    config = load_config(options.config, [*options.overrides, "parallel={world_size: 1}"])
+    if not isinstance(config, PrimeConfig):
+        raise ConfigError(f"kind: {options.config} is no PRIME configuration; evaluate needs its data and rollout")
+    print(json.dumps(build.evaluate(config), indent=1))
+    return 0
+
+
+def _generate(options: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_prime import build
+    from megatron_prime.batch import SamplingParams
+
+    sampling = SamplingParams(
+        num_responses=options.num_responses,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_response_tokens=options.max_tokens,
+        seed=options.seed,
+    )
+    questions = [question.encode().decode("unicode_escape") for question in options.questions]
+    answers = build.generate(options.model, questions, ability=options.ability, raw=options.raw, sampling=sampling)
+    for question, row in zip(questions, answers, strict=True):
+        for answer in row:
+            print(json.dumps({"prompt": question, "answer": answer.text, "finish_reason": answer.finish_reason}))
+    return 0
+
+
+def _convert(options: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_prime.mcore import convert
+    from megatron_prime.mcore.parallel import parallel_layout
+
+    parallel = ParallelSection(
+        world_size=options.tensor_model_parallel_size * options.pipeline_model_parallel_size,
+        tensor_model_parallel_size=options.tensor_model_parallel_size,
+        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+    )
+    if not is_launched() and parallel.world_size > 1:
+        return launch_local(arguments, parallel.world_size, num_threads=1)
+    source, target = Path(options.source), Path(options.target)
+    shared: dict[str, Any] = {"dtype": options.dtype, "parallel": parallel}
+    with parallel_layout(parallel, seed=1) as layout:
+        if options.direction == "to-megatron":
+            convert.to_megatron(source, target, layout=layout, **shared)
+        else:
+            like = Path(options.like) if options.like else None
+            convert.to_hf(source, target, like=like, layout=layout, **shared)
+    if _is_main():
+        print(f"wrote {target}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-prime", description="PRIME reinforcement learning on Megatron-Core")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    overrides = {"nargs": "*", "metavar": "KEY=VALUE", "help": "override a key of the configuration, a.b=c"}
+
+    def add(name: str, command: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command, name=name)
+        return sub
+
+    demo = add("demo", _demo, "the whole story in minutes on a CPU: SFT, then PRIME, in runs/demo/")
+    demo.add_argument("overrides", nargs="*", metavar="run.seed=N")
+    for name, command, text in (
+        ("train", _train, "train by PRIME"),
+        ("sft", _train, "make the starting model by supervised fine-tuning"),
+        ("check", _check, "resolve and validate a configuration and print the plan; starts nothing"),
+        ("evaluate", _evaluate, "avg@k of model.path on the evaluation prompts; prints JSON"),
+    ):
+        sub = add(name, command, text)
+        sub.add_argument("config", help="YAML file")
+        sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+    _add_generate(add("generate", _generate, "sample answers of a Hugging Face folder; prints one JSON row each"))
+    _add_convert(add("convert", _convert, "Hugging Face folder <-> Megatron distributed checkpoint"))
+    return parser
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="Hugging Face folder")
+    parser.add_argument("questions", nargs="+", help=r"questions; \n is a new line")
+    parser.add_argument("--ability", choices=["math", "code"], default="math", help="which of PRIME's suffixes")
+    parser.add_argument("--raw", action="store_true", help="no system prompt, suffix or chat template")
+    parser.add_argument("--max-tokens", type=int, default=1024)
+    parser.add_argument("--num-responses", type=int, default=1)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=1)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("direction", choices=["to-megatron", "to-hf"])
+    parser.add_argument("source", help="Hugging Face folder, or Megatron checkpoint")
+    parser.add_argument("target", help="new folder")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--like", help="to-hf: Hugging Face folder with config.json and tokenizer (default: kept copy)")
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
