@@ -48,7 +48,7 @@ docs: $(INSTALLED)
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	find megatron_prime tests tools examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . \( -path ./.venv -o -path ./runs -o -path ./.git \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and from its own index where one is given; the package then finds it installed.
 $(INSTALLED): setup.py
