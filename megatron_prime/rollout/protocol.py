@@ -45,8 +45,8 @@ class Engine(Protocol):
             Checksum of the engine's own weights after loading.
 
         Raises:
-            RolloutError: the stream is not exactly the model's parameters; lists all problems. The engine
-                then refuses to generate until a load succeeds.
+            RolloutError: the stream is not exactly the model's parameters, or they are not finite; lists all problems.
+                The engine then refuses to generate until a load succeeds.
         """
         ...
 

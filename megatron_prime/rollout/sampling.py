@@ -37,10 +37,8 @@ class Request:
 class Sample:
     """A sampled answer."""
 
-    token_ids: torch.Tensor
-    """int64 [length], on the CPU."""
-    logprobs: torch.Tensor
-    """float32 [length], on the CPU."""
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
     stopped: bool
     """Whether the last token is a stop token (otherwise the limit was reached)."""
 
@@ -206,7 +204,10 @@ class Sampler:
         stopped = hits.any(dim=1)
         lengths = torch.where(stopped, hits.byte().argmax(dim=1) + 1, self.max_tokens).tolist()
         columns = zip(self.tokens.cpu(), self.logprobs.cpu(), lengths, stopped.tolist(), strict=True)
-        return [Sample(token_ids=ids[:n], logprobs=logprobs[:n], stopped=stop) for ids, logprobs, n, stop in columns]
+        return [
+            Sample(token_ids=tuple(tokens[:n].tolist()), logprobs=tuple(logprobs[:n].tolist()), stopped=stop)
+            for tokens, logprobs, n, stop in columns
+        ]
 
 
 @torch.inference_mode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -77,13 +76,10 @@ class TransformersEngine:
             stop_token_ids=(*self._end_token_ids, *sampling.stop_token_ids),
             max_rows=self._max_batch_size,
         )
-        shares = world.all_gather(_pack(samples, self._decode))
+        responses = [self._response(answer) for answer in samples]
         count = sampling.num_responses
-        groups_of_ranks: list[list[list[Response]]] = []
-        for share in shares:
-            responses = _unpack(share, self.weight_version)
-            groups_of_ranks.append([responses[start : start + count] for start in range(0, len(responses), count)])
-        return world.interleave(groups_of_ranks)
+        groups = [responses[start : start + count] for start in range(0, len(responses), count)]
+        return world.interleave(world.all_gather(groups))
 
     def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
         """See `protocol.Engine.load_weights`; a tied output layer may be left out of the stream."""
@@ -120,46 +116,15 @@ class TransformersEngine:
             raise RolloutError("the rollout engine was closed; build a new one")
         return self._model
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Share:
-    """The answers of one rank as few flat tensors: ten times faster to exchange than `Response` objects."""
-
-    token_ids: torch.Tensor
-    """int32, all answers one after the other."""
-    logprobs: torch.Tensor
-    """float32, alike."""
-    lengths: list[int]
-    stopped: list[bool]
-    texts: list[str]
-
-
-def _pack(samples: Sequence[Sample], decode: Callable[[Sequence[int]], str]) -> _Share:
-    """Answers to be sent, with their texts, so that each is decoded by one rank only."""
-    empty = torch.empty(0)
-    return _Share(
-        token_ids=torch.cat([empty.int(), *(answer.token_ids.int() for answer in samples)]),
-        logprobs=torch.cat([empty, *(answer.logprobs for answer in samples)]),
-        lengths=[len(answer.token_ids) for answer in samples],
-        stopped=[answer.stopped for answer in samples],
-        texts=[decode(answer.token_ids[: -1 if answer.stopped else None].tolist()) for answer in samples],
-    )
-
-
-def _unpack(share: _Share, weight_version: int) -> list[Response]:
-    """Answers as they were before `_pack`."""
-    token_ids = share.token_ids.split(share.lengths)
-    logprobs = share.logprobs.split(share.lengths)
-    return [
-        Response(
-            text=text,
-            token_ids=tuple(token_ids[i].tolist()),
-            logprobs=tuple(logprobs[i].tolist()),
-            finish_reason="stop" if share.stopped[i] else "length",
-            weight_version=weight_version,
+    def _response(self, answer: Sample) -> Response:
+        text_ids = answer.token_ids[:-1] if answer.stopped else answer.token_ids
+        return Response(
+            text=self._decode(text_ids),
+            token_ids=answer.token_ids,
+            logprobs=answer.logprobs,
+            finish_reason="stop" if answer.stopped else "length",
+            weight_version=self.weight_version,
         )
-        for i, text in enumerate(share.texts)
-    ]
 
 
 def _build_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -206,6 +171,11 @@ def _copy_weights(model: PreTrainedModel, stream: Iterable[tuple[str, torch.Tens
             tied.append((name, tensor.to(parameters[name], copy=True)))
         received.add(name)
     problems += [f"{name}: missing" for name in sorted(required - received)]
+    problems += [
+        f"{name}: holds values that are not finite"
+        for name in sorted(required & received)
+        if not problems and not bool(parameters[name].isfinite().all())
+    ]
     problems += [
         f"{name}: differs from the parameter that the model's config.json ties it to"
         for name, tensor in tied

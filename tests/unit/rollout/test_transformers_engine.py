@@ -113,6 +113,15 @@ def test_all_problems_of_a_stream_are_listed_and_the_engine_stops(tiny: Tiny) ->
     assert engine.generate(make_prompts(1), PARAMS)[0][0].weight_version == 10
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tiny: Tiny, value: float) -> None:
+    model = tiny("qwen3")
+    weights = {name: tensor.clone() for name, tensor in model.weights()}
+    weights["model.layers.1.self_attn.q_norm.weight"][3] = value
+    with pytest.raises(RolloutError, match=r"layers.1.self_attn.q_norm.weight: holds values that are not finite"):
+        model.engine().load_weights(weights.items(), version=1)
+
+
 def test_a_stream_that_breaks_leaves_the_engine_unusable(tiny: Tiny) -> None:
     model = tiny("llama")
     engine = model.loaded_engine()
