@@ -138,10 +138,10 @@ def _check_data(config: AnyConfig, check_files: bool) -> list[str]:
     problems = []
     if not data.train:
         problems.append("data.train: no files; name at least one")
-    if isinstance(config, PrimeConfig) and config.evaluation.every_steps and not data.evaluation:
+    if isinstance(config, PrimeConfig) and config.evaluation.num_prompts and not data.evaluation:
         problems.append(
-            f"data.evaluation: no files, and evaluation.every_steps is {config.evaluation.every_steps}"
-            "; name held-out files or set evaluation.every_steps=0"
+            f"data.evaluation: no files, and evaluation.num_prompts is {config.evaluation.num_prompts}"
+            "; name held-out files or set evaluation.num_prompts=0"
         )
     for key, sources in (("data.train", data.train), ("data.evaluation", data.evaluation)):
         for source in sources:

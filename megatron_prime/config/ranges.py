@@ -97,7 +97,7 @@ RANGES: dict[str, Range] = {
     "policy.num_minibatches": AT_LEAST_ONE,
     "policy.num_epochs": AT_LEAST_ONE,
     "evaluation.every_steps": NOT_NEGATIVE,
-    "evaluation.num_prompts": AT_LEAST_ONE,
+    "evaluation.num_prompts": NOT_NEGATIVE,
     "evaluation.num_responses": AT_LEAST_ONE,
     "evaluation.temperature": NOT_NEGATIVE,
     "checkpoint.every_steps": NOT_NEGATIVE,

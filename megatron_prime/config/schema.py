@@ -116,7 +116,7 @@ class FileData:
     train: list[str]
     """JSONL, JSON or Parquet files, or `hf:NAME[:CONFIG]:SPLIT`."""
     evaluation: list[str] = field(default_factory=list)
-    """The same for evaluation; needed where `evaluation.every_steps` is not 0."""
+    """The same for evaluation; needed unless `evaluation.num_prompts` is 0."""
     template: Literal["chat", "raw"] = "chat"
     """`chat` applies the tokenizer's chat template, `raw` joins the messages' contents."""
     system_prompt: Literal["prime", "none"] = "prime"
@@ -254,6 +254,7 @@ class EvaluationSection:
     every_steps: int = 10
     """0: only before the first and after the last step."""
     num_prompts: int = 400
+    """0 switches evaluation off."""
     num_responses: int = 1
     """k of avg@k."""
     temperature: float = 1.0

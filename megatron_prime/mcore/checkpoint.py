@@ -124,16 +124,18 @@ class Checkpointer:
     def _load(self, role: TrainableRole, path: Path) -> None:
         from megatron.core import dist_checkpointing
 
-        state = dist_checkpointing.load(self._state(role, loading=True), str(path))
+        state: Any = dist_checkpointing.load(self._state(role, loading=True), str(path))
         role.gpt.load_state_dict(state["model"])
         role.optimizer.load_state_dict(state["optimizer"])
         role.scheduler.load_state_dict(state["scheduler"])
 
     @staticmethod
     def _state(role: TrainableRole, *, loading: bool) -> dict[str, Any]:
-        model = role.gpt.sharded_state_dict(metadata=_OPTIMIZER_METADATA)
+        # Megatron adds the current process group to the mapping it is given.
+        metadata = dict(_OPTIMIZER_METADATA)
+        model = role.gpt.sharded_state_dict(metadata=metadata)
         return {
             "model": model,
-            "optimizer": role.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_METADATA),
+            "optimizer": role.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
             "scheduler": role.scheduler.state_dict(),
         }

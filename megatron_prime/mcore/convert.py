@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from megatron_prime import world
 from megatron_prime.config.schema import MicroBatchSection, ModelSection, ParallelSection
@@ -93,7 +94,8 @@ def to_hf(
     if not (side / "config.json").exists():
         raise CheckpointError(f"{source}: does not say which model it is; pass --like with its Hugging Face folder")
     role = _role(side, ModelSection(path=str(side), dtype=dtype), parallel, layout)  # type: ignore[arg-type]
-    role.gpt.load_state_dict(dist_checkpointing.load({"model": role.gpt.sharded_state_dict()}, str(source))["model"])
+    state: Any = dist_checkpointing.load({"model": role.gpt.sharded_state_dict()}, str(source))
+    role.gpt.load_state_dict(state["model"])
     export_hf(role, target, side)
 
 

@@ -121,7 +121,8 @@ def block_spec(
     attention.core_attention = SdpaAttention
     if architecture.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    norm: Any = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)
 
 
 class LogprobModel(GPTModel):
@@ -151,9 +152,10 @@ class LogprobModel(GPTModel):
         predicts, labels = kwargs["loss_mask"], kwargs["labels"]
         selected = hidden_states.transpose(0, 1)[predicts]
         tied = self.share_embeddings_and_output_weights
+        weight: Any = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         result = fused_linear_logprob(
             selected,
-            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            weight,
             labels[predicts],
             vocab_size=self.true_vocab_size,
             temperature=self.temperature,

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from megatron_prime.batch import RolloutBatch, SftExample
+
+_FIELDS = {"input_ids": np.int64, "position_ids": np.int64, "labels": np.int64, "predicts": np.bool_}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,38 +131,31 @@ def build_micro_batch(batch: TokenRows, rows: Sequence[int], *, packed: bool, mu
         packed: back to back, else right-padded.
         multiple_of: the sequence dimension is padded to a multiple of this (sequence parallelism).
     """
-    sequences: list[torch.Tensor] = []
-    prompt_lengths: list[int] = []
-    for row in rows:
-        prompt = batch.prompt_token_ids[row]
-        sequences.append(torch.cat((torch.tensor(prompt), batch.response_ids[row][batch.mask[row]])))
-        prompt_lengths.append(len(prompt))
-    lengths = [len(s) - 1 for s in sequences]
+    counts = batch.mask[list(rows)].sum(dim=1)
+    responses = [ids[:n] for ids, n in zip(batch.response_ids[list(rows)].tolist(), counts.tolist(), strict=True)]
+    prompts = [batch.prompt_token_ids[row] for row in rows]
+    lengths = [len(p) + len(r) - 1 for p, r in zip(prompts, responses, strict=True)]
     width = sum(lengths) if packed else max(lengths)
     padding = -width % multiple_of
     shape = (1, width + padding) if packed else (len(rows), width + padding)
-    input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-    position_ids = torch.zeros(shape, dtype=torch.int64) if packed else torch.arange(shape[1]).expand(shape)
-    predicts = torch.zeros(shape, dtype=torch.bool)
+    arrays = {name: np.zeros(shape, dtype) for name, dtype in _FIELDS.items()}
     start = 0
-    for index, (sequence, length, prompt) in enumerate(zip(sequences, lengths, prompt_lengths, strict=True)):
+    for index, (prompt, response, length) in enumerate(zip(prompts, responses, lengths, strict=True)):
         line, offset = (0, start) if packed else (index, 0)
-        place = slice(offset, offset + length)
-        input_ids[line, place], labels[line, place] = sequence[:-1], sequence[1:]
-        predicts[line, offset + prompt - 1 : offset + length] = True
-        if packed:
-            position_ids[line, place] = torch.arange(length)
+        sequence = (*prompt, *response)
+        arrays["input_ids"][line, offset : offset + length] = sequence[:-1]
+        arrays["labels"][line, offset : offset + length] = sequence[1:]
+        arrays["position_ids"][line, offset : offset + length] = range(length)
+        arrays["predicts"][line, offset + len(prompt) - 1 : offset + length] = True
         start += length
-    if packed and padding:
-        position_ids[0, width:] = torch.arange(padding)
+    if not packed:
+        arrays["position_ids"][:] = range(shape[1])
+    elif padding:
+        arrays["position_ids"][0, width:] = range(padding)
         lengths.append(padding)
-    counts = batch.mask[list(rows)].sum(dim=1)
-    columns = torch.cat([torch.arange(int(count)) for count in counts])
+    columns = batch.mask[list(rows)].nonzero()[:, 1]
     return MicroBatch(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        labels=labels,
-        predicts=predicts,
+        **{name: torch.from_numpy(array) for name, array in arrays.items()},
         lengths=tuple(lengths),
         packed=packed,
         rows=torch.tensor(list(rows)).repeat_interleave(counts),

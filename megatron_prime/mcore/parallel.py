@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -98,7 +99,7 @@ def parallel_layout(config: ParallelSection, seed: int) -> Iterator[Layout]:
         )
     device = _local_device()
     # A process of its own needs no rendezvous; anything larger finds MASTER_ADDR in its environment.
-    store = dist.HashStore() if started == 1 else None
+    store = dist.HashStore() if started == 1 else None  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -107,9 +108,11 @@ def parallel_layout(config: ParallelSection, seed: int) -> Iterator[Layout]:
         timeout=timedelta(seconds=config.timeout_seconds),
     )
     with megatron_platform():
-        from megatron.core import parallel_state
+        from megatron.core import parallel_state as megatron_state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+        # Megatron's getters may also return integers (fake groups of tests), which no run has.
+        parallel_state: Any = megatron_state
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor_model_parallel_size,
             pipeline_model_parallel_size=config.pipeline_model_parallel_size,

@@ -71,7 +71,7 @@ class ModelRole:
     def local_weights(self) -> dict[str, torch.Tensor]:
         """This rank's parameters under their global Megatron names (views, not copies)."""
         by_local_name = dict(self.gpt.named_parameters())
-        layers = self.gpt.decoder.layers
+        layers: Any = self.gpt.decoder.layers
         first_layer = layers[0].layer_number - 1 if len(layers) else 0
         result: dict[str, torch.Tensor] = {}
         for spec in self.specs:
@@ -103,8 +103,9 @@ class ModelRole:
         if not self.architecture.tied_embeddings or self.layout.pp_size == 1:
             return
         with megatron_platform():
-            from megatron.core import parallel_state
+            from megatron.core import parallel_state as megatron_state
 
+            parallel_state: Any = megatron_state
             if parallel_state.is_rank_in_embedding_group():
                 weight = self.gpt.shared_embedding_or_output_weight().data
                 source = parallel_state.get_pipeline_model_parallel_first_rank()

@@ -101,7 +101,7 @@ class PrimeTrainer:
             self.num_steps_done += 1
             last = self.num_steps_done == config.run.num_steps
             if last or _is_due(self.num_steps_done, config.evaluation.every_steps):
-                metrics |= self.evaluate().metrics()
+                metrics |= self.evaluate()
             metrics |= self.stages.drain()
             self.parts.logger.log(self.num_steps_done, metrics)
             if last or _is_due(self.num_steps_done, config.checkpoint.every_steps):
@@ -232,8 +232,10 @@ class PrimeTrainer:
                 f"({expected.hexdigest()}); nothing was sampled from them"
             )
 
-    def evaluate(self) -> Accuracy:
-        """avg@k on the held-out prompts with the engine's current weights."""
+    def evaluate(self) -> dict[str, float]:
+        """avg@k on the held-out prompts with the engine's current weights; nothing where it is switched off."""
+        if self.config.evaluation.num_prompts == 0:
+            return {}
         prompts = self.parts.prompts.evaluation(self.config.evaluation.num_prompts)
         with self.stages("evaluation"):
             answers = sample_and_verify(
@@ -241,19 +243,19 @@ class PrimeTrainer:
             )
         result = accuracy([[verdict for _, verdict in row] for row in answers])
         self.evaluations[self.num_steps_done] = result
-        return result
+        return result.metrics()
 
     def summary(self) -> dict[str, Any]:
         """What the run leaves in summary.json, less the launcher's part (commit, machine)."""
-        first, last = self.evaluations[0], self.evaluations[self.num_steps_done]
+        first, last = self.evaluations.get(0), self.evaluations.get(self.num_steps_done)
         late = [a for a in self.step_aucs[-10:] if not math.isnan(a)]
         evidence = self.last_evidence
         fresh_auc = evidence.auc if evidence is not None and not math.isnan(evidence.auc) else None
         return {
-            "accuracy_before": first.value,
-            "accuracy_before_interval": [first.low, first.high],
-            "accuracy_after": last.value,
-            "accuracy_after_interval": [last.low, last.high],
+            "accuracy_before": first.value if first else None,
+            "accuracy_before_interval": [first.low, first.high] if first else None,
+            "accuracy_after": last.value if last else None,
+            "accuracy_after_interval": [last.low, last.high] if last else None,
             "process_reward_auc": sum(late) / len(late) if late else None,
             "prm_fresh_accuracy": evidence.accuracy if evidence else None,
             "prm_fresh_auc": fresh_auc,

@@ -1,0 +1,65 @@
+"""The training curve does not depend on the layout, on packing or on the micro-batch size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_task import make_start, prime_config, read_curve, run_prime
+
+VARIANTS = {
+    "tp2": {"parallel": {"world_size": 2, "tensor_model_parallel_size": 2}},
+    "pp2": {"parallel": {"world_size": 2, "pipeline_model_parallel_size": 2}},
+    "dp2": {"parallel": {"world_size": 2}},
+    "dp2_distributed_optimizer": {"parallel": {"world_size": 2, "use_distributed_optimizer": True}},
+    "size1": {"micro_batch": {"micro_batch_tokens": None, "micro_batch_size": 1}},
+    "size2": {"micro_batch": {"micro_batch_tokens": None, "micro_batch_size": 2}},
+    "size4_unpacked": {"micro_batch": {"micro_batch_tokens": None, "micro_batch_size": 4, "packed": False}},
+    "small_head_chunks": {"micro_batch": {"micro_batch_tokens": 200, "logprob_chunk_tokens": 7}},
+}
+# The order of float32 sums differs, and three steps of Adam carry the difference on.
+TOLERANCE = 1e-5
+# A norm of sums over the whole batch and the extremes of a ratio are larger numbers than a loss.
+RELATIVE = ("policy/grad_norm", "prm/grad_norm", "policy/max_ratio")
+
+
+@pytest.fixture(scope="module")
+def start(gloo_pool, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return gloo_pool.run(1, make_start, str(tmp_path_factory.mktemp("start")))[0]
+
+
+@pytest.fixture(scope="module")
+def reference(gloo_pool, start: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs")
+    gloo_pool.run(1, run_prime, prime_config(start, str(directory), "reference"))
+    return directory
+
+
+def test_the_reference_learns_from_both_sources(reference: Path) -> None:
+    first, *later = read_curve(str(reference), "reference")
+    assert first["advantage/process_share"] == 0.0  # the PRM starts as a copy of the reference
+    for row in later:
+        assert 0.1 < row["rollout/accuracy"] < 0.9
+        assert row["advantage/outcome_share"] > 0.05
+        assert row["advantage/process_share"] > 0.05
+        assert row["policy/grad_norm"] > 1e-3
+        assert row["prm/grad_norm"] > 1e-3
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_same_curve(gloo_pool, start: str, reference: Path, variant: str) -> None:
+    sections = VARIANTS[variant]
+    world_size = sections.get("parallel", {}).get("world_size", 1)
+    gloo_pool.run(world_size, run_prime, prime_config(start, str(reference), variant, **sections))
+    expected, actual = read_curve(str(reference), "reference"), read_curve(str(reference), variant)
+    assert len(expected) == len(actual) == 3
+    for step, (wanted, found) in enumerate(zip(expected, actual, strict=True), start=1):
+        assert wanted.keys() == found.keys()
+        for key, value in wanted.items():
+            scale = max(1.0, abs(value)) if value is not None and key in RELATIVE else 1.0
+            assert found[key] == pytest.approx(value, abs=TOLERANCE * scale), (step, key)
+    weights = [load_file(reference / name / "hf" / "model.safetensors") for name in ("reference", variant)]
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], rtol=0, atol=2e-5), name
