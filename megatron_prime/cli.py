@@ -90,7 +90,10 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> int:
 def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_prime import build
 
-    config = load_config(options.config, [*options.overrides, "parallel={world_size: 1}"])
+    alone = [
+        f"parallel.{size}=1" for size in ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
+    ]
+    config = load_config(options.config, [*options.overrides, *alone, "parallel.sequence_parallel=false"])
     if not isinstance(config, PrimeConfig):
         raise ConfigError(f"kind: {options.config} is no PRIME configuration; evaluate needs its data and rollout")
     print(json.dumps(build.evaluate(config), indent=1))

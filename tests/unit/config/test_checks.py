@@ -90,12 +90,12 @@ ONE_PROBLEM = [
     (["prm.path=nowhere"], "prm.path: no such folder: nowhere"),
     # Data.
     (["data.min_operations=5"], "data.min_operations: 5 is above data.max_operations = 4"),
-    (["data={kind: files, train: []}", "evaluation.every_steps=0"], "data.train: no files"),
-    (["data={kind: files, train: ['hf:a:b']}"], "data.evaluation: no files, and evaluation.every_steps is 10"),
-    (["data={kind: files, train: [none.jsonl]}", "evaluation.every_steps=0"], "data.train: no such file: none.jsonl"),
+    (["data={kind: files, train: []}", "evaluation.num_prompts=0"], "data.train: no files"),
+    (["data={kind: files, train: ['hf:a:b']}"], "data.evaluation: no files, and evaluation.num_prompts is "),
+    (["data={kind: files, train: [none.jsonl]}", "evaluation.num_prompts=0"], "data.train: no such file: none.jsonl"),
     (["data={kind: files, train: ['hf:a:b'], evaluation: [e.json]}"], "data.evaluation: no such file: e.json"),
-    (["data={kind: files, train: [a.csv]}", "evaluation.every_steps=0"], "data.train: 'a.csv' has an unknown format"),
-    (["data={kind: files, train: ['hf:a']}", "evaluation.every_steps=0"], "data.train: 'hf:a' is not a dataset"),
+    (["data={kind: files, train: [a.csv]}", "evaluation.num_prompts=0"], "data.train: 'a.csv' has an unknown format"),
+    (["data={kind: files, train: ['hf:a']}", "evaluation.num_prompts=0"], "data.train: 'hf:a' is not a dataset"),
     # Groups and their filter.
     (["rollout.num_responses=1", "filter.enabled=false"], "rollout.num_responses: rloo compares the answers"),
     (
