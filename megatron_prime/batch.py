@@ -90,7 +90,7 @@ class Verdict:
     """What the verifier says of one response."""
 
     status: str
-    """``correct``, ``wrong``, ``no_answer``, ``too_long``, ``timeout`` or ``grader_error``."""
+    """``correct``, ``wrong``, ``no_answer``, ``malformed``, ``too_long``, ``timeout`` or ``grader_error``."""
     reward: float | None
     """Outcome in [0, 1]; ``None`` = missing: the response takes no part in training."""
     extracted: str | None = None

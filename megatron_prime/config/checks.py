@@ -23,6 +23,8 @@ from megatron_prime.config.schema import (
 from megatron_prime.errors import ConfigError
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+ABILITIES = ("math",)
+"""What there is a verifier for."""
 _COUNTS = ("run.num_", "parallel.", "rollout.num_", "policy.num_", "prm.num_", "sft.batch_size")
 """Where a number is out of range here, the arithmetic of batches and layouts means nothing."""
 
@@ -58,10 +60,10 @@ def check_config(config: AnyConfig, architecture: Architecture | None = None, ch
     problems += _check_run_name(config.run.name)
     problems += _check_micro_batch(config)
     problems += _check_data(config, check_files)
+    if isinstance(config, PrimeConfig):
+        problems += _check_start(config)
     if check_files:
-        problems += _check_model_folder("model.path", config.model.path, needs_weights=config.model.init == "weights")
-        if isinstance(config, PrimeConfig) and config.uses_prm and config.prm.path is not None:
-            problems += _check_model_folder("prm.path", config.prm.path, needs_weights=True)
+        problems += _check_folders(config)
     if not countable:
         return problems
     problems += _check_parallel(config.parallel, config.model)
@@ -135,7 +137,7 @@ def _check_data(config: AnyConfig, check_files: bool) -> list[str]:
                 "; lower it"
             ]
         return []
-    problems = []
+    problems = _check_abilities(data)
     if not data.train:
         problems.append("data.train: no files; name at least one")
     if isinstance(config, PrimeConfig) and config.evaluation.num_prompts and not data.evaluation:
@@ -147,6 +149,16 @@ def _check_data(config: AnyConfig, check_files: bool) -> list[str]:
         for source in sources:
             problems += _check_source(key, source, check_files)
     return problems
+
+
+def _check_abilities(data: FileData) -> list[str]:
+    if not data.abilities:
+        return [f"data.abilities: none, which leaves no prompt; name some of {', '.join(ABILITIES)}"]
+    return [
+        f"data.abilities: {ability!r} comes with its verifier, which there is none of yet; use only {', '.join(ABILITIES)}"
+        for ability in data.abilities
+        if ability not in ABILITIES
+    ]
 
 
 def _check_source(key: str, source: str, check_files: bool) -> list[str]:
@@ -163,31 +175,31 @@ def _check_source(key: str, source: str, check_files: bool) -> list[str]:
     return []
 
 
-def _check_model_folder(key: str, path: str, *, needs_weights: bool) -> list[str]:
+def _check_folders(config: AnyConfig) -> list[str]:
+    needs_weights = config.model.init == "weights"
+    if isinstance(config, SftConfig):
+        advice = "fetch the weights or set model.init=random"
+        return _check_model_folder("model.path", config.model.path, needs_weights, advice)
+    problems = _check_model_folder("model.path", config.model.path, needs_weights, "fetch the weights")
+    if config.uses_prm and config.prm.path is not None:
+        problems += _check_model_folder("prm.path", config.prm.path, True, "fetch the weights")
+    return problems
+
+
+def _check_model_folder(key: str, path: str, needs_weights: bool, advice: str) -> list[str]:
     folder = Path(path)
     if not folder.is_dir():
         return [f"{key}: no such folder: {path}; give a local Hugging Face folder"]
     if not (folder / "config.json").is_file():
         return [f"{key}: {path} has no config.json; give a Hugging Face model folder"]
     if needs_weights and not any(folder.glob("*.safetensors")):
-        return [f"{key}: {path} has no *.safetensors; fetch the weights (or set model.init=random)"]
+        return [f"{key}: {path} has no *.safetensors; {advice}"]
     return []
 
 
 def _check_rollout(config: PrimeConfig) -> list[str]:
     rollout, keep = config.rollout, config.filter
     problems = []
-    grouped = config.advantage.estimator if config.advantage.estimator in ("rloo", "grpo") else None
-    if grouped and rollout.num_responses < 2:
-        problems.append(
-            f"rollout.num_responses: {grouped} compares the answers of a prompt and there is one"
-            "; use 2 or more, or advantage.estimator=reinforce"
-        )
-    if config.uses_prm and config.prm.loss == "pairwise" and rollout.num_responses < 2:
-        problems.append(
-            "rollout.num_responses: prm.loss=pairwise compares the answers of a prompt and there is one"
-            "; use 2 or more, or prm.loss=cross_entropy"
-        )
     if keep.min_accuracy > keep.max_accuracy:
         problems.append(
             f"filter.min_accuracy: {keep.min_accuracy} is above filter.max_accuracy = {keep.max_accuracy}; lower it"
@@ -202,6 +214,22 @@ def _check_rollout(config: PrimeConfig) -> list[str]:
         )
     if config.advantage.outcome_coef == 0 and config.advantage.process_coef == 0:
         problems.append("advantage.outcome_coef: both coefficients are 0; give outcomes or process rewards a weight")
+    return problems
+
+
+def _check_start(config: PrimeConfig) -> list[str]:
+    """Policy, PRM and reference must mean the same by a log-probability."""
+    problems = []
+    if config.model.init == "random":
+        problems.append(
+            "model.init: random would start policy, PRM and reference from different weights"
+            "; make a start with `megatron-prime sft` and give its hf/ folder as model.path"
+        )
+    if config.policy.kl_coef != 0 and config.rollout.temperature != 1:
+        problems.append(
+            f"policy.kl_coef: compares the policy at rollout.temperature = {config.rollout.temperature} with the"
+            " reference, which has none; set rollout.temperature=1 or policy.kl_coef=0"
+        )
     return problems
 
 

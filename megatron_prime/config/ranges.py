@@ -68,7 +68,8 @@ RANGES: dict[str, Range] = {
     "data.max_prompt_tokens": AT_LEAST_ONE,
     "data.max_response_tokens": AT_LEAST_ONE,
     "rollout.num_prompts": AT_LEAST_ONE,
-    "rollout.num_responses": AT_LEAST_ONE,
+    # One answer has nothing to be compared with, and the filter keeps no such group.
+    "rollout.num_responses": Range(2),
     # The policy is trained at the sampling temperature, so greedy sampling is for evaluation only.
     "rollout.temperature": POSITIVE,
     "rollout.top_p": ABOVE_ZERO_TO_ONE,

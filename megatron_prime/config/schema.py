@@ -123,6 +123,8 @@ class FileData:
     """`prime` puts the published system prompt first (unless the row brings its own)."""
     task_suffix: bool = True
     """Append PRIME's math or code suffix to the question (unless it is there)."""
+    abilities: list[str] = field(default_factory=lambda: ["math"])
+    """PRIME only: rows of other abilities are dropped and counted (Eurus-2-RL-Data mixes math and code)."""
     max_prompt_tokens: int = 1024
     """Longer prompts are dropped and counted."""
     max_response_tokens: int = 3072
@@ -138,7 +140,7 @@ class RolloutSection:
     num_prompts: int
     """Groups of a step's batch (after filtering)."""
     num_responses: int = 4
-    """Answers per prompt (K)."""
+    """Answers per prompt (K); advantages and the filter compare them."""
     temperature: float = 1.0
     top_p: float = 1.0
     max_response_tokens: int = 3072

@@ -90,14 +90,16 @@ class FilePrompts:
         kept: list[tuple[str, Question]] = []
         reasons: Counter[str] = Counter()
         num_rows = 0
-        limit = self._renderer.config.max_prompt_tokens
+        config = self._renderer.config
         for chunk in _chunks(_read_all(sources, read_question)):
-            texts = [self._text(question) for _, question in chunk]
-            for row, text, ids in zip(chunk, texts, self._renderer.encode(texts), strict=True):
-                num_rows += 1
+            num_rows += len(chunk)
+            wanted = [row for row in chunk if row[1].ability in config.abilities]
+            reasons.update(["other_ability"] * (len(chunk) - len(wanted)))
+            texts = [self._text(question) for _, question in wanted]
+            for row, text, ids in zip(wanted, texts, self._renderer.encode(texts), strict=True):
                 if not row[1].ground_truth:
                     reasons["no_answer"] += 1
-                elif len(ids) > limit:
+                elif len(ids) > config.max_prompt_tokens:
                     reasons["too_long"] += 1
                 elif text in held_out:
                     reasons["in_evaluation"] += 1

@@ -17,7 +17,7 @@ class DropCounts:
     """Rows read, with those left out."""
     by_reason: Mapping[str, int] = field(default_factory=dict)
     """Rows left out: `too_long` (prompt), `response_too_long`, `no_answer` (nothing to check an answer
-    against), `in_evaluation` (the same prompt is in the evaluation set)."""
+    against), `in_evaluation` (the same prompt is in the evaluation set), `other_ability` (not in `data.abilities`)."""
 
     @property
     def num_dropped(self) -> int:

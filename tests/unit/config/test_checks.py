@@ -88,6 +88,9 @@ ONE_PROBLEM = [
     (["run.name=a/../../b"], "run.name: 'a/../../b' is no folder below"),
     (["model.path=nowhere"], "model.path: no such folder: nowhere"),
     (["prm.path=nowhere"], "prm.path: no such folder: nowhere"),
+    # Three models that start equal and are compared.
+    (["model.init=random"], "model.init: random would start policy, PRM and reference from different weights"),
+    (["policy.kl_coef=0.1", "rollout.temperature=0.9"], "policy.kl_coef: compares the policy at rollout.temperature"),
     # Data.
     (["data.min_operations=5"], "data.min_operations: 5 is above data.max_operations = 4"),
     (["data={kind: files, train: []}", "evaluation.num_prompts=0"], "data.train: no files"),
@@ -96,20 +99,15 @@ ONE_PROBLEM = [
     (["data={kind: files, train: ['hf:a:b'], evaluation: [e.json]}"], "data.evaluation: no such file: e.json"),
     (["data={kind: files, train: [a.csv]}", "evaluation.num_prompts=0"], "data.train: 'a.csv' has an unknown format"),
     (["data={kind: files, train: ['hf:a']}", "evaluation.num_prompts=0"], "data.train: 'hf:a' is not a dataset"),
-    # Groups and their filter.
-    (["rollout.num_responses=1", "filter.enabled=false"], "rollout.num_responses: rloo compares the answers"),
     (
-        ["rollout.num_responses=1", "filter.enabled=false", "advantage.estimator=grpo"],
-        "rollout.num_responses: grpo compares the answers",
+        ["data={kind: files, train: ['hf:a:b'], abilities: [math, code]}", "evaluation.num_prompts=0"],
+        "data.abilities: 'code' comes with its verifier, which there is none of yet",
     ),
+    (["data={kind: files, train: ['hf:a:b'], abilities: []}", "evaluation.num_prompts=0"], "data.abilities: none"),
+    # Groups and their filter.
     (
-        [
-            "rollout.num_responses=1",
-            "filter.enabled=false",
-            "advantage.estimator=reinforce",
-            "prm.loss=pairwise",
-        ],
-        "rollout.num_responses: prm.loss=pairwise compares the answers",
+        ["rollout.num_responses=1", "filter.enabled=false", "advantage.estimator=reinforce"],
+        "rollout.num_responses: 1 is out of range; must be >= 2",
     ),
     (["filter.min_accuracy=0.9"], "filter.min_accuracy: 0.9 is above filter.max_accuracy"),
     (["filter.min_accuracy=0.3", "filter.max_accuracy=0.4"], "filter.min_accuracy: no count of right answers out of"),
@@ -186,7 +184,9 @@ def test_model_folders_must_hold_what_the_run_reads(model_folder):
     (model_folder / "model.safetensors").unlink()
     assert check_config(load(model_folder, SFT)) == []
     (problem,) = check_config(load(model_folder, PRIME))
-    assert problem.startswith("model.path: ") and "no *.safetensors" in problem
+    assert problem.startswith("model.path: ") and problem.endswith("has no *.safetensors; fetch the weights")
+    (problem,) = check_config(load(model_folder, SFT, "model.init=weights"))
+    assert problem.endswith("fetch the weights or set model.init=random")
     assert check_config(load(model_folder, PRIME), check_files=False) == []
     (model_folder / "config.json").unlink()
     (problem,) = check_config(load(model_folder, SFT))
@@ -202,7 +202,7 @@ OUT_OF_RANGE = [
     ("parallel.timeout_seconds", 0, "> 0"),
     ("micro_batch.micro_batch_tokens", 0, ">= 1"),
     ("data.step_error_rate", 1, "in [0, 1)"),
-    ("rollout.num_responses", 0, ">= 1"),
+    ("rollout.num_responses", 0, ">= 2"),
     ("rollout.temperature", 0, "> 0"),
     ("rollout.top_p", 0, "in (0, 1]"),
     ("rollout.top_p", 1.01, "in (0, 1]"),
@@ -243,7 +243,9 @@ def test_settings_that_look_odd_but_mean_something(model_folder):
         ["policy.optimizer.clip_grad=0"],
         ["evaluation.every_steps=0", "evaluation.temperature=0"],
         ["micro_batch={micro_batch_size: 1, micro_batch_tokens: null}"],
-        ["advantage.estimator=reinforce", "rollout.num_responses=1", "filter.enabled=false"],
+        ["advantage.estimator=reinforce", "rollout.num_responses=2", "filter.enabled=false"],
+        ["policy.kl_coef=0.1", "evaluation.temperature=0"],
+        ["rollout.temperature=0.9"],
         ["policy.num_minibatches=8", "parallel.world_size=4"],
     ]
     for overrides in sound:

@@ -149,9 +149,21 @@ def test_raw_template_and_options(tmp_path, tokenizer):
 
 def test_code_questions_get_the_code_suffix(tmp_path, tokenizer):
     row = EURUS | {"ability": "code", "prompt": [{"role": "user", "content": "Add."}]}
-    source = build_prompt_source(FileData(train=[_write(tmp_path / "t.jsonl", [row])]), tokenizer, seed=1)
-    prompt = source.take(0, 1)[0]
+    config = FileData(train=[_write(tmp_path / "t.jsonl", [row])], abilities=["math", "code"])
+    prompt = build_prompt_source(config, tokenizer, seed=1).take(0, 1)[0]
     assert prompt.ability == "code" and "Add." + TASK_SUFFIXES["code"] in prompt.text
+
+
+def test_rows_of_other_abilities_are_left_out_and_counted(tmp_path, tokenizer):
+    code = EURUS | {"ability": "code", "reward_model": {"style": "rule", "ground_truth": ""}}
+    mixed = _write(tmp_path / "mixed.jsonl", [code, EURUS, code])
+    held_out = _write(tmp_path / "held_out.jsonl", [code, LAYOUTS["gsm8k"] | {"question": "What is 7 times 6?"}])
+    source = build_prompt_source(FileData(train=[mixed], evaluation=[held_out]), tokenizer, seed=1)
+    assert source.dropped.by_reason == {"other_ability": 2} and source.dropped.num_rows == 3
+    assert [prompt.ability for prompt in (*source.take(0, 2), *source.evaluation(9))] == ["math"] * 3
+    unknown = FileData(train=[mixed], abilities=["physics"])
+    with pytest.raises(DataError, match=r"no prompt is left of 3: {'other_ability': 3}"):
+        build_prompt_source(unknown, tokenizer, seed=1)
 
 
 def test_a_missing_or_refusing_chat_template_is_explained(tmp_path, tokenizer):
