@@ -155,7 +155,7 @@ def _check_abilities(data: FileData) -> list[str]:
     if not data.abilities:
         return [f"data.abilities: none, which leaves no prompt; name some of {', '.join(ABILITIES)}"]
     return [
-        f"data.abilities: {ability!r} comes with its verifier, which there is none of yet; use only {', '.join(ABILITIES)}"
+        f"data.abilities: {ability!r} has no verifier yet and comes with it; use only {', '.join(ABILITIES)}"
         for ability in data.abilities
         if ability not in ABILITIES
     ]

@@ -101,7 +101,7 @@ ONE_PROBLEM = [
     (["data={kind: files, train: ['hf:a']}", "evaluation.num_prompts=0"], "data.train: 'hf:a' is not a dataset"),
     (
         ["data={kind: files, train: ['hf:a:b'], abilities: [math, code]}", "evaluation.num_prompts=0"],
-        "data.abilities: 'code' comes with its verifier, which there is none of yet",
+        "data.abilities: 'code' has no verifier yet",
     ),
     (["data={kind: files, train: ['hf:a:b'], abilities: []}", "evaluation.num_prompts=0"], "data.abilities: none"),
     # Groups and their filter.
