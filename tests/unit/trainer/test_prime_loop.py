@@ -1,0 +1,282 @@
+"""The PRIME loop's decisions: when to sample more, what waits, who trains when, what stops a run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from scripted_parts import MemoryCheckpoints, ScriptedEngine, make_config, make_trainer
+
+from megatron_prime.config.schema import (
+    AdvantageSection,
+    CheckpointSection,
+    EvaluationSection,
+    FilterSection,
+    PrmSection,
+    RolloutSection,
+    RunSection,
+)
+from megatron_prime.errors import RolloutError, TrainingError
+from megatron_prime.trainer.evaluation import derive_seed
+
+KEPT, EASY, HARD = "1100", "1111", "0000"
+
+
+def ids(groups: Any) -> list[str]:
+    return [group.prompt.prompt_id for group in groups]
+
+
+def test_a_full_first_round_is_the_batch() -> None:
+    engine = ScriptedEngine([KEPT])
+    trainer, _ = make_trainer(make_config(), engine)
+    groups, metrics = trainer.collect_groups()
+    assert ids(groups) == ["0", "1", "2", "3"]
+    assert engine.num_prompts == [4]
+    assert metrics["filter/num_seen"] == metrics["filter/num_kept"] == 4
+    assert metrics["filter/kept"] == 1.0
+    assert metrics["rollout/accuracy"] == 0.5
+
+
+def test_refills_until_full_and_keeps_the_surplus_for_the_next_step() -> None:
+    # Half of the first round is kept, so the refill asks for twice what is missing, and gets too much.
+    engine = ScriptedEngine([KEPT, EASY, HARD, KEPT, KEPT, KEPT, KEPT, EASY, KEPT])
+    trainer, _ = make_trainer(make_config(), engine)
+    groups, metrics = trainer.collect_groups()
+    assert engine.num_prompts == [4, 4]
+    assert ids(groups) == ["0", "3", "4", "5"]
+    counts = {name: metrics[f"filter/num_{name}"] for name in ("seen", "kept", "too_easy", "too_hard")}
+    assert counts == {"seen": 8, "kept": 5, "too_easy": 2, "too_hard": 1}
+    # The metrics describe all that was sampled, the dropped groups too.
+    assert metrics["rollout/accuracy"] == pytest.approx((5 * 0.5 + 2 * 1 + 0) / 8)
+
+    groups, _ = trainer.collect_groups()
+    assert ids(groups) == ["6", "8", "9", "10"]
+    assert engine.num_prompts == [4, 4, 4]
+    assert ids(trainer.collector.take()) == ["11"]
+
+
+def test_a_refill_asks_for_what_is_missing_only() -> None:
+    engine = ScriptedEngine([KEPT] * 7 + [HARD] + [KEPT])
+    config = make_config(rollout=RolloutSection(num_prompts=8, num_responses=4))
+    trainer, _ = make_trainer(config, engine)
+    groups, _ = trainer.collect_groups()
+    assert engine.num_prompts == [8, 2]  # one group is missing and 7 of 8 were kept
+    assert ids(groups) == ["0", "1", "2", "3", "4", "5", "6", "8"]
+
+
+def test_attempts_are_bounded() -> None:
+    engine = ScriptedEngine([HARD])
+    trainer, events = make_trainer(make_config(), engine)
+    metrics = trainer.step()
+    assert engine.num_prompts == [4, 4, 4]
+    assert trainer.position == 12
+    assert metrics["filter/num_too_hard"] == 12
+    assert not events
+
+
+def test_too_few_groups_wait_and_nothing_trains() -> None:
+    engine = ScriptedEngine([HARD, KEPT, *[HARD] * 10, KEPT])
+    trainer, events = make_trainer(make_config(), engine, min_groups=2)
+    trainer.step()
+    assert not events and len(trainer.collector) == 1
+    groups, _ = trainer.collect_groups()
+    assert ids(groups) == ["1", "12", "13", "14"]
+    assert trainer.num_empty_steps == 0
+
+
+def test_a_smaller_batch_trains_when_every_rank_gets_a_share() -> None:
+    engine = ScriptedEngine([HARD, KEPT, KEPT, HARD])
+    trainer, events = make_trainer(make_config(filter=FilterSection(max_attempts=1)), engine, min_groups=2)
+    trainer.step()
+    assert events[-1] == "policy trains"
+    assert trainer.parts.policy.batches[0][0].rollout.num_responses == 8
+
+
+def test_five_empty_steps_end_the_run() -> None:
+    trainer, _ = make_trainer(make_config(filter=FilterSection(max_attempts=1)), ScriptedEngine([EASY]))
+    for _ in range(4):
+        trainer.step()
+    with pytest.raises(TrainingError, match=r"filter\.min_accuracy.*num_too_easy=4"):
+        trainer.step()
+
+
+def test_a_batch_in_between_forgives_empty_steps() -> None:
+    script = [HARD] * 16 + [KEPT] * 4 + [HARD]
+    trainer, events = make_trainer(make_config(filter=FilterSection(max_attempts=1)), ScriptedEngine(script))
+    for _ in range(9):
+        trainer.step()
+    assert events.count("policy trains") == 1 and trainer.num_empty_steps == 4
+
+
+def test_missing_verdicts_shrink_a_group_and_may_drop_it() -> None:
+    engine = ScriptedEngine(["1?00", "??1?", "????", KEPT])
+    trainer, _ = make_trainer(make_config(filter=FilterSection(max_attempts=1)), engine)
+    groups, metrics = trainer.collect_groups()
+    assert ids(groups) == ["0", "3"]
+    assert groups[0].rewards == (1.0, 0.0, 0.0) and len(groups[0].responses) == 3
+    assert [response.text for response in groups[0].responses] == ["1", "0", "0"]
+    assert metrics["filter/num_missing"] == 2
+
+
+def test_every_round_has_its_own_seed_and_prompts() -> None:
+    engine = ScriptedEngine([HARD])
+    trainer, _ = make_trainer(make_config(), engine)
+    trainer.collect_groups()
+    asked = [prompts for prompts, _ in engine.requests]
+    assert asked == [["0", "1", "2", "3"], ["4", "5", "6", "7"], ["8", "9", "10", "11"]]
+    assert len({sampling.seed for _, sampling in engine.requests}) == 3
+    assert all((s.num_responses, s.temperature, s.max_response_tokens) == (4, 1.0, 8) for _, s in engine.requests)
+
+
+AFTER = ["policy scores at 1", "reference scores", "prm scores", "prm trains", "policy trains"]
+BEFORE = [*AFTER[:-1], "prm scores", "policy trains"]
+
+
+@pytest.mark.parametrize(("update", "order", "margin"), [("after", AFTER, 1), ("before", BEFORE, 2)])
+def test_rewards_come_from_the_snapshot_that_prm_update_names(update, order, margin) -> None:
+    trainer, events = make_trainer(
+        make_config(prm=PrmSection(beta=0.1, update=update)), ScriptedEngine([KEPT]), min_groups=1
+    )
+    groups, _ = trainer.collect_groups()
+    batch = trainer.score(groups)
+    rewards, metrics = trainer.process_rewards(groups, batch)
+    sign = (2 * batch.rollout.outcomes - 1)[:, None]
+    assert torch.allclose(rewards, 0.1 * margin * sign * batch.rollout.mask)
+    # The evidence is about the snapshot before the update, whoever pays the rewards.
+    assert metrics["prm/fresh_loss"] == pytest.approx(math.log1p(math.exp(-0.2)), rel=1e-5)
+    assert metrics["prm/fresh_accuracy"] == metrics["prm/fresh_auc"] == 1.0
+    assert events == order[:-1]
+
+
+def test_a_step_trains_the_prm_before_the_policy_and_refits_after() -> None:
+    engine = ScriptedEngine([KEPT])
+    trainer, events = make_trainer(make_config(), engine)
+    trainer.refit()
+    assert engine.weights["w"].item() == 0
+    metrics = trainer.step()
+    assert events == AFTER
+    assert engine.weights["w"].item() == 1
+    assert {"policy/loss", "prm/loss", "prm/gate", "advantage/outcome_share"} <= metrics.keys()
+
+
+def test_the_prm_trains_on_the_latest_batches() -> None:
+    trainer, _ = make_trainer(make_config(prm=PrmSection(num_window_batches=2)), ScriptedEngine([KEPT]))
+    for _ in range(3):
+        trainer.step()
+    first, second, third = trainer.parts.prm.windows
+    assert [len(first), len(second), len(third)] == [1, 2, 2]
+    assert second[0] is first[0] and third[0] is second[1]
+    assert third[1].rollout.prompt_token_ids[0] == (9,)
+
+
+def test_only_the_prm_trains_while_it_warms_up() -> None:
+    trainer, events = make_trainer(make_config(prm=PrmSection(warmup_steps=2)), ScriptedEngine([KEPT]))
+    trainer.train()
+    assert events.count("prm trains") == 3 and events.count("policy trains") == 1
+
+
+def test_the_gate_is_a_moving_average_of_evidence() -> None:
+    advantage = AdvantageSection(process_gate="auc", gate_smoothing=0.25)
+    trainer, _ = make_trainer(make_config(advantage=advantage), ScriptedEngine([KEPT]))
+    gates = [trainer.step()["prm/gate"] for _ in range(2)]
+    # 16 pairs, all in order: Wilson's lower bound is n / (n + z^2).
+    single = 2 * 16 / (16 + 1.645**2) - 1
+    assert gates == pytest.approx([0.75 * single, 0.9375 * single], rel=1e-6)
+
+
+def test_without_the_gate_process_rewards_count_in_full() -> None:
+    trainer, _ = make_trainer(make_config(), ScriptedEngine([KEPT]))
+    assert trainer.step()["prm/gate"] == 1.0
+    assert trainer.gate > 0  # still measured, for whoever resumes with the gate on
+
+
+def test_the_frozen_reference_is_scored_when_there_is_one() -> None:
+    trainer, events = make_trainer(make_config(), ScriptedEngine([KEPT]), prm=False)
+    trainer.step()
+    batch = trainer.score(trainer.collect_groups()[0])  # after an update: the policy has moved away
+    assert events[-2:] == ["policy scores at 1", "reference scores"]
+    assert torch.equal(batch.reference_logprobs, -batch.rollout.mask.float())
+    assert torch.equal(batch.policy_logprobs, -2.0 * batch.rollout.mask)
+    assert not batch.prm_logprobs.any()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "expected"),
+    [(1.0, ["policy scores at 1"]), (0.5, ["policy scores at 0.5", "policy scores at 1"])],
+)
+def test_without_a_reference_the_policy_before_its_update_is_it(temperature, expected) -> None:
+    rollout = RolloutSection(num_prompts=4, num_responses=4, temperature=temperature)
+    trainer, events = make_trainer(make_config(rollout=rollout), ScriptedEngine([KEPT]), reference=False, prm=False)
+    batch = trainer.score(trainer.collect_groups()[0])
+    assert events == expected
+    assert torch.equal(batch.reference_logprobs, -1.0 * batch.rollout.mask)
+    assert torch.equal(batch.policy_logprobs, -1.0 * batch.rollout.mask / temperature)
+
+
+def test_outcomes_alone_decide_without_a_prm() -> None:
+    trainer, _ = make_trainer(
+        make_config(advantage=AdvantageSection(process_coef=0.0, whiten=False)), ScriptedEngine([KEPT]), prm=False
+    )
+    metrics = trainer.step()
+    assert not any(name.startswith("prm/") for name in metrics)
+    ((batch, advantages),) = trainer.parts.policy.batches
+    # Leave-one-out: a right answer beats the 1/3 of its siblings by 2/3.
+    sign = (2 * batch.rollout.outcomes - 1)[:, None]
+    assert torch.allclose(advantages, sign * batch.rollout.mask * 2 / 3)
+
+
+def test_a_refit_that_does_not_arrive_stops_the_run() -> None:
+    engine = ScriptedEngine([KEPT])
+    trainer, _ = make_trainer(make_config(), engine)
+    trainer.refit()
+    engine.loads_wrongly = True
+    with pytest.raises(RolloutError, match=r"are not the trainer's \([0-9a-f]{32}\)"):
+        trainer.refit()
+
+
+def run_of(num_steps: int, checkpoints: MemoryCheckpoints, engine: ScriptedEngine) -> Any:
+    config = make_config(
+        run=RunSection(name="test", num_steps=num_steps),
+        evaluation=EvaluationSection(every_steps=2, num_prompts=3, num_responses=2),
+        checkpoint=CheckpointSection(every_steps=2),
+    )
+    return make_trainer(config, engine, checkpoints=checkpoints)[0]
+
+
+def test_a_run_evaluates_saves_and_sums_up() -> None:
+    checkpoints, engine = MemoryCheckpoints(), ScriptedEngine([KEPT], held_out="10")
+    trainer = run_of(5, checkpoints, engine)
+    summary = trainer.train()
+    rows = trainer.parts.logger.rows
+    assert list(rows) == [1, 2, 3, 4, 5]
+    assert [step for step, row in rows.items() if "evaluation/accuracy" in row] == [2, 4, 5]
+    assert sorted(checkpoints.saved) == [2, 4, 5]
+    assert (summary["num_steps"], summary["num_prompts_sampled"]) == (5, 20)
+    assert (summary["accuracy_before"], summary["accuracy_after"]) == (0.5, 0.5)
+    assert summary["accuracy_before_interval"][0] < 0.5 < summary["accuracy_before_interval"][1]
+    assert summary["process_reward_auc"] is None  # no steps are known
+    assert summary["prm_fresh_accuracy"] == summary["prm_fresh_auc"] == 1.0
+    seeds = {sampling.seed for prompts, sampling in engine.requests if prompts[0].startswith("held out")}
+    assert seeds == {derive_seed(1, "evaluation")}  # every evaluation draws the same randomness
+    for row in rows.values():
+        assert {"time/rollout_seconds", "time/score_seconds", "time/policy_update_seconds"} <= row.keys()
+
+
+def test_a_resumed_run_goes_on_where_it_stopped() -> None:
+    script = [KEPT, EASY, HARD, KEPT, KEPT, KEPT, KEPT, EASY, KEPT, KEPT, HARD] * 5
+    whole = run_of(6, MemoryCheckpoints(), ScriptedEngine(script))
+    expected = whole.train()
+
+    checkpoints = MemoryCheckpoints()
+    run_of(4, checkpoints, ScriptedEngine(script)).train()
+    engine = ScriptedEngine(script)
+    resumed = run_of(6, checkpoints, engine)
+    found = resumed.train()
+    assert list(resumed.parts.logger.rows) == [5, 6]
+    assert not engine.requests[0][0][0].startswith("held out")  # the start was evaluated before
+    assert resumed.num_steps_done == 6
+    for key in ("num_steps", "num_prompts_sampled", "accuracy_before", "accuracy_after"):
+        assert found[key] == expected[key]
+    assert ids(resumed.collector.take()) == ids(whole.collector.take())
