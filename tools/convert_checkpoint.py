@@ -1,0 +1,16 @@
+"""Converts a Hugging Face folder to a Megatron distributed checkpoint, or back.
+
+The same as `megatron-prime convert`:
+
+    tools/convert_checkpoint.py to-megatron models/Qwen2.5-7B checkpoints/qwen2.5-7b
+    tools/convert_checkpoint.py to-hf runs/my-run/checkpoints/step_00000010/policy exported --like models/Qwen2.5-7B
+"""
+
+from __future__ import annotations
+
+import sys
+
+from megatron_prime.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["convert", *sys.argv[1:]]))
