@@ -70,6 +70,7 @@ def transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=architecture.layernorm_epsilon,
         qk_layernorm=architecture.qk_layernorm,
+        init_method_std=architecture.hf_config.get("initializer_range", 0.02),
         add_bias_linear=False,
         add_qkv_bias=architecture.add_qkv_bias,
         gated_linear_unit=True,
