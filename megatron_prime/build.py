@@ -17,7 +17,7 @@ from megatron_prime.config.schema import AnyConfig, PrimeConfig, SftConfig
 from megatron_prime.data.sources import PromptSource, build_prompt_source, build_sft_source
 from megatron_prime.data.templates import complete_messages, render
 from megatron_prime.data.tokenizer import encode, end_token_ids, load_tokenizer
-from megatron_prime.errors import ConfigError
+from megatron_prime.errors import ConfigError, WeightsError
 from megatron_prime.mcore import convert
 from megatron_prime.mcore.checkpoint import Checkpointer
 from megatron_prime.mcore.parallel import Layout, parallel_layout
@@ -39,18 +39,25 @@ logger = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def check(config: AnyConfig) -> ModelArchitecture:
+def check(config: AnyConfig, *, check_files: bool = True) -> ModelArchitecture:
     """Everything that can be known to be wrong before a process group or a model exists.
+
+    Args:
+        config: from `load_config`.
+        check_files: look at weights and data files too; without them only the model's config.json is read.
 
     Raises:
         ConfigError, WeightsError: with all problems found.
     """
-    problems = check_config(config)
+    problems = check_config(config, check_files=check_files)
     if any(p.startswith("model.path") for p in problems):
         raise_for_problems(problems)
-    architecture = read_architecture(config.model.path)
-    raise_for_problems(problems + [p for p in check_config(config, architecture) if p not in problems])
-    if config.model.init == "weights":
+    try:
+        architecture = read_architecture(config.model.path)
+    except WeightsError as error:
+        raise ConfigError([*problems, f"model.path: {error}"]) from error
+    raise_for_problems(check_config(config, architecture, check_files))
+    if check_files and config.model.init == "weights":
         HfFolder(config.model.path).validate(architecture)
     return architecture
 

@@ -80,7 +80,7 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_prime import build
 
     config = load_config(options.config, options.overrides)
-    build.check(config)
+    build.check(config, check_files=not options.shapes_only)
     rows = batch_plan(config)
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
@@ -164,6 +164,9 @@ def _parser() -> argparse.ArgumentParser:
         sub = add(name, command, text)
         sub.add_argument("config", help="YAML file")
         sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+        if name == "check":
+            text = "plan for another machine: no weights or data files, of model.path only config.json"
+            sub.add_argument("--shapes-only", action="store_true", help=text)
     _add_generate(add("generate", _generate, "sample answers of a Hugging Face folder; prints one JSON row each"))
     _add_convert(add("convert", _convert, "Hugging Face folder <-> Megatron distributed checkpoint"))
     return parser
@@ -185,7 +188,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("direction", choices=["to-megatron", "to-hf"])
     parser.add_argument("source", help="Hugging Face folder, or Megatron checkpoint")
     parser.add_argument("target", help="new folder")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as the source is stored")
     parser.add_argument("--like", help="to-hf: Hugging Face folder with config.json and tokenizer (default: kept copy)")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prime import world
 from megatron_prime.errors import CheckpointError
@@ -26,6 +27,64 @@ _WRITING = ".writing"
 _MANIFEST = "manifest.json"
 _TRAINER_STATE = "trainer.pt"
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """Writes a sharded state as a distributed checkpoint; collective, inside `megatron_platform`.
+
+    Args:
+        state: what Megatron's ``sharded_state_dict`` methods return, by part (``model``, ``optimizer``, ...).
+        path: empty folder.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    from megatron.core import dist_checkpointing
+
+    try:
+        dist_checkpointing.save(state, str(path))
+    except (Exception, CheckpointException) as error:  # the writers raise whatever their workers raised
+        raise CheckpointError(
+            f"{path}: cannot be written: {_reason(error)}; free space or choose another folder"
+        ) from error
+
+
+def load_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Reads a distributed checkpoint into a sharded state; collective, inside `megatron_platform`.
+
+    Args:
+        state: as for `save_state`; without an ``optimizer`` that of the checkpoint is left out.
+        path: the checkpoint.
+
+    Returns:
+        The parts, ready for the ``load_state_dict`` methods.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model.
+    """
+    from megatron.core import dist_checkpointing
+
+    try:
+        result: Any = dist_checkpointing.load(state, str(path), strict="return_all")
+    except (Exception, CheckpointException) as error:  # torch unzips and unpickles: damage shows as anything
+        raise CheckpointError(f"{path}: damaged, or of another model: {_reason(error)}") from error
+    loaded, unasked, absent = result
+    kept_out = () if "optimizer" in state else ("optimizer.",)
+    problems = [f"{path}: {key}: missing" for key in sorted(absent)]
+    problems += [
+        f"{path}: {key}: not a weight of this model" for key in sorted(unasked) if not key.startswith(kept_out)
+    ]
+    problems = [problem for problem in problems if "_extra_state" not in problem]
+    if problems:
+        raise CheckpointError("\n".join(problems))
+    return loaded
+
+
+def _reason(error: BaseException) -> str:
+    """One line; torch wraps the error of each rank."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Checkpointer:
@@ -57,8 +116,6 @@ class Checkpointer:
         Raises:
             CheckpointError: it could not be written; nothing older was removed.
         """
-        from megatron.core import dist_checkpointing
-
         final = self.folder / f"step_{step:08d}"
         writing = final.with_name(final.name + _WRITING)
         if world.is_main():
@@ -67,11 +124,8 @@ class Checkpointer:
             for name in self.roles:
                 (writing / name).mkdir(parents=True)
         world.barrier()
-        try:
-            for name, role in self.roles.items():
-                dist_checkpointing.save(self._state(role, loading=False), str(writing / name))
-        except OSError as error:
-            raise CheckpointError(f"{writing}: {error}; free space or choose another run.directory") from error
+        for name, role in self.roles.items():
+            save_state(self._state(role, loading=False), writing / name)
         world.barrier()
         if world.is_main():
             torch.save(dict(trainer_state), writing / _TRAINER_STATE)
@@ -122,9 +176,7 @@ class Checkpointer:
         return torch.load(newest / _TRAINER_STATE, weights_only=False)
 
     def _load(self, role: TrainableRole, path: Path) -> None:
-        from megatron.core import dist_checkpointing
-
-        state: Any = dist_checkpointing.load(self._state(role, loading=True), str(path))
+        state = load_state(self._state(role, loading=True), path)
         role.gpt.load_state_dict(state["model"])
         role.optimizer.load_state_dict(state["optimizer"])
         role.scheduler.load_state_dict(state["scheduler"])
