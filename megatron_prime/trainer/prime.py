@@ -94,7 +94,7 @@ class PrimeTrainer:
             logger.info("resumed after step %d", self.num_steps_done)
         self.refit()
         if state is None:
-            self.evaluate()
+            self.parts.logger.log(0, self.evaluate())
         self.stages.drain()
         while self.num_steps_done < config.run.num_steps:
             metrics = self.step()

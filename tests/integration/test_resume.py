@@ -56,7 +56,7 @@ def kill_after(config: Path, directory: Path, name: str, step: int) -> None:
     """Starts a run and kills its launcher, and with it all ranks, once a step is logged."""
     process = subprocess.Popen([*COMMAND, "train", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
-    while num_rows(directory, name) < step and process.poll() is None and time.monotonic() < deadline:
+    while num_rows(directory, name) <= step and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     assert process.poll() is None, "the run ended before it could be killed"
     os.kill(process.pid, signal.SIGKILL)
@@ -76,7 +76,7 @@ def test_kill_and_resume_is_bit_exact(start: str, tmp_path: Path) -> None:
     assert "resumed after step 4" in result.stderr
 
     expected, actual = read_curve(str(tmp_path), "whole"), read_curve(str(tmp_path), "broken")
-    assert len(expected) == NUM_STEPS
+    assert len(expected) == 1 + NUM_STEPS
     assert actual == expected
     for folder in ("hf", "hf_prm"):
         weights = [load_file(tmp_path / name / folder / "model.safetensors") for name in ("whole", "broken")]
