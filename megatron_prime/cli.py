@@ -120,9 +120,6 @@ def _generate(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _convert(options: argparse.Namespace, arguments: list[str]) -> int:
-    from megatron_prime.mcore import convert
-    from megatron_prime.mcore.parallel import parallel_layout
-
     parallel = ParallelSection(
         world_size=options.tensor_model_parallel_size * options.pipeline_model_parallel_size,
         tensor_model_parallel_size=options.tensor_model_parallel_size,
@@ -130,6 +127,10 @@ def _convert(options: argparse.Namespace, arguments: list[str]) -> int:
     )
     if not is_launched() and parallel.world_size > 1:
         return launch_local(arguments, parallel.world_size, num_threads=1)
+
+    from megatron_prime.mcore import convert
+    from megatron_prime.mcore.parallel import parallel_layout
+
     source, target = Path(options.source), Path(options.target)
     shared: dict[str, Any] = {"dtype": options.dtype, "parallel": parallel}
     with parallel_layout(parallel, seed=1) as layout:

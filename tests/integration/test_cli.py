@@ -1,0 +1,239 @@
+"""The command line as a user meets it: help, plans, errors without tracebacks, processes that end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from megatron_prime.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, "-m", "megatron_prime.cli"]
+COMMANDS = ("demo", "train", "sft", "check", "evaluate", "generate", "convert")
+SHAPES = {
+    "arithmetic": "arithmetic",
+    "arithmetic_sft": "arithmetic",
+    "prime_qwen2.5_math_7b": "shapes/qwen2.5-math-7b",
+    "prime_qwen2.5_32b": "shapes/qwen2.5-32b",
+    "prime_qwen2.5_72b": "shapes/qwen2.5-72b",
+}
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """Runs a command that must exit with 2; returns what it prints to stderr, which is no traceback."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    return printed.err.splitlines()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: megatron-prime {command}")
+
+
+def test_help_names_every_command() -> None:
+    result = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True, timeout=60)
+    assert all(f"\n    {command}" in result.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("recipe", SHAPES)
+def test_every_recipe_has_a_plan(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ROOT / "configs" / "models" / SHAPES[recipe]
+    config = ROOT / "configs" / f"{recipe}.yaml"
+    assert main(["check", str(config), f"model.path={shape}", "--shapes-only"]) == 0
+    plan = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert str(shape) in plan["models"]
+    if recipe == "prime_qwen2.5_72b":
+        assert plan["layout"].strip() == "128 processes = 8 tensor x 4 pipeline x 4 data parallel"
+        assert plan["rollouts"].strip() == "256 prompts x 4 = 1024 responses per step"
+
+
+def test_a_plan_without_the_option_wants_weights_and_data(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ROOT / "configs" / "models" / SHAPES["prime_qwen2.5_72b"]
+    lines = fails(capsys, "check", str(ROOT / "configs" / "prime_qwen2.5_72b.yaml"), f"model.path={shape}")
+    assert lines[0] == "ConfigError:"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["data.train", "data.evaluation", "model.path"]
+    assert lines[3].endswith("fetch the weights")
+
+
+def test_shapes_only_still_checks_the_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs" / "prime_qwen2.5_32b.yaml")
+    shape = ROOT / "configs" / "models" / SHAPES["prime_qwen2.5_32b"]
+    lines = fails(
+        capsys, "check", config, f"model.path={shape}", "parallel.tensor_model_parallel_size=16", "--shapes-only"
+    )
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["parallel.tensor_model_parallel_size"] * 2
+    lines = fails(capsys, "check", config, f"model.path={tmp_path}", "prm.beta=-1", "--shapes-only")
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["prm.beta", "model.path"]
+
+
+@pytest.mark.parametrize("command", ["train", "check", "evaluate"])
+def test_all_problems_of_a_configuration_come_at_once(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs" / "arithmetic.yaml")
+    lines = fails(capsys, command, config, "prm.betta=1", "rollout.num_prompts=many", "filter.enabled=1")
+    assert lines[0] == "ConfigError:" and len(lines) == 4
+    assert "prm.betta: unknown key; did you mean 'beta'?" in lines[1] + lines[2] + lines[3]
+    lines = fails(capsys, command, config, "model.path=nowhere", "filter.min_accuracy=2", "rollout.num_responses=1")
+    assert {line.split(":")[0].strip() for line in lines[1:]} == {
+        "model.path",
+        "filter.min_accuracy",
+        "rollout.num_responses",
+    }
+
+
+def test_a_configuration_of_the_other_kind_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    sft, prime = (str(ROOT / "configs" / name) for name in ("arithmetic_sft.yaml", "arithmetic.yaml"))
+    for arguments in (["train", sft], ["sft", prime], ["evaluate", sft]):
+        lines = fails(capsys, *arguments)
+        assert len(lines) == 2 and lines[1].startswith("  kind: ")
+    assert fails(capsys, "demo", "run.num_steps=1")[1].startswith("  demo: takes only run.seed=N")
+    assert "no such file" in fails(capsys, "check", "absent.yaml")[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(1)
+    config = Qwen2Config(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=139,
+        max_position_embeddings=64,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder: Path) -> Path:
+    target = folder.parent / "checkpoint"
+    assert main(["convert", "to-megatron", str(folder), str(target)]) == 0
+    return target
+
+
+def test_conversion_at_two_ranks_equals_one(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "by-two"
+    tool = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), "to-megatron", str(folder), str(target)]
+    result = subprocess.run(
+        [*tool, "--tensor-model-parallel-size", "2"], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert result.stdout == f"wrote {target}\n"
+    for source, back in ((target, tmp_path / "two"), (checkpoint, tmp_path / "one")):
+        assert main(["convert", "to-hf", str(source), str(back)]) == 0
+        assert (back / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def damaged(folder: Path, copy: Path, how: str) -> Path:
+    shutil.copytree(folder, copy)
+    file = copy / "model.safetensors"
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        weights = load_file(file)
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, file)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [("truncated", "model.safetensors: damaged or truncated"), ("missing", "layers.1.mlp.up_proj.weight: missing")],
+)
+def test_a_damaged_folder_is_one_message(folder, tmp_path, capsys, how: str, expected: str) -> None:
+    source = damaged(folder, tmp_path / "source", how)
+    lines = fails(capsys, "convert", "to-megatron", str(source), str(tmp_path / "target"))
+    assert lines[0] == "WeightsError:" and len(lines) == 2 and expected in lines[1]
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_conversion_refuses_what_it_cannot_do(folder, checkpoint, tmp_path, capsys) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "mine").write_text("mine")
+    for arguments in (["to-megatron", str(folder), str(target)], ["to-hf", str(checkpoint), str(target)]):
+        lines = fails(capsys, "convert", *arguments)
+        assert lines == ["CheckpointError:", f"  {target}: exists already; choose a new folder"]
+    lines = fails(capsys, "convert", "to-hf", str(folder), str(tmp_path / "new"))
+    assert lines == ["CheckpointError:", f"  {folder}: is no Megatron distributed checkpoint (no metadata.json)"]
+    assert list(tmp_path.iterdir()) == [target] and [path.name for path in target.iterdir()] == ["mine"]
+
+
+def test_an_error_on_every_rank_is_printed_once(folder: Path, tmp_path: Path) -> None:
+    source = damaged(folder, tmp_path / "source", "missing")
+    command = [*COMMAND, "convert", "to-megatron", str(source), str(tmp_path / "target")]
+    result = subprocess.run(
+        [*command, "--tensor-model-parallel-size", "2"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[0] == "WeightsError:" and len(result.stderr.splitlines()) == 2
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def children_of(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def endless_sft(directory: Path) -> Path:
+    config: dict[str, Any] = {
+        "kind": "sft",
+        "run": {"name": "endless", "directory": str(directory), "num_steps": 10**6},
+        "model": {"path": str(ROOT / "configs" / "models" / "arithmetic"), "init": "random"},
+        "parallel": {"world_size": 2, "tensor_model_parallel_size": 2},
+        "data": {"kind": "arithmetic"},
+        "sft": {"batch_size": 2, "log_every_steps": 1, "optimizer": {"lr": 1e-3}},
+        "checkpoint": {"every_steps": 0},
+    }
+    path = directory / "endless.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    return path
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_rank_that_dies_takes_the_others_down(tmp_path: Path) -> None:
+    launcher = subprocess.Popen(
+        [*COMMAND, "sft", str(endless_sft(tmp_path))], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        metrics, deadline = tmp_path / "endless" / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            assert launcher.poll() is None
+            time.sleep(0.05)
+        ranks = children_of(launcher.pid)
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+        assert launcher.wait(timeout=15) == 128 + signal.SIGKILL
+        assert not any(is_running(pid) for pid in ranks)
+    finally:
+        launcher.kill()
+        launcher.wait()
