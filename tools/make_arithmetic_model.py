@@ -50,7 +50,7 @@ def make_configs(vocab_size: int) -> dict[str, dict[str, object]]:
             "tie_word_embeddings": True,
             "use_sliding_window": False,
             "attention_dropout": 0.0,
-            "initializer_range": 0.02,
+            "initializer_range": 0.08,
             "bos_token_id": None,
             "eos_token_id": eos_id,
             "pad_token_id": pad_id,
