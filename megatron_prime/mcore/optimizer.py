@@ -13,6 +13,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_prime.config.schema import ModelSection, OptimizerSection, ParallelSection
+from megatron_prime.mcore.cpu import use_fused_adam
 from megatron_prime.mcore.model import DTYPES
 
 
@@ -54,11 +55,7 @@ def build_optimizer(
     )
     optimizer = get_megatron_optimizer(config, [ddp])
     ddp.config.grad_scale_func = optimizer.scale_loss
-    if not torch.cuda.is_available():
-        # Torch's Adam (the one in use where neither Transformer Engine nor apex is) has a fused CPU
-        # kernel; its default is a Python loop over the parameters.
-        for group in optimizer.param_groups:
-            group["fused"] = True
+    use_fused_adam(optimizer)
     return optimizer
 
 
