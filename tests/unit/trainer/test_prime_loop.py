@@ -250,8 +250,8 @@ def test_a_run_evaluates_saves_and_sums_up() -> None:
     trainer = run_of(5, checkpoints, engine)
     summary = trainer.train()
     rows = trainer.parts.logger.rows
-    assert list(rows) == [1, 2, 3, 4, 5]
-    assert [step for step, row in rows.items() if "evaluation/accuracy" in row] == [2, 4, 5]
+    assert list(rows) == [0, 1, 2, 3, 4, 5]
+    assert [step for step, row in rows.items() if "evaluation/accuracy" in row] == [0, 2, 4, 5]
     assert sorted(checkpoints.saved) == [2, 4, 5]
     assert (summary["num_steps"], summary["num_prompts_sampled"]) == (5, 20)
     assert (summary["accuracy_before"], summary["accuracy_after"]) == (0.5, 0.5)
@@ -260,8 +260,8 @@ def test_a_run_evaluates_saves_and_sums_up() -> None:
     assert summary["prm_fresh_accuracy"] == summary["prm_fresh_auc"] == 1.0
     seeds = {sampling.seed for prompts, sampling in engine.requests if prompts[0].startswith("held out")}
     assert seeds == {derive_seed(1, "evaluation")}  # every evaluation draws the same randomness
-    for row in rows.values():
-        assert {"time/rollout_seconds", "time/score_seconds", "time/policy_update_seconds"} <= row.keys()
+    for step in range(1, 6):
+        assert {"time/rollout_seconds", "time/score_seconds", "time/policy_update_seconds"} <= rows[step].keys()
 
 
 def test_a_resumed_run_goes_on_where_it_stopped() -> None:
