@@ -13,7 +13,7 @@ import torch
 from megatron_prime import world
 from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.config.checks import check_config, raise_for_problems
-from megatron_prime.config.schema import AnyConfig, PrimeConfig, SftConfig
+from megatron_prime.config.schema import AnyConfig, FileData, PrimeConfig, SftConfig
 from megatron_prime.data.sources import PromptSource, build_prompt_source, build_sft_source
 from megatron_prime.data.templates import complete_messages, render
 from megatron_prime.data.tokenizer import encode, end_token_ids, load_tokenizer
@@ -44,10 +44,10 @@ def check(config: AnyConfig, *, check_files: bool = True) -> ModelArchitecture:
 
     Args:
         config: from `load_config`.
-        check_files: look at weights and data files too; without them only the model's config.json is read.
+        check_files: look at weights, tokenizer and data files too; without them only the model's config.json is read.
 
     Raises:
-        ConfigError, WeightsError: with all problems found.
+        ConfigError, WeightsError, DataError: with all problems found.
     """
     problems = check_config(config, check_files=check_files)
     if any(p.startswith("model.path") for p in problems):
@@ -57,8 +57,13 @@ def check(config: AnyConfig, *, check_files: bool = True) -> ModelArchitecture:
     except WeightsError as error:
         raise ConfigError([*problems, f"model.path: {error}"]) from error
     raise_for_problems(check_config(config, architecture, check_files))
-    if check_files and config.model.init == "weights":
-        HfFolder(config.model.path).validate(architecture)
+    if check_files:
+        tokenizer = load_tokenizer(config.model.path)
+        end_token_ids(tokenizer, config.model.path)
+        if isinstance(config.data, FileData) and config.data.template == "chat":
+            render(tokenizer, [{"role": "user", "content": "?"}], "chat")
+        if config.model.init == "weights":
+            HfFolder(config.model.path).validate(architecture)
     return architecture
 
 

@@ -36,8 +36,9 @@ def measure(variant: str, seed: int, start: Path) -> dict[str, Any]:
         run("train", "arithmetic.yaml", *where, "checkpoint.export_hf=false", *VARIANTS[variant])
     summary = json.loads(summary_path.read_text())
     rows = [json.loads(line) for line in (RUNS / name / "metrics.jsonl").read_text().splitlines()]
-    aucs = [row["prm/step_auc"] for row in rows if row["step"] >= 10 and row.get("prm/step_auc") is not None]
-    seconds = [row["time/step_seconds"] for row in rows]
+    steps = [row for row in rows if row["step"] > 0]
+    aucs = [row["prm/step_auc"] for row in steps if row["step"] >= 10 and row.get("prm/step_auc") is not None]
+    seconds = [row["time/step_seconds"] for row in steps]
     return {
         "variant": variant,
         "seed": seed,

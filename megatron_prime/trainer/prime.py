@@ -92,9 +92,9 @@ class PrimeTrainer:
         if state is not None:
             self.load_state_dict(state)
             logger.info("resumed after step %d", self.num_steps_done)
-        self.refit()
-        if state is None:
-            self.parts.logger.log(0, self.evaluate())
+        self.refit(self.num_steps_done)
+        if state is None and (before := self.evaluate()):
+            self.parts.logger.log(0, before)
         self.stages.drain()
         while self.num_steps_done < config.run.num_steps:
             metrics = self.step()
@@ -130,7 +130,7 @@ class PrimeTrainer:
                     seed=self._seed("policy order"),
                 )
             metrics |= {f"policy/{name}": value for name, value in updated.items()}
-            self.refit()
+            self.refit(self.num_steps_done + 1)
         return metrics
 
     def collect_groups(self) -> tuple[list[Group], dict[str, float]]:
@@ -216,15 +216,17 @@ class PrimeTrainer:
         metrics = {f"prm/{name}": value for name, value in updated.items()}
         return rewards, metrics | evidence.metrics() | {"prm/gate": self._gate()}
 
-    def refit(self) -> None:
+    def refit(self, version: int) -> None:
         """Puts the policy's weights into the engine and proves that they arrived.
+
+        Args:
+            version: steps that the weights have seen.
 
         Raises:
             RolloutError: the engine's checksum is not the trainer's.
         """
         with self.stages("refit"):
             expected = WeightChecksum()
-            version = self.num_steps_done + 1
             actual = self.parts.engine.load_weights(expected.tee(self.parts.policy.export_weights()), version)
         if actual != expected.hexdigest():
             raise RolloutError(

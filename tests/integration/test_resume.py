@@ -70,9 +70,7 @@ def test_kill_and_resume_is_bit_exact(start: str, tmp_path: Path) -> None:
     broken = config_of(start, tmp_path, "broken")
     kill_after(broken, tmp_path, "broken", step=3)
     kill_after(broken, tmp_path, "broken", step=5)
-    result = subprocess.run(
-        [*COMMAND, "train", str(broken)], check=True, capture_output=True, text=True, timeout=250
-    )
+    result = subprocess.run([*COMMAND, "train", str(broken)], check=True, capture_output=True, text=True, timeout=250)
     assert "resumed after step 4" in result.stderr
 
     expected, actual = read_curve(str(tmp_path), "whole"), read_curve(str(tmp_path), "broken")

@@ -153,7 +153,7 @@ def test_rewards_come_from_the_snapshot_that_prm_update_names(update, order, mar
 def test_a_step_trains_the_prm_before_the_policy_and_refits_after() -> None:
     engine = ScriptedEngine([KEPT])
     trainer, events = make_trainer(make_config(), engine)
-    trainer.refit()
+    trainer.refit(0)
     assert engine.weights["w"].item() == 0
     metrics = trainer.step()
     assert events == AFTER
@@ -230,10 +230,10 @@ def test_outcomes_alone_decide_without_a_prm() -> None:
 def test_a_refit_that_does_not_arrive_stops_the_run() -> None:
     engine = ScriptedEngine([KEPT])
     trainer, _ = make_trainer(make_config(), engine)
-    trainer.refit()
+    trainer.refit(0)
     engine.loads_wrongly = True
     with pytest.raises(RolloutError, match=r"are not the trainer's \([0-9a-f]{32}\)"):
-        trainer.refit()
+        trainer.refit(0)
 
 
 def run_of(num_steps: int, checkpoints: MemoryCheckpoints, engine: ScriptedEngine) -> Any:
