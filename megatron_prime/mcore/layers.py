@@ -56,11 +56,10 @@ class PositionRotaryEmbedding(torch.nn.Module):
     micro-batch are gathered once.
     """
 
-    inv_freq: torch.Tensor
-
     def __init__(self, inverse_frequencies: torch.Tensor) -> None:
         super().__init__()
-        self.register_buffer("inv_freq", inverse_frequencies, persistent=False)
+        # Not a buffer: a bfloat16 model would round it, and far positions would turn by wrong angles.
+        self.inverse_frequencies = inverse_frequencies
         self._angles = torch.empty(0)
 
     def set_positions(self, position_ids: torch.Tensor, packed: bool) -> None:
@@ -70,7 +69,8 @@ class PositionRotaryEmbedding(torch.nn.Module):
             position_ids: int64 [b, s]; rows of a padded batch are all 0 .. s-1.
             packed: angles become [s, 1, dim] (thd) instead of [s, 1, 1, dim].
         """
-        angles = torch.outer(position_ids[0].float(), self.inv_freq.float())
+        self.inverse_frequencies = self.inverse_frequencies.to(position_ids.device)
+        angles = torch.outer(position_ids[0].float(), self.inverse_frequencies)
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         self._angles = angles if packed else angles[:, None]
 

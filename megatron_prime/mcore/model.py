@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_prime.config.schema import ModelSection, ParallelSection
 from megatron_prime.errors import ConfigError
 from megatron_prime.kernels.logprob import fused_linear_logprob
+from megatron_prime.mcore.dtypes import DTYPES
 from megatron_prime.mcore.layers import (
     PackedSequences,
     PositionRotaryEmbedding,
@@ -36,8 +37,6 @@ from megatron_prime.mcore.packing import MicroBatch
 from megatron_prime.weights.architecture import ModelArchitecture
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def uses_transformer_engine(config: ModelSection) -> bool:
@@ -210,14 +209,22 @@ def build_model(
     return result.to(device)
 
 
-def packed_parameters(micro_batch: MicroBatch, transformer_engine: bool) -> PackedSeqParams | None:
-    """How the packed sequences lie, for the attention in use; None for a padded micro-batch."""
+def packed_parameters(
+    micro_batch: MicroBatch, *, transformer_engine: bool, device: torch.device
+) -> PackedSeqParams | None:
+    """How the packed sequences lie, for the attention in use; None for a padded micro-batch.
+
+    Args:
+        micro_batch: on the CPU.
+        transformer_engine: whose attention is in use; else `SdpaAttention`.
+        device: where the attention runs.
+    """
     if not micro_batch.packed:
         return None
     lengths = torch.tensor(micro_batch.lengths)
     longest = int(lengths.max())
     if transformer_engine:
-        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32).cuda()
+        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=bounds,
@@ -228,5 +235,5 @@ def packed_parameters(micro_batch: MicroBatch, transformer_engine: bool) -> Pack
     slots = None
     if bool((lengths != longest).any()):
         inside = torch.arange(longest) < lengths[:, None]
-        slots = inside.flatten().nonzero().squeeze(1)
+        slots = inside.flatten().nonzero().squeeze(1).to(device)
     return PackedSequences(qkv_format="thd", num_sequences=len(lengths), max_length=longest, slots=slots)

@@ -14,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_prime.config.schema import ModelSection, OptimizerSection, ParallelSection
 from megatron_prime.mcore.cpu import use_fused_adam
-from megatron_prime.mcore.model import DTYPES
+from megatron_prime.mcore.dtypes import DTYPES
 
 
 def wrap_data_parallel(module: Any, parallel: ParallelSection) -> DistributedDataParallel:

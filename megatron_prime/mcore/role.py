@@ -7,6 +7,7 @@ pipeline schedule happen inside.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,15 +118,16 @@ class ModelRole:
 
     def _micro_batches(self, rows: TokenRows, selected: Sequence[int]) -> list[MicroBatch]:
         lengths = rows.input_lengths()
-        shard = shard_rows(lengths, selected, self.layout.dp_size)[self.layout.dp_rank]
-        if not shard:
+        shards = shard_rows(lengths, selected, self.layout.dp_size)
+        # Every rank looks at all shards: one that raised alone would leave the others in a collective.
+        if not all(shards):
             raise TrainingError(
                 f"{len(selected)} responses cannot be shared by {self.layout.dp_size} data-parallel ranks; "
                 "raise rollout.num_prompts or lower the number of mini-batches"
             )
         cuts = cut_micro_batches(
             lengths,
-            shard,
+            shards[self.layout.dp_rank],
             micro_batch_size=self.setup.micro_batch.micro_batch_size,
             micro_batch_tokens=self.setup.micro_batch.micro_batch_tokens,
         )
@@ -144,7 +146,7 @@ class ModelRole:
             None,
             labels=micro_batch.labels.to(device),
             loss_mask=micro_batch.predicts.to(device),
-            packed_seq_params=packed_parameters(micro_batch, self.transformer_engine),
+            packed_seq_params=packed_parameters(micro_batch, transformer_engine=self.transformer_engine, device=device),
         )
 
     def _schedule(
@@ -233,7 +235,8 @@ class TrainableRole(ModelRole):
             the same on every rank.
 
         Raises:
-            TrainingError: loss or gradients are not finite; go on from the last checkpoint.
+            TrainingError: loss or metrics are not finite (nothing has changed then), or the gradient norm is not,
+                which shows only after the step (the weights are spoiled then); go on from the last checkpoint.
         """
         micro_batches = self._micro_batches(rows, selected)
         self.gpt.temperature = temperature
@@ -248,10 +251,10 @@ class TrainableRole(ModelRole):
 
         reports = self._schedule(self.ddp, micro_batches, of_output, forward_only=False)
         metrics = self._reduce_metrics(reports)
-        if not all(torch.isfinite(torch.tensor(v)) for v in metrics.values()):
+        if not all(math.isfinite(v) for v in metrics.values()):
             raise TrainingError(f"non-finite loss or metric: {metrics}; lower the learning rate or check the data")
         succeeded, grad_norm, _ = self.optimizer.step()
-        if not succeeded or grad_norm is None or grad_norm != grad_norm:
+        if not succeeded or grad_norm is None or not math.isfinite(grad_norm):
             raise TrainingError(f"optimizer step failed, gradient norm {grad_norm}; lower the learning rate")
         metrics |= {"grad_norm": float(grad_norm), "lr": float(self.optimizer.param_groups[0]["lr"])}
         self.scheduler.step(increment=1)

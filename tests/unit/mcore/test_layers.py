@@ -11,8 +11,11 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from megatron_prime.config.schema import MicroBatchSection, ModelSection, ParallelSection
 from megatron_prime.mcore.cpu import megatron_platform, on_megatron_platform
 from megatron_prime.mcore.packing import TokenRows, build_micro_batch
+from megatron_prime.mcore.parallel import parallel_layout
+from megatron_prime.mcore.role import ModelRole, RoleSetup
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
 
 with megatron_platform():
@@ -74,7 +77,8 @@ def test_packed_attention_sees_only_its_own_sequence(lengths, dtype, scale) -> N
     micro = build_micro_batch(rows, range(len(lengths)), packed=True, multiple_of=1)
     assert micro.lengths == lengths
     inputs = random_inputs(sum(lengths), dtype)
-    output = attention(scale)(*inputs, None, packed_seq_params=packed_parameters(micro, transformer_engine=False))
+    packed = packed_parameters(micro, transformer_engine=False, device=torch.device("cpu"))
+    output = attention(scale)(*inputs, None, packed_seq_params=packed)
     wide = [x.detach().double().requires_grad_() for x in inputs]
     pieces = zip(*(x.split(lengths) for x in wide), strict=True)
     expected = torch.cat([slow_attention(*piece, scale or DIM**-0.5) for piece in pieces])
@@ -176,6 +180,30 @@ def test_angles_follow_the_position_ids(packed: bool) -> None:
     expected = [[p, p / 4, p, p / 4] for p in (0, 1, 2, 0, 1)]
     assert angles.reshape(5, 4).tolist() == expected
     assert not list(embedding.state_dict())  # frequencies follow from the configuration
+
+
+def test_a_bfloat16_model_turns_by_float32_angles(tmp_path: Path) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 40}
+    architecture = architecture_of(tmp_path, LLAMA_31_8B | small | {"num_attention_heads": 2, "num_key_value_heads": 1})
+    with parallel_layout(ParallelSection(), seed=1) as layout:
+        setup = RoleSetup(
+            architecture=architecture,
+            model=ModelSection(path=str(tmp_path), dtype="bfloat16"),
+            parallel=ParallelSection(),
+            micro_batch=MicroBatchSection(micro_batch_size=1),
+            layout=layout,
+        )
+        role = ModelRole(setup)
+    assert {parameter.dtype for parameter in role.module.parameters()} == {torch.bfloat16}
+    embedding = role.gpt.rotary_pos_emb
+    assert isinstance(embedding, PositionRotaryEmbedding)
+    assert embedding.inverse_frequencies.dtype is torch.float32
+    positions = torch.arange(2001, 131072, 997)
+    embedding.set_positions(positions[None], packed=True)
+    angles = embedding(max_seq_len=len(positions))
+    assert angles.dtype is torch.float32
+    expected = torch.outer(positions.double(), rotary_inverse_frequencies(architecture).double()).tile(2)
+    assert ((angles[:, 0] - expected).abs() <= expected * 2.0**-24).all()
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
