@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,18 +56,16 @@ class Layout:
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """Sums a CPU tensor that only last stages know over data-parallel ranks; the result is on every rank."""
-        moved = values.to(self.device)
-        if self.is_last_stage and self.dp_size > 1:
-            dist.all_reduce(moved, group=self.dp_group)
-        if self.pp_size > 1:
-            dist.broadcast(moved, src=self.last_stage_rank, group=self.pp_group)
-        return moved.cpu()
+        return self._reduce_over_data(values, dist.ReduceOp.SUM)
 
     def max_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """`sum_over_data` with the maximum instead of the sum."""
+        return self._reduce_over_data(values, dist.ReduceOp.MAX)
+
+    def _reduce_over_data(self, values: torch.Tensor, operation: Any) -> torch.Tensor:
         moved = values.to(self.device)
         if self.is_last_stage and self.dp_size > 1:
-            dist.all_reduce(moved, op=dist.ReduceOp.MAX, group=self.dp_group)
+            dist.all_reduce(moved, op=operation, group=self.dp_group)
         if self.pp_size > 1:
             dist.broadcast(moved, src=self.last_stage_rank, group=self.pp_group)
         return moved.cpu()
@@ -116,6 +115,7 @@ def parallel_layout(config: ParallelSection, seed: int) -> Iterator[Layout]:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor_model_parallel_size,
             pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+            distributed_timeout_minutes=math.ceil(config.timeout_seconds / 60),
         )
         model_parallel_cuda_manual_seed(seed)
         layout = Layout(
