@@ -42,7 +42,13 @@ class ReferenceRole(ModelRole):
 
 
 class PolicyRole(TrainableRole):
-    """The model that learns to answer."""
+    """The model that learns to answer.
+
+    Args:
+        setup: as for every model.
+        section: of the configuration.
+        num_steps: steps of the run in which it trains; PRM warm-up steps do not count.
+    """
 
     def __init__(self, setup: RoleSetup, section: PolicySection, *, num_steps: int) -> None:
         super().__init__(
@@ -110,7 +116,13 @@ class PolicyRole(TrainableRole):
 
 
 class PrmRole(TrainableRole):
-    """The implicit process reward model."""
+    """The implicit process reward model.
+
+    Args:
+        setup: as for every model.
+        section: of the configuration.
+        num_steps: steps of the run; it trains in all of them.
+    """
 
     def __init__(self, setup: RoleSetup, section: PrmSection, *, num_steps: int) -> None:
         super().__init__(
@@ -146,17 +158,7 @@ class PrmRole(TrainableRole):
         section, rollout = self.section, batch.rollout
         width = rollout.mask.shape[1]
         labels = outcome_labels(rollout.outcomes, soft_labels=section.soft_labels)
-        opponents = opponent_logits(
-            sequence_logits(
-                batch.prm_logprobs,
-                batch.reference_logprobs,
-                rollout.mask,
-                beta=section.beta,
-                aggregation=section.aggregation,
-            ),
-            labels,
-            rollout.group_index,
-        )
+        opponents = self._opponents(batch, labels) if section.loss == "pairwise" else None
 
         def loss(
             logprobs: torch.Tensor, entropy: torch.Tensor, micro: MicroBatch
@@ -171,7 +173,7 @@ class PrmRole(TrainableRole):
                 aggregation=section.aggregation,
             )
             label = labels[mine].to(device)
-            if section.loss == "pairwise":
+            if opponents is not None:
                 value = pairwise_loss(logits, label, opponents[mine].to(device), num_responses=len(selected))
             else:
                 value = cross_entropy_loss(logits, label, num_responses=len(selected))
@@ -179,6 +181,16 @@ class PrmRole(TrainableRole):
             return value, {"train_accuracy": correct}
 
         return self.optimizer_step(TokenRows.from_rollout(rollout), selected, loss)
+
+    def _opponents(self, batch: ScoredBatch, labels: torch.Tensor) -> torch.Tensor:
+        logits = sequence_logits(
+            batch.prm_logprobs,
+            batch.reference_logprobs,
+            batch.rollout.mask,
+            beta=self.section.beta,
+            aggregation=self.section.aggregation,
+        )
+        return opponent_logits(logits, labels, batch.rollout.group_index)
 
 
 class SftRole(TrainableRole):
