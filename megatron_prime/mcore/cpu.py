@@ -9,6 +9,7 @@ process see the real torch. With CUDA it does nothing.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -139,6 +140,8 @@ def megatron_platform() -> Iterator[None]:
     if torch.cuda.is_available() or _depth > 0:
         yield
         return
+    # Megatron imports it, and it refuses to list functions of torch that are one and the same stand-in.
+    importlib.import_module("torch._dynamo")
     with contextlib.ExitStack() as stack:
         for owner, name, value in _patches():
             stack.enter_context(mock.patch.object(owner, name, value))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -176,3 +178,34 @@ def test_transformers_runs_between_megatron_calls(folder: Path, role: ModelRole)
     assert_real(before)
     assert (first[0] - picked).abs().max() < 1e-5
     assert first[1, 0] < 0 and first[1, 1] == 0
+
+
+FRESH = """
+import json, sys
+from pathlib import Path
+folder = Path(sys.argv[1])
+shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 40, "rms_norm_eps": 1e-6}
+shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32, "rope_theta": 1e4}
+(folder / "config.json").write_text(json.dumps(shape | {"model_type": "qwen2"}))
+
+from megatron_prime.config.schema import MicroBatchSection, ModelSection, OptimizerSection, ParallelSection
+from megatron_prime.mcore.parallel import parallel_layout
+from megatron_prime.mcore.role import RoleSetup, TrainableRole
+from megatron_prime.weights.architecture import read_architecture
+
+assert "torch._dynamo" not in sys.modules
+with parallel_layout(ParallelSection(), seed=1) as layout:
+    setup = RoleSetup(
+        architecture=read_architecture(folder),
+        model=ModelSection(path=str(folder), make_vocab_size_divisible_by=8),
+        parallel=ParallelSection(),
+        micro_batch=MicroBatchSection(micro_batch_size=2),
+        layout=layout,
+    )
+    TrainableRole(setup, OptimizerSection(lr=1e-3), num_optimizer_steps=1)
+"""
+
+
+def test_a_fresh_process_builds_a_model_first_of_all(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
