@@ -64,6 +64,8 @@ def check(config: AnyConfig, *, check_files: bool = True) -> ModelArchitecture:
             render(tokenizer, [{"role": "user", "content": "?"}], "chat")
         if config.model.init == "weights":
             HfFolder(config.model.path).validate(architecture)
+        if isinstance(config, PrimeConfig) and config.uses_prm and config.prm.path is not None:
+            _check_prm(config.prm.path, architecture)
     return architecture
 
 
@@ -86,7 +88,7 @@ def _run_prime(config: PrimeConfig, architecture: ModelArchitecture, layout: Lay
     prm = reference = None
     if config.uses_prm:
         prm = roles["prm"] = PrmRole(setup, config.prm, num_steps=config.run.num_steps)
-        prm.load_hf(_prm_start(config, architecture))
+        prm.load_hf(HfFolder(config.prm.path) if config.prm.path is not None else start)
     if config.reference.source == "sft" and (config.uses_prm or config.policy.kl_coef > 0):
         reference = ReferenceRole(setup)
         models.append(reference)
@@ -103,7 +105,8 @@ def _run_prime(config: PrimeConfig, architecture: ModelArchitecture, layout: Lay
             prompts=prompts,
             checkpoints=checkpoints,
             logger=metrics,
-            min_groups=layout.dp_size * max(config.policy.num_minibatches, config.prm.num_minibatches),
+            min_groups=layout.dp_size
+            * max(config.policy.num_minibatches, config.prm.num_minibatches if config.uses_prm else 1),
         )
         summary = PrimeTrainer(config, parts).train()
         if config.checkpoint.export_hf:
@@ -184,13 +187,10 @@ def _setup(config: AnyConfig, architecture: ModelArchitecture, layout: Layout) -
     )
 
 
-def _prm_start(config: PrimeConfig, architecture: ModelArchitecture) -> HfFolder:
-    path = config.prm.path or config.model.path
-    if config.prm.path is not None and read_architecture(path) != architecture:
+def _check_prm(path: str, architecture: ModelArchitecture) -> None:
+    if read_architecture(path) != architecture:
         raise ConfigError(f"prm.path: {path} has another architecture than model.path; it must be the same for now")
-    folder = HfFolder(path)
-    folder.validate(architecture)
-    return folder
+    HfFolder(path).validate(architecture)
 
 
 @contextmanager
@@ -202,7 +202,8 @@ def _run_folder(
     folder.write_versions()
     sizes = {"tp": layout.tp_size, "pp": layout.pp_size, "dp": layout.dp_size}
     checkpoints = Checkpointer(folder.checkpoints, roles, sizes, config.checkpoint.keep_last)
-    folder.truncate_metrics(checkpoints.newest_step())
+    # Without a checkpoint the evaluation before the first step is repeated too.
+    folder.truncate_metrics(checkpoints.newest_step() if checkpoints.complete() else -1)
     metrics = MetricsLogger(folder, config.run.num_steps, enabled=world.is_main())
     try:
         yield folder, checkpoints, metrics

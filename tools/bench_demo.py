@@ -37,7 +37,7 @@ def measure(variant: str, seed: int, start: Path) -> dict[str, Any]:
     summary = json.loads(summary_path.read_text())
     rows = [json.loads(line) for line in (RUNS / name / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["step"] > 0]
-    aucs = [row["prm/step_auc"] for row in steps if row["step"] >= 10 and row.get("prm/step_auc") is not None]
+    aucs = [row["prm/step_auc_recent"] for row in steps if row["step"] >= 10 and "prm/step_auc_recent" in row]
     seconds = [row["time/step_seconds"] for row in steps]
     return {
         "variant": variant,

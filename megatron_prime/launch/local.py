@@ -17,7 +17,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def is_launched() -> bool:
-    """Whether torchrun (or anything that sets torch's variables) started this process."""
+    """Whether torchrun, or anything else that sets torch's variables, started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 

@@ -31,7 +31,7 @@ class Line(NamedTuple):
 TRUST = (
     Line("prm/fresh_accuracy", "outcome accuracy", ORANGE),
     Line("prm/fresh_auc", "outcome AUC", BLUE),
-    Line("prm/step_auc", "step AUC", GREEN),
+    Line("prm/step_auc_recent", "step AUC, last 8 steps", GREEN),
     Line("prm/gate", "gate", GREY, "--"),
 )
 

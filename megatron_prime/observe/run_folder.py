@@ -6,18 +6,30 @@ import json
 import logging
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import megatron_prime
 from megatron_prime import world
-from megatron_prime.config import AnyConfig, save_config
+from megatron_prime.config import AnyConfig, load_config, save_config, to_dict
 from megatron_prime.errors import ConfigError
 from megatron_prime.observe.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
+_MAY_CHANGE = (
+    "run.directory",
+    "run.num_steps",
+    "run.num_threads",
+    "run.resume",
+    "parallel.timeout_seconds",
+    "evaluation.",
+    "checkpoint.",
+    "verifier.",
+)
+"""Keys that a run may be resumed with other values of; a longer run stretches a decaying learning rate."""
 PACKAGES = ("torch", "megatron-core", "transformers", "megatron-prime")
 
 
@@ -40,8 +52,8 @@ class RunFolder:
         self.plots = self.path / "plots"
 
     def has_checkpoint(self) -> bool:
-        """Whether anything lies in the folder of checkpoints."""
-        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        """Whether there is a complete checkpoint (one being written has a suffix)."""
+        return any(path.suffix == "" for path in self.checkpoints.glob("step_*"))
 
     def prepare(self, config: AnyConfig, resume: Literal["auto", "never"]) -> None:
         """Makes the folders and writes the resolved configuration; collective.
@@ -53,7 +65,8 @@ class RunFolder:
             resume: ``never`` refuses a folder that holds a checkpoint.
 
         Raises:
-            ConfigError: on every process, where ``resume`` forbids the folder.
+            ConfigError: on every process, where ``resume`` forbids the folder, or the run that is to go on had
+                another configuration.
         """
         has_checkpoint = world.broadcast(self.has_checkpoint())
         if has_checkpoint and resume == "never":
@@ -61,6 +74,8 @@ class RunFolder:
                 f"run.resume: never, but {self.checkpoints} holds a checkpoint"
                 "; choose another run.name, remove the folder or set run.resume=auto"
             )
+        if has_checkpoint:
+            self._refuse_another(config)
         if world.is_main():
             for folder in (self.path, self.checkpoints, self.tensorboard, self.plots):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -69,6 +84,20 @@ class RunFolder:
                     stale.unlink(missing_ok=True)
             save_config(config, self.config_path)
         world.barrier()
+
+    def _refuse_another(self, config: AnyConfig) -> None:
+        """Compares with the configuration that the run began with."""
+        if not world.broadcast(self.config_path.exists()):
+            return
+        before, now = _flat(to_dict(load_config(self.config_path))), _flat(to_dict(config))
+        problems = [
+            f"{key}: {now.get(key)!r}, but the run in {self.path} began with {before.get(key)!r}"
+            "; go on with that, or choose another run.name"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
+        ]
+        if problems:
+            raise ConfigError(problems)
 
     def write_versions(self) -> None:
         """Writes the versions of Python, of the packages that decide results, and of this code."""
@@ -115,6 +144,14 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings to full key paths."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _step_of(line: str) -> int | None:

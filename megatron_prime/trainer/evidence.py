@@ -28,6 +28,8 @@ class Evidence:
     """Weight in [0, 1] that this AUC earns process rewards."""
     step_auc: float
     """AUC of mean process rewards per step against true step correctness; nan where steps are unknown."""
+    num_step_pairs: int
+    """(Right, wrong) pairs of steps behind it."""
 
     def metrics(self) -> dict[str, float]:
         """Under the names of the metrics log."""
@@ -37,6 +39,13 @@ class Evidence:
             "prm/fresh_auc": self.auc,
             "prm/step_auc": self.step_auc,
         }
+
+
+def recent_step_auc(history: Sequence[Evidence]) -> float:
+    """Step AUC over the pairs of several batches, each pair within its own batch; nan without pairs."""
+    num_pairs = sum(e.num_step_pairs for e in history)
+    won = sum(e.step_auc * e.num_step_pairs for e in history if e.num_step_pairs)
+    return won / num_pairs if num_pairs else math.nan
 
 
 def measure_evidence(
@@ -79,4 +88,5 @@ def measure_evidence(
         auc=pair_auc,
         gate=auc_gate(pair_auc, num_pairs),
         step_auc=auc(torch.cat(scores), torch.tensor(correct)) if scores else math.nan,
+        num_step_pairs=sum(correct) * (len(correct) - sum(correct)),
     )

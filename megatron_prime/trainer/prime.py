@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from megatron_prime.algorithm.advantage import AdvantageOptions, compute_advantages
-from megatron_prime.algorithm.filtering import FilterCounts, GroupCollector
+from megatron_prime.algorithm.filtering import GroupCollector
 from megatron_prime.algorithm.implicit_reward import implicit_rewards
 from megatron_prime.batch import Group, RolloutBatch, SamplingParams, ScoredBatch
 from megatron_prime.config.schema import PrimeConfig
 from megatron_prime.errors import RolloutError, TrainingError
 from megatron_prime.trainer.evaluation import Accuracy, accuracy, derive_seed, evaluation_sampling, sample_and_verify
-from megatron_prime.trainer.evidence import Evidence, measure_evidence
+from megatron_prime.trainer.evidence import Evidence, measure_evidence, recent_step_auc
 from megatron_prime.trainer.protocols import (
     Checkpoints,
     Engine,
@@ -35,6 +35,9 @@ from megatron_prime.weights.checksum import WeightChecksum
 logger = logging.getLogger(__name__)
 
 _MAX_EMPTY_STEPS = 5
+_NUM_EVIDENCE = 8
+_MIN_ACCEPTANCE = 0.05
+"""Share of groups that the filter is expected to keep at least, when the number of prompts to sample is chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +80,12 @@ class PrimeTrainer:
         self.num_steps_done = 0
         self.position = 0
         self.gate = 0.0
+        self.acceptance = 1.0
         self.num_empty_steps = 0
         self.window: list[ScoredBatch] = []
         self.evaluations: dict[int, Accuracy] = {}
-        self.step_aucs: list[float] = []
-        self.last_evidence: Evidence | None = None
+        self.evidence: list[Evidence] = []
+        """Of the latest batches."""
         self.seconds_before = 0.0
         self.started = time.perf_counter()
 
@@ -105,7 +109,8 @@ class PrimeTrainer:
             metrics |= self.stages.drain()
             self.parts.logger.log(self.num_steps_done, metrics)
             if last or _is_due(self.num_steps_done, config.checkpoint.every_steps):
-                self.parts.checkpoints.save(self.num_steps_done, self.state_dict())
+                with self.stages("checkpoint"):
+                    self.parts.checkpoints.save(self.num_steps_done, self.state_dict())
         return self.summary()
 
     def step(self) -> dict[str, float]:
@@ -114,6 +119,7 @@ class PrimeTrainer:
         if not groups:
             return metrics
         batch = self.score(groups)
+        metrics |= _mismatch(batch)
         rewards, prm_metrics = self.process_rewards(groups, batch)
         metrics |= prm_metrics
         with self.stages("advantage"):
@@ -136,6 +142,8 @@ class PrimeTrainer:
     def collect_groups(self) -> tuple[list[Group], dict[str, float]]:
         """Samples, verifies and filters until the batch is full or the attempts are used up.
 
+        Each round samples as many prompts as should fill the batch by the latest share of kept groups.
+
         Kept groups beyond the batch wait for the next step. Too few for a training step: an empty
         list, and they wait as well.
 
@@ -147,8 +155,11 @@ class PrimeTrainer:
         for _ in range(self.config.filter.max_attempts):
             if self.collector.is_full:
                 break
-            size = _refill_size(wanted, wanted - len(self.collector), self.collector.counts)
-            fresh = self.sample(size)
+            counts = self.collector.counts
+            if counts.num_seen > 0:
+                self.acceptance = counts.num_kept / counts.num_seen
+            missing = wanted - len(self.collector)
+            fresh = self.sample(min(wanted, math.ceil(missing / max(self.acceptance, _MIN_ACCEPTANCE))))
             sampled += fresh
             self.collector.add(fresh)
         counts = self.collector.take_counts()
@@ -204,8 +215,7 @@ class PrimeTrainer:
         evidence = measure_evidence(groups, batch, rewards, section, self.parts.prompts.step_spans)
         smoothing = self.config.advantage.gate_smoothing
         self.gate = smoothing * self.gate + (1 - smoothing) * evidence.gate
-        self.last_evidence = evidence
-        self.step_aucs.append(evidence.step_auc)
+        self.evidence = [*self.evidence, evidence][-_NUM_EVIDENCE:]
         self.window = [*self.window, batch][-section.num_window_batches :]
         with self.stages("prm_update"):
             updated = prm.update(self.window, seed=self._seed("prm order"))
@@ -214,7 +224,8 @@ class PrimeTrainer:
                 rescored = prm.score(batch.rollout)
             rewards = implicit_rewards(rescored, batch.reference_logprobs, batch.rollout.mask, beta=section.beta)
         metrics = {f"prm/{name}": value for name, value in updated.items()}
-        return rewards, metrics | evidence.metrics() | {"prm/gate": self._gate()}
+        recent = {"prm/step_auc_recent": recent_step_auc(self.evidence), "prm/gate": self._gate()}
+        return rewards, metrics | evidence.metrics() | recent
 
     def refit(self, version: int) -> None:
         """Puts the policy's weights into the engine and proves that they arrived.
@@ -250,17 +261,15 @@ class PrimeTrainer:
     def summary(self) -> dict[str, Any]:
         """What the run leaves in summary.json, less the launcher's part (commit, machine)."""
         first, last = self.evaluations.get(0), self.evaluations.get(self.num_steps_done)
-        late = [a for a in self.step_aucs[-10:] if not math.isnan(a)]
-        evidence = self.last_evidence
-        fresh_auc = evidence.auc if evidence is not None and not math.isnan(evidence.auc) else None
+        latest = self.evidence[-1] if self.evidence else None
         return {
             "accuracy_before": first.value if first else None,
             "accuracy_before_interval": [first.low, first.high] if first else None,
             "accuracy_after": last.value if last else None,
             "accuracy_after_interval": [last.low, last.high] if last else None,
-            "process_reward_auc": sum(late) / len(late) if late else None,
-            "prm_fresh_accuracy": evidence.accuracy if evidence else None,
-            "prm_fresh_auc": fresh_auc,
+            "process_reward_auc": _finite(recent_step_auc(self.evidence)),
+            "prm_fresh_accuracy": latest.accuracy if latest else None,
+            "prm_fresh_auc": _finite(latest.auc) if latest else None,
             "num_steps": self.num_steps_done,
             "num_prompts_sampled": self.position,
             "wall_seconds": self.seconds_before + time.perf_counter() - self.started,
@@ -272,12 +281,12 @@ class PrimeTrainer:
             "num_steps_done": self.num_steps_done,
             "position": self.position,
             "gate": self.gate,
+            "acceptance": self.acceptance,
             "num_empty_steps": self.num_empty_steps,
             "collector": self.collector.state_dict(),
             "window": self.window,
             "evaluations": self.evaluations,
-            "step_aucs": self.step_aucs,
-            "last_evidence": self.last_evidence,
+            "evidence": self.evidence,
             "seconds": self.seconds_before + time.perf_counter() - self.started,
         }
 
@@ -286,12 +295,12 @@ class PrimeTrainer:
         self.num_steps_done = state["num_steps_done"]
         self.position = state["position"]
         self.gate = state["gate"]
+        self.acceptance = state["acceptance"]
         self.num_empty_steps = state["num_empty_steps"]
         self.collector.load_state_dict(state["collector"])
         self.window = list(state["window"])
         self.evaluations = dict(state["evaluations"])
-        self.step_aucs = list(state["step_aucs"])
-        self.last_evidence = state["last_evidence"]
+        self.evidence = list(state["evidence"])
         self.seconds_before = state["seconds"]
 
     def _rewards(self, batch: ScoredBatch) -> torch.Tensor:
@@ -331,16 +340,18 @@ class PrimeTrainer:
         )
 
 
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _refill_size(batch: int, missing: int, counts: FilterCounts) -> int:
-    """Prompts to sample so that about ``missing`` groups survive the filter, one batch at the most."""
-    if counts.num_seen == 0:
-        return batch
-    acceptance = max(counts.num_kept / counts.num_seen, missing / batch, 0.05)
-    return min(batch, math.ceil(missing / acceptance))
+def _mismatch(batch: ScoredBatch) -> dict[str, float]:
+    """How far the engine's log-probs of the sampled tokens are from the trainer's, in nats."""
+    gap = (batch.rollout.rollout_logprobs - batch.policy_logprobs).abs()[batch.rollout.mask]
+    return {"rollout/logprob_gap_mean": float(gap.mean()), "rollout/logprob_gap_max": float(gap.max())}
 
 
 def _rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:

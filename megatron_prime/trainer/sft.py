@@ -35,11 +35,11 @@ class SftTrainer:
 
     def train(self) -> dict[str, Any]:
         """Runs to the last step and returns the summary of the run."""
-        config, start = self.config, time.perf_counter()
-        state = self.checkpoints.restore()
-        done: int = state["num_steps_done"] if state is not None else 0
+        config = self.config
+        state = self.checkpoints.restore() or {"num_steps_done": 0, "loss": None, "seconds": 0.0}
+        done, loss = state["num_steps_done"], state["loss"]
+        start = time.perf_counter() - state["seconds"]
         stages = Stages(self.metrics.progress)
-        loss = float("nan")
         while done < config.run.num_steps:
             with stages("update"):
                 batch = self.examples.take(done * config.sft.batch_size, config.sft.batch_size)
@@ -50,5 +50,6 @@ class SftTrainer:
             if last or done % config.sft.log_every_steps == 0:
                 self.metrics.log(done, {f"sft/{name}": value for name, value in updated.items()} | stages.drain())
             if last or (config.checkpoint.every_steps > 0 and done % config.checkpoint.every_steps == 0):
-                self.checkpoints.save(done, {"num_steps_done": done})
+                seconds = time.perf_counter() - start
+                self.checkpoints.save(done, {"num_steps_done": done, "loss": loss, "seconds": seconds})
         return {"num_steps": done, "final_loss": loss, "wall_seconds": time.perf_counter() - start}

@@ -17,6 +17,7 @@ class Stages:
     def __init__(self, announce: Callable[[str], None]) -> None:
         self._announce = announce
         self._seconds: dict[str, float] = {}
+        self._step_start = time.perf_counter()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -29,7 +30,8 @@ class Stages:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def drain(self) -> dict[str, float]:
-        """``time/<stage>_seconds`` since the last call, and their sum as ``time/step_seconds``."""
+        """``time/<stage>_seconds`` since the last call, and all time since then as ``time/step_seconds``."""
         seconds, self._seconds = self._seconds, {}
+        start, self._step_start = self._step_start, time.perf_counter()
         metrics = {f"time/{name}_seconds": value for name, value in seconds.items()}
-        return metrics | {"time/step_seconds": sum(seconds.values())}
+        return metrics | {"time/step_seconds": self._step_start - start}

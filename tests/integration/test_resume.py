@@ -102,4 +102,4 @@ def test_kill_and_resume_is_bit_exact(start: str, tmp_path: Path) -> None:
         timeout=100,
     )
     assert other.returncode == 2
-    assert "written at layout" in other.stderr
+    assert "parallel.tensor_model_parallel_size: 1, but the run" in other.stderr

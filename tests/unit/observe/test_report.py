@@ -38,7 +38,7 @@ def test_plots_of_a_whole_run_are_pictures_with_something_on_them(folder):
             "step": step,
             "rollout/accuracy": 0.5 + step / 50,
             "prm/fresh_auc": 0.9,
-            "prm/step_auc": 0.1,
+            "prm/step_auc_recent": 0.1,
             "prm/gate": 1,
         }
         row |= {"prm/fresh_accuracy": 0.8, "prm/loss": 1 / step, "policy/loss": math.sin(step), "filter/kept": 0.5}
@@ -63,7 +63,8 @@ def test_absent_metrics_mean_absent_plots(folder):
 
 def test_one_step_is_enough_for_every_plot(folder):
     write_rows(
-        folder, [{"step": 1, "rollout/accuracy": 0.5, "prm/step_auc": 0.5, "prm/loss": 1.0, "time/x_seconds": 0.0}]
+        folder,
+        [{"step": 1, "rollout/accuracy": 0.5, "prm/step_auc_recent": 0.5, "prm/loss": 1.0, "time/x_seconds": 0.0}],
     )
     assert [path.name for path in draw_plots(folder)] == ["accuracy.png", "prm.png", "training.png"]
 

@@ -40,6 +40,31 @@ def test_never_refuses_a_folder_with_a_checkpoint_and_auto_keeps_it(tmp_path, co
         folder.prepare(config, "never")
 
 
+def test_a_run_goes_on_only_with_its_own_configuration(tmp_path, config):
+    folder = RunFolder(tmp_path, "a")
+    folder.prepare(config, "auto")
+    (folder.checkpoints / "step_00000010").mkdir()
+    longer = load_config(ROOT / "configs" / "arithmetic.yaml", ["run.num_steps=99", "evaluation.every_steps=3"])
+    folder.prepare(longer, "auto")
+    other = load_config(ROOT / "configs" / "arithmetic.yaml", ["run.seed=7", "policy.optimizer.lr=0.5"])
+    with pytest.raises(ConfigError) as caught:
+        folder.prepare(other, "auto")
+    first, second = caught.value.problems
+    assert first.startswith("policy.optimizer.lr: 0.5, but the run in ")
+    assert second.startswith("run.seed: 7, but the run in ")
+    assert "began with 1" in second
+    assert load_config(folder.config_path) == longer
+
+
+def test_a_checkpoint_that_was_never_finished_is_none(tmp_path, config):
+    folder = RunFolder(tmp_path, "a")
+    folder.prepare(config, "auto")
+    folder.metrics_path.write_text('{"step": 0}\n')
+    (folder.checkpoints / "step_00000010.writing").mkdir()
+    folder.prepare(config, "never")
+    assert not folder.metrics_path.exists()
+
+
 def test_starting_over_forgets_what_the_earlier_try_measured(tmp_path, config):
     folder = RunFolder(tmp_path, "a")
     folder.prepare(config, "auto")

@@ -11,7 +11,7 @@ from scripted_parts import NumberedPrompts, ScriptedEngine, ScriptVerifier
 from megatron_prime.batch import Group, Prompt, Response, RolloutBatch, SamplingParams, ScoredBatch, StepSpan, Verdict
 from megatron_prime.config.schema import PrmSection
 from megatron_prime.trainer.evaluation import accuracy, derive_seed, sample_and_verify, wilson_interval
-from megatron_prime.trainer.evidence import measure_evidence
+from megatron_prime.trainer.evidence import Evidence, measure_evidence, recent_step_auc
 
 
 @pytest.mark.parametrize(
@@ -115,6 +115,15 @@ def hand_made() -> tuple[list[Group], ScoredBatch, torch.Tensor]:
 
 def no_steps(prompt: Prompt, response: Response) -> None:
     return None
+
+
+def test_recent_step_auc_weighs_batches_by_their_pairs() -> None:
+    def of(auc: float, num_pairs: int) -> Evidence:
+        return Evidence(loss=0.0, accuracy=0.0, auc=0.5, gate=0.0, step_auc=auc, num_step_pairs=num_pairs)
+
+    history = [of(1.0, 10), of(math.nan, 0), of(0.6, 30)]
+    assert recent_step_auc(history) == pytest.approx((10 + 18) / 40)
+    assert math.isnan(recent_step_auc(history[1:2]))
 
 
 def test_evidence_by_hand() -> None:
