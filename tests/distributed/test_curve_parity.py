@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from small_task import make_start, prime_config, read_curve, run_prime
 
 VARIANTS = {
     "tp2": {"parallel": {"world_size": 2, "tensor_model_parallel_size": 2}},
+    "tp2_sequence_parallel": {
+        "parallel": {"world_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}
+    },
     "pp2": {"parallel": {"world_size": 2, "pipeline_model_parallel_size": 2}},
     "dp2": {"parallel": {"world_size": 2}},
     "dp2_distributed_optimizer": {"parallel": {"world_size": 2, "use_distributed_optimizer": True}},
@@ -18,7 +22,16 @@ VARIANTS = {
     "size2": {"micro_batch": {"micro_batch_tokens": None, "micro_batch_size": 2}},
     "size4_unpacked": {"micro_batch": {"micro_batch_tokens": None, "micro_batch_size": 4, "packed": False}},
     "small_head_chunks": {"micro_batch": {"micro_batch_tokens": 200, "logprob_chunk_tokens": 7}},
+    "recompute": {"model": {"recompute_granularity": "full"}},
 }
+OPTIONS = {
+    "rollout": {"temperature": 0.9},
+    "reference": {"source": "policy"},
+    "prm": {"loss": "pairwise", "update": "before"},
+    "advantage": {"process_baseline": "group", "process_scale": "rms"},
+    "policy": {"loss_normalization": "sequence", "num_epochs": 2, "optimizer": {"lr": 5e-5}},
+}
+"""Much that the reference run leaves at its default, at once; two epochs are twice the steps, of half the size."""
 # The order of float32 sums differs, and three steps of Adam carry the difference on.
 TOLERANCE = 1e-5
 # A norm of sums over the whole batch and the extremes of a ratio are larger numbers than a loss.
@@ -48,18 +61,44 @@ def test_the_reference_learns_from_both_sources(reference: Path) -> None:
         assert row["prm/grad_norm"] > 1e-3
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_same_curve(gloo_pool, start: str, reference: Path, variant: str) -> None:
-    sections = VARIANTS[variant]
-    world_size = sections.get("parallel", {}).get("world_size", 1)
-    gloo_pool.run(world_size, run_prime, prime_config(start, str(reference), variant, **sections))
-    expected, actual = read_curve(str(reference), "reference"), read_curve(str(reference), variant)
+def assert_same_run(directory: Path, reference: str, name: str) -> None:
+    expected, actual = read_curve(str(directory), reference), read_curve(str(directory), name)
     assert len(expected) == len(actual) == 4  # the evaluation before the first step, and three steps
     for step, (wanted, found) in enumerate(zip(expected, actual, strict=True)):
         assert wanted.keys() == found.keys()
         for key, value in wanted.items():
             scale = max(1.0, abs(value)) if value is not None and key in RELATIVE else 1.0
             assert found[key] == pytest.approx(value, abs=TOLERANCE * scale), (step, key)
-    weights = [load_file(reference / name / "hf" / "model.safetensors") for name in ("reference", variant)]
-    for name, tensor in weights[0].items():
-        assert torch.allclose(tensor, weights[1][name], rtol=0, atol=2e-5), name
+    weights = [load_file(directory / run / "hf" / "model.safetensors") for run in (reference, name)]
+    for key, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][key], rtol=0, atol=2e-5), key
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_same_curve(gloo_pool, start: str, reference: Path, variant: str) -> None:
+    sections = VARIANTS[variant]
+    world_size = sections.get("parallel", {}).get("world_size", 1)
+    gloo_pool.run(world_size, run_prime, prime_config(start, str(reference), variant, **sections))
+    assert_same_run(reference, "reference", variant)
+
+
+def options_config(start: str, directory: Path, name: str, **parallel: int) -> dict[str, Any]:
+    config = prime_config(start, str(directory), name, parallel=parallel)
+    return {section: values | OPTIONS.get(section, {}) for section, values in (OPTIONS | config).items()}
+
+
+@pytest.fixture(scope="module")
+def reference_with_options(gloo_pool, start: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs_with_options")
+    gloo_pool.run(1, run_prime, options_config(start, directory, "reference"))
+    return directory
+
+
+@pytest.mark.parametrize("variant", ["tp2", "dp2"])
+def test_same_curve_with_options(gloo_pool, start: str, reference_with_options: Path, variant: str) -> None:
+    layout = VARIANTS[variant]["parallel"]
+    gloo_pool.run(2, run_prime, options_config(start, reference_with_options, variant, **layout))
+    assert_same_run(reference_with_options, "reference", variant)
+    for row in read_curve(str(reference_with_options), "reference")[2:]:
+        assert row["prm/grad_norm"] > 1e-3
+        assert row["advantage/process_share"] > 0.05
