@@ -9,9 +9,11 @@ import torch
 from tiny_models import FAMILIES, save_tiny_model
 from transformers import AutoModelForCausalLM
 
-from megatron_prime.config.schema import MicroBatchSection, ModelSection, ParallelSection
+from megatron_prime.batch import SftExample
+from megatron_prime.config.schema import MicroBatchSection, ModelSection, OptimizerSection, ParallelSection
 from megatron_prime.mcore.packing import TokenRows
 from megatron_prime.mcore.parallel import parallel_layout
+from megatron_prime.mcore.prime_roles import SftRole
 from megatron_prime.mcore.role import ModelRole, RoleSetup
 from megatron_prime.weights.architecture import read_architecture
 from megatron_prime.weights.hf_folder import HfFolder
@@ -108,3 +110,51 @@ def test_sequence_parallel(gloo_pool, folders) -> None:
         for family, (scores, _) in results.items():
             expected = expected_logprobs(folders[family], make_rows())
             assert all((score - expected).abs().max() < 1e-4 for score in scores), family
+
+
+PROMPT = tuple(range(2, 15))
+CANDIDATES = tuple(range(0, 131, 6))
+"""One token each of every part of the vocabulary, so of every tensor-parallel shard."""
+
+
+def make_candidates() -> TokenRows:
+    """The same prompt before each candidate."""
+    ids = torch.tensor(CANDIDATES)[:, None]
+    return TokenRows(
+        prompt_token_ids=(PROMPT,) * len(CANDIDATES), response_ids=ids, mask=torch.ones_like(ids, dtype=torch.bool)
+    )
+
+
+def score_candidates(folders: dict[str, Path], tensor: int) -> dict[str, tuple[torch.Tensor, float]]:
+    """Log-probs of the candidates, and the mean entropy that a training step of size 0 reports."""
+    parallel = ParallelSection(world_size=tensor, tensor_model_parallel_size=tensor)
+    results = {}
+    with parallel_layout(parallel, seed=1) as layout:
+        for family, folder in folders.items():
+            setup = RoleSetup(
+                architecture=read_architecture(folder),
+                model=ModelSection(path=str(folder), make_vocab_size_divisible_by=16),
+                parallel=parallel,
+                micro_batch=MicroBatchSection(micro_batch_size=8),
+                layout=layout,
+            )
+            role = SftRole(setup, OptimizerSection(lr=0.0), num_optimizer_steps=1)
+            role.load_hf(HfFolder(folder))
+            scores = role.logprobs(make_candidates())[:, 0]
+            examples = [SftExample(prompt_token_ids=PROMPT, response_token_ids=(token,)) for token in CANDIDATES]
+            results[family] = scores, role.update(examples)["entropy"]
+    return results
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_differences_of_logprobs_are_differences_of_logits(gloo_pool, folders, tensor: int) -> None:
+    for results in gloo_pool.run(tensor, score_candidates, folders, tensor):
+        for family, (scores, entropy) in results.items():
+            model = AutoModelForCausalLM.from_pretrained(folders[family], dtype=torch.float32)
+            with torch.no_grad():
+                logits = model(torch.tensor([PROMPT])).logits[0, -1].double()
+            picked = logits[list(CANDIDATES)]
+            found = scores.double()
+            assert picked.std() > 0.5
+            assert ((found - found[0]) - (picked - picked[0])).abs().max() < 1e-4, family
+            assert entropy == pytest.approx(float(torch.special.entr(logits.softmax(-1)).sum()), abs=1e-4), family
