@@ -1,0 +1,60 @@
+"""What ends a run ends it on every rank, with the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from test_model_parity import make_rows
+from tiny_models import save_tiny_model
+
+from megatron_prime.config.schema import MicroBatchSection, ModelSection, OptimizerSection, ParallelSection
+from megatron_prime.errors import TrainingError
+from megatron_prime.mcore.packing import MicroBatch
+from megatron_prime.mcore.parallel import parallel_layout
+from megatron_prime.mcore.role import RoleSetup, TrainableRole
+from megatron_prime.weights.architecture import read_architecture
+from megatron_prime.weights.hf_folder import HfFolder
+
+
+def scaled(scale: float) -> Callable[..., tuple[torch.Tensor, Mapping[str, torch.Tensor]]]:
+    def loss(
+        logprobs: torch.Tensor, entropy: torch.Tensor, micro: MicroBatch
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        return logprobs.sum() * scale, {"entropy": entropy.sum()}
+
+    return loss
+
+
+def errors(folder: Path) -> list[str]:
+    """Messages of a mini-batch of one row, of an infinite gradient norm and of a loss that is no number."""
+    parallel = ParallelSection(world_size=2)
+    messages = []
+    with parallel_layout(parallel, seed=1) as layout:
+        setup = RoleSetup(
+            architecture=read_architecture(folder),
+            model=ModelSection(path=str(folder), make_vocab_size_divisible_by=16),
+            parallel=parallel,
+            micro_batch=MicroBatchSection(micro_batch_tokens=50),
+            layout=layout,
+        )
+        role = TrainableRole(setup, OptimizerSection(lr=1e-3), num_optimizer_steps=1)
+        role.load_hf(HfFolder(folder))
+        rows = make_rows()
+        # The loss of 1e30 is finite, and so are its gradients; the sum of their squares is not.
+        for selected, scale in ((range(1), 1.0), (range(7), torch.nan), (range(7), 1e30)):
+            with pytest.raises(TrainingError) as caught:
+                role.optimizer_step(rows, selected, scaled(scale))
+            messages.append(str(caught.value))
+    return messages
+
+
+def test_every_rank_raises_the_same(gloo_pool, tmp_path: Path) -> None:
+    first, second = gloo_pool.run(2, errors, save_tiny_model("llama", tmp_path / "llama"))
+    assert first == second
+    empty, undefined, infinite = first
+    assert empty.startswith("1 responses cannot be shared by 2 data-parallel ranks")
+    assert undefined.startswith("non-finite loss or metric")
+    assert "gradient norm inf" in infinite
