@@ -20,6 +20,7 @@ from megatron_prime.data.tokenizer import encode, end_token_ids, load_tokenizer
 from megatron_prime.errors import ConfigError, WeightsError
 from megatron_prime.mcore import convert
 from megatron_prime.mcore.checkpoint import Checkpointer
+from megatron_prime.mcore.dtypes import DTYPES
 from megatron_prime.mcore.parallel import Layout, parallel_layout
 from megatron_prime.mcore.prime_roles import PolicyRole, PrmRole, ReferenceRole, SftRole
 from megatron_prime.mcore.role import ModelRole, RoleSetup, TrainableRole
@@ -35,8 +36,6 @@ from megatron_prime.weights.architecture import ModelArchitecture, read_architec
 from megatron_prime.weights.hf_folder import HfFolder
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def check(config: AnyConfig, *, check_files: bool = True) -> ModelArchitecture:
@@ -82,7 +81,8 @@ def run(config: AnyConfig) -> Mapping[str, Any]:
 def _run_prime(config: PrimeConfig, architecture: ModelArchitecture, layout: Layout) -> Mapping[str, Any]:
     setup = _setup(config, architecture, layout)
     start = HfFolder(config.model.path)
-    policy = PolicyRole(setup, config.policy, num_steps=config.run.num_steps)
+    num_warmup_steps = config.prm.warmup_steps if config.uses_prm else 0
+    policy = PolicyRole(setup, config.policy, num_steps=config.run.num_steps - num_warmup_steps)
     roles: dict[str, TrainableRole] = {"policy": policy}
     models: list[ModelRole] = [policy]
     prm = reference = None
@@ -226,7 +226,7 @@ def _engine(folder: str, dtype: str, device: torch.device, max_batch_size: int) 
     tokenizer = load_tokenizer(folder)
     return TransformersEngine(
         folder,
-        dtype=_DTYPES[dtype],
+        dtype=DTYPES[dtype],
         device=device,
         end_token_ids=end_token_ids(tokenizer, folder),
         decode=lambda ids: str(tokenizer.decode(list(ids))),

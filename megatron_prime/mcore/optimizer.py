@@ -73,4 +73,7 @@ def build_scheduler(optimizer: Any, section: OptimizerSection, num_steps: int) -
         end_wd=section.weight_decay,
         wd_incr_steps=num_steps,
         wd_incr_style="constant",
+        # The run folder says which keys a resumed run may change; a longer run stretches the schedule.
+        override_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=False,
     )

@@ -94,7 +94,7 @@ def parallel_layout(config: ParallelSection, seed: int) -> Iterator[Layout]:
     if started != config.world_size:
         raise ConfigError(
             f"parallel.world_size: {config.world_size} in the configuration but {started} processes were started; "
-            f"start {config.world_size} with torchrun or srun, or set parallel.world_size={started}"
+            f"start {config.world_size} with torchrun, or set parallel.world_size={started}"
         )
     device = _local_device()
     # A process of its own needs no rendezvous; anything larger finds MASTER_ADDR in its environment.
