@@ -132,15 +132,6 @@ class RolloutBatch:
     def num_responses(self) -> int:
         return self.response_ids.shape[0]
 
-    @property
-    def num_response_tokens(self) -> int:
-        return int(self.mask.sum())
-
-    def sequence_lengths(self) -> list[int]:
-        """Prompt + response length of each row, in tokens."""
-        lengths = self.mask.sum(dim=1).tolist()
-        return [len(p) + int(n) for p, n in zip(self.prompt_token_ids, lengths, strict=True)]
-
     @classmethod
     def from_groups(cls, groups: Sequence[Group]) -> RolloutBatch:
         """Flattens groups to padded tensors, group after group."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from megatron_prime.config.schema import AnyConfig, ParallelSection, PrimeConfig
 from megatron_prime.errors import ConfigError, PrimeError
 from megatron_prime.launch.local import is_launched, launch_local
 
+_SPEAK_AFTER_SECONDS = 2.0
 _CONFIGS = Path(megatron_prime.__file__).resolve().parents[1] / "configs"
 
 
@@ -29,15 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.command(options, arguments)
     except PrimeError as error:
-        if _is_main():
-            lines = "\n".join(f"  {line}" for line in str(error).splitlines())
-            print(f"{type(error).__name__}:\n{lines}", file=sys.stderr)
+        if not _is_main():
+            # Most errors reach every rank alike; the main one's exit then ends this process before it speaks.
+            time.sleep(_SPEAK_AFTER_SECONDS)
+        lines = "\n".join(f"  {line}" for line in str(error).splitlines())
+        where = "" if _is_main() else f"rank {os.environ['RANK']}: "
+        print(f"{where}{type(error).__name__}:\n{lines}", file=sys.stderr)
         return 2
 
 
 def _is_main() -> bool:
-    import os
-
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -111,9 +115,10 @@ def _generate(options: argparse.Namespace, arguments: list[str]) -> int:
         max_response_tokens=options.max_tokens,
         seed=options.seed,
     )
-    questions = [question.encode().decode("unicode_escape") for question in options.questions]
-    answers = build.generate(options.model, questions, ability=options.ability, raw=options.raw, sampling=sampling)
-    for question, row in zip(questions, answers, strict=True):
+    answers = build.generate(
+        options.model, options.questions, ability=options.ability, raw=options.raw, sampling=sampling
+    )
+    for question, row in zip(options.questions, answers, strict=True):
         for answer in row:
             print(json.dumps({"prompt": question, "answer": answer.text, "finish_reason": answer.finish_reason}))
     return 0
@@ -173,15 +178,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+def _temperature(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return number
+
+
+def _probability(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return number
+
+
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hugging Face folder")
-    parser.add_argument("questions", nargs="+", help=r"questions; \n is a new line")
+    parser.add_argument("questions", nargs="+", help="questions, taken as they are")
     parser.add_argument("--ability", choices=["math", "code"], default="math", help="which of PRIME's suffixes")
     parser.add_argument("--raw", action="store_true", help="no system prompt, suffix or chat template")
-    parser.add_argument("--max-tokens", type=int, default=1024)
-    parser.add_argument("--num-responses", type=int, default=1)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
-    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--max-tokens", type=_at_least_one, default=1024)
+    parser.add_argument("--num-responses", type=_at_least_one, default=1)
+    parser.add_argument("--temperature", type=_temperature, default=0.0, help="0 = greedy (default)")
+    parser.add_argument("--top-p", type=_probability, default=1.0)
     parser.add_argument("--seed", type=int, default=1)
 
 

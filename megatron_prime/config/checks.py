@@ -11,10 +11,10 @@ from typing import Protocol
 
 from megatron_prime.config.ranges import out_of_range
 from megatron_prime.config.schema import (
+    AdvantageSection,
     AnyConfig,
     ArithmeticData,
     FileData,
-    ModelSection,
     OptimizerSection,
     ParallelSection,
     PrimeConfig,
@@ -62,11 +62,12 @@ def check_config(config: AnyConfig, architecture: Architecture | None = None, ch
     problems += _check_data(config, check_files)
     if isinstance(config, PrimeConfig):
         problems += _check_start(config)
+        problems += _check_effect(config.advantage)
     if check_files:
         problems += _check_folders(config)
     if not countable:
         return problems
-    problems += _check_parallel(config.parallel, config.model)
+    problems += _check_parallel(config.parallel)
     if isinstance(config, SftConfig):
         problems += _check_sft(config)
     else:
@@ -95,7 +96,7 @@ def _check_run_name(name: str) -> list[str]:
     return []
 
 
-def _check_parallel(parallel: ParallelSection, model: ModelSection) -> list[str]:
+def _check_parallel(parallel: ParallelSection) -> list[str]:
     problems = []
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if parallel.world_size % (tensor * pipeline):
@@ -107,11 +108,6 @@ def _check_parallel(parallel: ParallelSection, model: ModelSection) -> list[str]
         problems.append(
             "parallel.sequence_parallel: shards over tensor-parallel ranks and there is one"
             "; set parallel.tensor_model_parallel_size above 1 or parallel.sequence_parallel=false"
-        )
-    if parallel.sequence_parallel and model.transformer_impl == "local":
-        problems.append(
-            "parallel.sequence_parallel: needs Transformer Engine"
-            "; set model.transformer_impl=auto or parallel.sequence_parallel=false"
         )
     return problems
 
@@ -217,6 +213,19 @@ def _check_rollout(config: PrimeConfig) -> list[str]:
     return problems
 
 
+def _check_effect(section: AdvantageSection) -> list[str]:
+    """Settings that differ from their default and would change nothing."""
+    default = AdvantageSection()
+    problems = []
+    if section.estimator != "rloo" and section.process_baseline != default.process_baseline:
+        problems.append(
+            f"advantage.process_baseline: belongs to rloo and advantage.estimator is {section.estimator}; leave it out"
+        )
+    if section.process_gate == "none" and section.gate_smoothing != default.gate_smoothing:
+        problems.append("advantage.gate_smoothing: has no effect while advantage.process_gate is none; leave it out")
+    return problems
+
+
 def _check_start(config: PrimeConfig) -> list[str]:
     """Policy, PRM and reference must mean the same by a log-probability."""
     problems = []
@@ -234,10 +243,10 @@ def _check_start(config: PrimeConfig) -> list[str]:
 
 
 def _check_updates(config: PrimeConfig) -> list[str]:
-    num_rows = config.rollout.num_prompts * config.rollout.num_responses
+    num_groups = config.rollout.num_prompts
     num_updates = max(config.run.num_steps - config.prm.warmup_steps, 0) if config.uses_prm else config.run.num_steps
     num_policy_steps = num_updates * config.policy.num_epochs * config.policy.num_minibatches
-    problems = _check_minibatches("policy.num_minibatches", num_rows, config.policy.num_minibatches, config.parallel)
+    problems = _check_minibatches("policy.num_minibatches", num_groups, config.policy.num_minibatches, config.parallel)
     problems += _check_optimizer("policy.optimizer", config.policy.optimizer, num_policy_steps)
     if not config.uses_prm:
         return problems
@@ -246,22 +255,20 @@ def _check_updates(config: PrimeConfig) -> list[str]:
             f"prm.warmup_steps: {config.prm.warmup_steps} of run.num_steps = {config.run.num_steps} steps"
             " leave none for the policy; lower it"
         )
-    # The window fills up step by step, so the first step has the fewest rows.
-    problems += _check_minibatches("prm.num_minibatches", num_rows, config.prm.num_minibatches, config.parallel)
-    num_prm_steps = config.run.num_steps * config.prm.num_minibatches
+    problems += _check_minibatches("prm.num_minibatches", num_groups, config.prm.num_minibatches, config.parallel)
+    num_prm_steps = config.run.num_steps * config.prm.num_minibatches * config.prm.num_window_batches
     return problems + _check_optimizer("prm.optimizer", config.prm.optimizer, num_prm_steps)
 
 
-def _check_minibatches(key: str, num_rows: int, num_minibatches: int, parallel: ParallelSection) -> list[str]:
-    if num_minibatches > num_rows:
-        return [f"{key}: {num_minibatches} mini-batches of {num_rows} responses; use {num_rows} at the most"]
-    num_replicas = data_parallel_size(parallel)
-    if num_rows // num_minibatches < num_replicas:
-        return [
-            f"{key}: {num_rows} responses / {num_minibatches} leave {num_rows // num_minibatches} per mini-batch,"
-            f" less than the data parallel size {num_replicas}; use fewer mini-batches or a larger batch"
-        ]
-    return []
+def _check_minibatches(key: str, num_groups: int, num_minibatches: int, parallel: ParallelSection) -> list[str]:
+    """Mini-batches are made of whole groups, and every replica needs a share of each."""
+    needed = num_minibatches * data_parallel_size(parallel)
+    if needed <= num_groups:
+        return []
+    return [
+        f"{key}: {num_minibatches} mini-batches for {data_parallel_size(parallel)} data-parallel replicas need"
+        f" {needed} groups and rollout.num_prompts is {num_groups}; use fewer mini-batches or more prompts"
+    ]
 
 
 def _check_optimizer(key: str, optimizer: OptimizerSection, num_steps: int) -> list[str]:

@@ -64,11 +64,12 @@ def _prime_rows(config: PrimeConfig) -> list[tuple[str, str]]:
     ]
     if config.uses_prm:
         window = config.prm.num_window_batches
+        batches = _count(window, "batch", "batches")
         rows.append(
             (
                 "PRM update",
-                f"{_count(config.prm.num_minibatches, 'optimizer step')} per step, each of about"
-                f" {num_rows * window / config.prm.num_minibatches:g} responses (window of {window})",
+                f"{_count(config.prm.num_minibatches * window, 'optimizer step')} per step, each of about"
+                f" {num_rows / config.prm.num_minibatches:g} responses (window of {batches})",
             )
         )
     return [*rows, ("run", f"{config.run.num_steps} steps, {config.run.num_steps * num_rows} trained responses")]
@@ -89,5 +90,5 @@ def _models(config: PrimeConfig) -> str:
     return f"{text} ({config.model.dtype})"
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def _count(number: int, what: str, plural: str | None = None) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {plural or what + 's'}"

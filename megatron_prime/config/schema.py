@@ -53,7 +53,7 @@ class ParallelSection:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     sequence_parallel: bool = False
-    """Shard activations of norms over the tensor-parallel ranks (needs Transformer Engine)."""
+    """Shard the activations of norms over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
     """Shard optimizer states over data-parallel ranks."""
     timeout_seconds: float = 1800.0
@@ -83,11 +83,12 @@ class OptimizerSection:
     """What a decaying schedule ends at."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = 0
-    """Optimizer steps of linear warm-up from 0."""
+    """Optimizer steps of linear warm-up; the first of them has learning rate 0."""
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     weight_decay: float = 0.0
+    """Of matrices; norms and biases do not decay (Megatron's rule)."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
 
@@ -172,7 +173,8 @@ class FilterSection:
     max_accuracy: float = 0.8
     """A group is kept when min_accuracy <= mean outcome <= max_accuracy."""
     max_attempts: int = 4
-    """Rounds of sampling per step at the most; what is kept by then is the step's batch."""
+    """Rounds of sampling per step at the most. What is kept by then is the step's batch; where that is too little to
+    give every rank a share, nothing trains and the groups wait for the next step."""
     drop_truncated: bool = False
     """Also drop groups in which a response hit the length limit."""
 

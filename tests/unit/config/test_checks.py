@@ -70,15 +70,6 @@ ONE_PROBLEM = [
     (["parallel.world_size=6", "parallel.tensor_model_parallel_size=4"], "parallel.world_size: 6 is not divisible by"),
     (["parallel.world_size=3", "parallel.pipeline_model_parallel_size=2"], "parallel.world_size: 3 is not divisible"),
     (["parallel.sequence_parallel=true"], "parallel.sequence_parallel: shards over tensor-parallel ranks"),
-    (
-        [
-            "parallel.sequence_parallel=true",
-            "parallel.world_size=2",
-            "parallel.tensor_model_parallel_size=2",
-            "model.transformer_impl=local",
-        ],
-        "parallel.sequence_parallel: needs Transformer Engine",
-    ),
     # Micro-batches.
     (["micro_batch.micro_batch_size=2"], "micro_batch.micro_batch_size: micro_batch.micro_batch_tokens is set too"),
     (["micro_batch.micro_batch_tokens=null"], "micro_batch.micro_batch_tokens: neither it nor"),
@@ -116,13 +107,22 @@ ONE_PROBLEM = [
         "advantage.outcome_coef: both coefficients are 0",
     ),
     # Mini-batches and optimizers.
-    (["policy.num_minibatches=33"], "policy.num_minibatches: 33 mini-batches of 32 responses"),
-    (["prm.num_minibatches=33"], "prm.num_minibatches: 33 mini-batches of 32 responses"),
+    (["policy.num_minibatches=9"], "policy.num_minibatches: 9 mini-batches for 1 data-parallel replicas need 9 groups"),
+    (["prm.num_minibatches=9"], "prm.num_minibatches: 9 mini-batches for 1 data-parallel replicas need 9 groups"),
     (
-        ["policy.num_minibatches=16", "parallel.world_size=4"],
-        "policy.num_minibatches: 32 responses / 16 leave 2 per mini-batch, less than the data parallel size 4",
+        ["policy.num_minibatches=4", "parallel.world_size=4"],
+        "policy.num_minibatches: 4 mini-batches for 4 data-parallel replicas need 16 groups and"
+        " rollout.num_prompts is 8",
     ),
-    (["prm.num_minibatches=16", "parallel.world_size=4"], "prm.num_minibatches: 32 responses / 16 leave 2"),
+    (["prm.num_minibatches=4", "parallel.world_size=4"], "prm.num_minibatches: 4 mini-batches for 4 data-parallel"),
+    (
+        ["advantage.estimator=grpo", "advantage.process_baseline=group"],
+        "advantage.process_baseline: belongs to rloo and advantage.estimator is grpo",
+    ),
+    (
+        ["advantage.process_gate=none", "advantage.gate_smoothing=0.9"],
+        "advantage.gate_smoothing: has no effect while advantage.process_gate is none",
+    ),
     (["prm.warmup_steps=10"], "prm.warmup_steps: 10 of run.num_steps = 10 steps leave none"),
     (
         ["policy.optimizer.min_lr=1", "policy.optimizer.lr_decay_style=cosine"],
@@ -246,7 +246,7 @@ def test_settings_that_look_odd_but_mean_something(model_folder):
         ["advantage.estimator=reinforce", "rollout.num_responses=2", "filter.enabled=false"],
         ["policy.kl_coef=0.1", "evaluation.temperature=0"],
         ["rollout.temperature=0.9"],
-        ["policy.num_minibatches=8", "parallel.world_size=4"],
+        ["policy.num_minibatches=2", "parallel.world_size=4"],
     ]
     for overrides in sound:
         assert check_config(load(model_folder, PRIME, *overrides), SHAPE) == [], overrides
@@ -321,7 +321,7 @@ def test_plan_counts_what_a_step_does(model_folder):
     assert rows["rollouts"] == "8 prompts x 4 = 32 responses per step"
     assert rows["sampling"].startswith("at most 128 responses")
     assert rows["policy update"] == "8 optimizer steps per step, each of about 8 responses"
-    assert rows["PRM update"] == "1 optimizer step per step, each of about 96 responses (window of 3)"
+    assert rows["PRM update"] == "3 optimizer steps per step, each of about 32 responses (window of 3 batches)"
     assert rows["models"] == f"policy, PRM, frozen reference from {model_folder} (float32)"
     assert rows["run"] == "5 steps, 160 trained responses"
 
