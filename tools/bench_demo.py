@@ -18,6 +18,8 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "build" / "bench" / "demo_runs"
+# Longer than the demo, to see what comes after it; learning rates are constant, so the first steps are the demo's.
+NUM_STEPS = 40
 VARIANTS = {"ours": [], "outcome_only_rloo": ["advantage.process_coef=0"]}
 
 
@@ -33,6 +35,7 @@ def measure(variant: str, seed: int, start: Path) -> dict[str, Any]:
     summary_path = RUNS / name / "summary.json"
     if not summary_path.exists():
         where = [f"run.directory={RUNS}", f"run.name={name}", f"run.seed={seed}", f"model.path={start}"]
+        where.append(f"run.num_steps={NUM_STEPS}")
         run("train", "arithmetic.yaml", *where, "checkpoint.export_hf=false", *VARIANTS[variant])
     summary = json.loads(summary_path.read_text())
     rows = [json.loads(line) for line in (RUNS / name / "metrics.jsonl").read_text().splitlines()]
