@@ -6,12 +6,15 @@ manifest is on disk, so a folder without ``.writing`` is complete.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import queue
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -29,6 +32,40 @@ _TRAINER_STATE = "trainer.pt"
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
 
 
+@contextlib.contextmanager
+def _written_by_this_process() -> Iterator[None]:
+    """Lets Megatron's writer work in this process instead of in forked ones.
+
+    A fork copies locks that other threads (gloo's, OpenMP's) hold at that moment, and a child that then
+    waits for one leaves the save waiting for ever; the spawned queue beside it costs seconds per run.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    writer = filesystem_async.FileSystemWriterAsync
+
+    def write(
+        transforms: list[Any], use_msc: bool, rank: int, buckets: Sequence[Any], results: queue.Queue[Any]
+    ) -> None:
+        written: dict[int, Any] = {}
+        for index, bucket in enumerate(buckets):
+            finished: queue.Queue[Any] = queue.Queue()
+            open_tasks: queue.Queue[int] = queue.Queue()
+            open_tasks.put(index)
+            writer.write_preloaded_data(transforms, index, bucket, finished, open_tasks, use_fsync=True)  # pyright: ignore[reportArgumentType]
+            _, outcome = finished.get_nowait()
+            if isinstance(outcome, Exception):
+                results.put(outcome)
+                return
+            written[index] = outcome
+        results.put(written)
+
+    with (
+        mock.patch.object(writer, "write_preloaded_data_multiproc", staticmethod(write)),
+        mock.patch.object(filesystem_async, "_get_write_results_queue", queue.Queue),
+    ):
+        yield
+
+
 def save_state(state: dict[str, Any], path: Path) -> None:
     """Writes a sharded state as a distributed checkpoint; collective, inside `megatron_platform`.
 
@@ -42,7 +79,8 @@ def save_state(state: dict[str, Any], path: Path) -> None:
     from megatron.core import dist_checkpointing
 
     try:
-        dist_checkpointing.save(state, str(path))
+        with _written_by_this_process():
+            dist_checkpointing.save(state, str(path))
     except (Exception, CheckpointException) as error:  # the writers raise whatever their workers raised
         raise CheckpointError(
             f"{path}: cannot be written: {_reason(error)}; free space or choose another folder"
