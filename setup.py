@@ -26,6 +26,7 @@ setup(
         "tensorboard>=2.21,<3",
         "matplotlib>=3.10,<4",
         "rich>=14,<16",
+        "psutil>=6,<8",
     ],
     extras_require={
         "vllm": ["vllm==0.32.0"],

@@ -36,8 +36,8 @@ _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
 def _written_by_this_process() -> Iterator[None]:
     """Lets Megatron's writer work in this process instead of in forked ones.
 
-    A fork copies locks that other threads (gloo's, OpenMP's) hold at that moment, and a child that then
-    waits for one leaves the save waiting for ever; the spawned queue beside it costs seconds per run.
+    A forked writer that dies leaves the save waiting for ever, and a fork copies whatever locks other
+    threads (gloo's, OpenMP's) hold; the spawned queue beside it costs seconds per run.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
