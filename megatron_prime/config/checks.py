@@ -42,6 +42,8 @@ class Architecture(Protocol):
     def ffn_hidden_size(self) -> int: ...
     @property
     def max_position_embeddings(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
 
 
 def check_config(config: AnyConfig, architecture: Architecture | None = None, check_files: bool = True) -> list[str]:
@@ -316,6 +318,13 @@ def _check_architecture(config: AnyConfig, architecture: Architecture) -> list[s
             f"parallel.pipeline_model_parallel_size: the model's {architecture.num_layers} layers are not divisible"
             f" by {pipeline}; use a divisor"
         )
+    if isinstance(config, PrimeConfig):
+        problems += [
+            f"rollout.stop_token_ids: {token} is outside the model's vocabulary of {architecture.vocab_size} tokens"
+            "; no answer would ever end with it"
+            for token in config.rollout.stop_token_ids
+            if token >= architecture.vocab_size
+        ]
     return problems + _check_length(config, architecture.max_position_embeddings)
 
 

@@ -214,10 +214,14 @@ class Checkpointer:
         return torch.load(newest / _TRAINER_STATE, weights_only=False)
 
     def _load(self, role: TrainableRole, path: Path) -> None:
+        from megatron_prime.mcore.optimizer import allocate_states, restore_step_counts
+
+        allocate_states(role.optimizer)
         state = load_state(self._state(role, loading=True), path)
         role.gpt.load_state_dict(state["model"])
         role.optimizer.load_state_dict(state["optimizer"])
         role.scheduler.load_state_dict(state["scheduler"])
+        restore_step_counts(role.optimizer, role.scheduler.num_steps)
 
     @staticmethod
     def _state(role: TrainableRole, *, loading: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from real_configs import make_start
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -106,6 +107,34 @@ def test_a_configuration_of_the_other_kind_is_refused(capsys: pytest.CaptureFixt
         assert len(lines) == 2 and lines[1].startswith("  kind: ")
     assert fails(capsys, "demo", "run.num_steps=1")[1].startswith("  demo: takes only run.seed=N")
     assert "no such file" in fails(capsys, "check", "absent.yaml")[1]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--temperature", "-0.1", "-0.1 is not 0 or more"),
+        ("--temperature", "nan", "nan is not 0 or more"),
+        ("--max-tokens", "0", "0 is not 1 or more"),
+        ("--num-responses", "0", "0 is not 1 or more"),
+        ("--top-p", "0", "0 is not in (0, 1]"),
+        ("--top-p", "1.5", "1.5 is not in (0, 1]"),
+    ],
+)
+def test_sampling_options_have_ranges(option: str, value: str, expected: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "nowhere", "1 + 1?", f"{option}={value}"])
+    assert ended.value.code == 2
+    assert f"argument {option}: {expected}" in capsys.readouterr().err
+
+
+def test_questions_are_taken_literally(tmp_path: Path, capsys) -> None:
+    start = tmp_path / "start"
+    make_start("qwen2.5-0.5b", start)
+    questions = [r"Simplify $\frac{1}{2} + \nu$, with \u0041 and \n.", "Größe von π²?\nEine Zeile mehr, 数学"]
+    capsys.readouterr()
+    assert main(["generate", str(start), *questions, "--raw", "--max-tokens", "1"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == questions
 
 
 @pytest.fixture(scope="module")

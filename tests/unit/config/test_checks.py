@@ -40,6 +40,7 @@ SHAPE = SimpleNamespace(
     num_query_groups=4,
     ffn_hidden_size=96,
     max_position_embeddings=2048,
+    vocab_size=128,
 )
 
 
@@ -143,6 +144,7 @@ ONE_PROBLEM = [
         ["parallel.world_size=4", "parallel.pipeline_model_parallel_size=4"],
         "parallel.pipeline_model_parallel_size: the model's 6 layers are not divisible by 4",
     ),
+    (["rollout.stop_token_ids=[127,128]"], "rollout.stop_token_ids: 128 is outside the model's vocabulary of 128"),
     (["rollout.max_response_tokens=2049"], "rollout.max_response_tokens: 0 prompt + 2049 response tokens are above"),
     (
         ["data={kind: files, train: ['hf:a:b'], evaluation: ['hf:a:b:c'], max_prompt_tokens: 2017}"],
