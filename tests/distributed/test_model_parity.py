@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,21 +113,89 @@ def test_sequence_parallel(gloo_pool, folders) -> None:
             assert all((score - expected).abs().max() < 1e-4 for score in scores), family
 
 
-PROMPT = tuple(range(2, 15))
-CANDIDATES = tuple(range(0, 131, 6))
-"""One token each of every part of the vocabulary, so of every tensor-parallel shard."""
+def response_logits(role: ModelRole, rows: TokenRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """This rank's rows and columns, and their logits [n, vocabulary] from the states before the head; last stage only."""
+    states: list[torch.Tensor] = []
+    if role.gpt.post_process:
+        norm: Any = role.gpt.decoder.final_layernorm
+        norm.register_forward_hook(lambda *call: states.append(call[-1]))
+    role.logprobs(rows)
+    if not states:
+        return None
+
+    def gather(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(role.layout.tp_size)]
+        torch.distributed.all_gather(parts, tensor.detach().contiguous(), group=role.layout.tp_group)
+        return torch.cat(parts, dim=dim)
+
+    tied = role.gpt.share_embeddings_and_output_weights
+    head: Any = role.gpt.shared_embedding_or_output_weight() if tied else role.gpt.output_layer.weight
+    hidden = gather(states[0], 0) if role.gpt.config.sequence_parallel else states[0]
+    (micro_batch,) = role._micro_batches(rows, range(len(rows.mask)))
+    selected = hidden.transpose(0, 1)[micro_batch.predicts]
+    logits = gather(selected @ head.T, 1)[:, : role.architecture.vocab_size]
+    return micro_batch.rows, micro_batch.columns, logits.detach()
 
 
-def make_candidates() -> TokenRows:
-    """The same prompt before each candidate."""
-    ids = torch.tensor(CANDIDATES)[:, None]
-    return TokenRows(
-        prompt_token_ids=(PROMPT,) * len(CANDIDATES), response_ids=ids, mask=torch.ones_like(ids, dtype=torch.bool)
+def all_logits(
+    folders: dict[str, Path], sizes: tuple[int, int, int], sequence_parallel: bool, packed: bool
+) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
+    tensor, pipeline, world_size = sizes
+    parallel = ParallelSection(
+        world_size=world_size,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        sequence_parallel=sequence_parallel,
     )
+    results = {}
+    with parallel_layout(parallel, seed=1) as layout:
+        for family, folder in folders.items():
+            setup = RoleSetup(
+                architecture=read_architecture(folder),
+                model=ModelSection(path=str(folder), make_vocab_size_divisible_by=16),
+                parallel=parallel,
+                micro_batch=MicroBatchSection(packed=packed, micro_batch_size=7, micro_batch_tokens=1000),
+                layout=layout,
+            )
+            role = ModelRole(setup)
+            role.load_hf(HfFolder(folder))
+            results[family] = response_logits(role, make_rows())
+    return results
 
 
-def score_candidates(folders: dict[str, Path], tensor: int) -> dict[str, tuple[torch.Tensor, float]]:
-    """Log-probs of the candidates, and the mean entropy that a training step of size 0 reports."""
+def expected_logits(folder: Path, rows: TokenRows) -> dict[tuple[int, int], torch.Tensor]:
+    """Per row and column of the responses, row by row through transformers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    result = {}
+    for row, prompt in enumerate(rows.prompt_token_ids):
+        response = rows.response_ids[row][rows.mask[row]]
+        with torch.no_grad():
+            logits = model(torch.cat((torch.tensor(prompt), response))[None]).logits[0]
+        result |= {(row, column): logits[len(prompt) - 1 + column] for column in range(len(response))}
+    return result
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "tp2_sp"])
+def test_logits(gloo_pool, folders, layout: str, packed: bool) -> None:
+    sizes = LAYOUTS[layout.removesuffix("_sp")]
+    ranks = gloo_pool.run(sizes[2], all_logits, folders, sizes, layout.endswith("_sp"), packed)
+    for family, folder in folders.items():
+        expected = expected_logits(folder, make_rows())
+        seen = set()
+        for found in filter(None, (results[family] for results in ranks)):
+            for row, column, logits in zip(found[0].tolist(), found[1].tolist(), found[2], strict=True):
+                assert (logits - expected[row, column]).abs().max() < 1e-4, (family, row, column)
+                seen.add((row, column))
+        assert seen == expected.keys(), family
+
+
+PROMPT = tuple(range(2, 15))
+ANSWERS = tuple(range(0, 131, 6))
+
+
+def mean_entropy(folders: dict[str, Path], tensor: int) -> dict[str, float]:
+    """What a training step of size 0 reports for the token after the prompt."""
     parallel = ParallelSection(world_size=tensor, tensor_model_parallel_size=tensor)
     results = {}
     with parallel_layout(parallel, seed=1) as layout:
@@ -140,21 +209,16 @@ def score_candidates(folders: dict[str, Path], tensor: int) -> dict[str, tuple[t
             )
             role = SftRole(setup, OptimizerSection(lr=0.0), num_optimizer_steps=1)
             role.load_hf(HfFolder(folder))
-            scores = role.logprobs(make_candidates())[:, 0]
-            examples = [SftExample(prompt_token_ids=PROMPT, response_token_ids=(token,)) for token in CANDIDATES]
-            results[family] = scores, role.update(examples)["entropy"]
+            examples = [SftExample(prompt_token_ids=PROMPT, response_token_ids=(token,)) for token in ANSWERS]
+            results[family] = role.update(examples)["entropy"]
     return results
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_differences_of_logprobs_are_differences_of_logits(gloo_pool, folders, tensor: int) -> None:
-    for results in gloo_pool.run(tensor, score_candidates, folders, tensor):
-        for family, (scores, entropy) in results.items():
+def test_entropy(gloo_pool, folders, tensor: int) -> None:
+    for results in gloo_pool.run(tensor, mean_entropy, folders, tensor):
+        for family, entropy in results.items():
             model = AutoModelForCausalLM.from_pretrained(folders[family], dtype=torch.float32)
             with torch.no_grad():
                 logits = model(torch.tensor([PROMPT])).logits[0, -1].double()
-            picked = logits[list(CANDIDATES)]
-            found = scores.double()
-            assert picked.std() > 0.5
-            assert ((found - found[0]) - (picked - picked[0])).abs().max() < 1e-4, family
             assert entropy == pytest.approx(float(torch.special.entr(logits.softmax(-1)).sum()), abs=1e-4), family
