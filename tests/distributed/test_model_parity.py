@@ -114,7 +114,7 @@ def test_sequence_parallel(gloo_pool, folders) -> None:
 
 
 def response_logits(role: ModelRole, rows: TokenRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """This rank's rows and columns, and their logits [n, vocabulary] from the states before the head; last stage only."""
+    """Rows, columns and logits [n, vocabulary] of this rank, from the states before the head; last stage only."""
     states: list[torch.Tensor] = []
     if role.gpt.post_process:
         norm: Any = role.gpt.decoder.final_layernorm

@@ -67,7 +67,7 @@ def test_commands_do_what_they_say(folder: Path, outputs: dict[str, str]) -> Non
     assert answer["prompt"] == "What is 12 * 7?" and answer["finish_reason"] in ("stop", "length")
     assert "7" in outputs["check --shapes-only"]
     with safe_open(folder / "runs" / "my" / "hf" / "model.safetensors", "pt") as weights:
-        assert "model.embed_tokens.weight" in weights.keys()
+        assert "model.embed_tokens.weight" in set(weights.keys())
     assert any((folder / "megatron" / "qwen").iterdir())
 
 
