@@ -46,7 +46,9 @@ class Response:
     """Log-probability of each token under the sampling distribution (temperature applied)."""
     finish_reason: FinishReason
     weight_version: int
-    """Version of the weights that sampled it (``Engine.load_weights``)."""
+    """Version of the weights that sampled it (``Engine.load_weights``); of its first token, if several did."""
+    spans_versions: bool = False
+    """Whether weights changed between its tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from megatron_prime import world
 from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.config.checks import check_config, raise_for_problems
-from megatron_prime.config.schema import AnyConfig, FileData, PrimeConfig, SftConfig
+from megatron_prime.config.schema import AnyConfig, FileData, PrimeConfig, RolloutSection, SftConfig, VllmSection
 from megatron_prime.data.sources import PromptSource, build_prompt_source, build_sft_source
 from megatron_prime.data.templates import complete_messages, render
 from megatron_prime.data.tokenizer import encode, end_token_ids, load_tokenizer
@@ -27,12 +28,16 @@ from megatron_prime.mcore.role import ModelRole, RoleSetup, TrainableRole
 from megatron_prime.observe.metrics import MetricsLogger
 from megatron_prime.observe.report import draw_plots, write_summary
 from megatron_prime.observe.run_folder import RunFolder, commit
+from megatron_prime.rollout.protocol import Engine
 from megatron_prime.rollout.transformers_engine import TransformersEngine
+from megatron_prime.rollout.vllm.engine import VllmEngine, VllmSetup
+from megatron_prime.rollout.vllm.messages import EngineOptions
 from megatron_prime.trainer.evaluation import accuracy, evaluation_sampling, sample_and_verify
 from megatron_prime.trainer.prime import PrimeParts, PrimeTrainer
 from megatron_prime.trainer.sft import SftTrainer
 from megatron_prime.verify.verifier import MathVerifier
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
+from megatron_prime.weights.folder_export import FolderExport
 from megatron_prime.weights.hf_folder import HfFolder
 
 logger = logging.getLogger(__name__)
@@ -94,13 +99,19 @@ def _run_prime(config: PrimeConfig, architecture: ModelArchitecture, layout: Lay
         models.append(reference)
     for model in models:
         model.load_hf(start)
-    with _run_folder(config, roles, layout) as (folder, checkpoints, metrics), _verifier(config) as verifier:
+    with (
+        _engine(
+            config.model.path, config.model.dtype, config.rollout, architecture, layout, config.run.num_threads
+        ) as engine,
+        _run_folder(config, roles, layout) as (folder, checkpoints, metrics),
+        _verifier(config) as verifier,
+    ):
         prompts = _prompts(config)
         parts = PrimeParts(
             policy=policy,
             reference=reference,
             prm=prm,
-            engine=_engine(config.model.path, config.model.dtype, layout.device, config.rollout.max_batch_size),
+            engine=engine,
             verifier=verifier,
             prompts=prompts,
             checkpoints=checkpoints,
@@ -135,9 +146,9 @@ def evaluate(config: PrimeConfig) -> Mapping[str, Any]:
     """avg@k of the model in ``model.path`` on the evaluation prompts of a configuration, in this process."""
     raise_for_problems(check_config(config))
     torch.set_num_threads(config.run.num_threads)
-    engine = _loaded_engine(config.model.path, config.model.dtype, config.rollout.max_batch_size)
     section = config.evaluation
-    with _verifier(config) as verifier:
+    loaded = _loaded_engine(config.model.path, config.model.dtype, config.rollout, config.run.num_threads)
+    with loaded as engine, _verifier(config) as verifier:
         prompts = _prompts(config).evaluation(section.num_prompts)
         sampling = evaluation_sampling(config)
         answers = sample_and_verify(engine, verifier, prompts, sampling)
@@ -153,7 +164,13 @@ def evaluate(config: PrimeConfig) -> Mapping[str, Any]:
 
 
 def generate(
-    folder: str, questions: Sequence[str], *, ability: str, raw: bool, sampling: SamplingParams
+    folder: str,
+    questions: Sequence[str],
+    *,
+    ability: str,
+    raw: bool,
+    sampling: SamplingParams,
+    engine: Literal["transformers", "vllm"] = "transformers",
 ) -> list[list[Response]]:
     """Answers of a Hugging Face folder's model to questions, in this process.
 
@@ -163,6 +180,7 @@ def generate(
         ability: ``math`` or ``code``: which of PRIME's suffixes the question gets.
         raw: take the questions as they are, without system prompt, suffix and chat template.
         sampling: how to sample.
+        engine: which engine samples.
     """
     tokenizer = load_tokenizer(folder)
     prompts: list[Prompt] = []
@@ -173,8 +191,12 @@ def generate(
         text = render(tokenizer, messages, "raw" if raw else "chat")
         ids = encode(tokenizer, [text], special_tokens=raw)[0]
         prompts.append(Prompt(prompt_id=str(number), text=text, token_ids=ids, ground_truth="", ability=ability))
-    engine = _loaded_engine(folder, "float32", max_batch_size=64)
-    return engine.generate(prompts, sampling)
+    longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_response_tokens
+    section = RolloutSection(
+        engine=engine, num_prompts=1, max_batch_size=64, vllm=VllmSection(max_model_len=longest, max_num_seqs=64)
+    )
+    with _loaded_engine(folder, "float32", section, torch.get_num_threads()) as loaded:
+        return loaded.generate(prompts, sampling)
 
 
 def _setup(config: AnyConfig, architecture: ModelArchitecture, layout: Layout) -> RoleSetup:
@@ -222,26 +244,84 @@ def _prompts(config: PrimeConfig) -> PromptSource:
     return prompts
 
 
-def _engine(folder: str, dtype: str, device: torch.device, max_batch_size: int) -> TransformersEngine:
+@contextmanager
+def _engine(
+    folder: str,
+    dtype: str,
+    section: RolloutSection,
+    architecture: ModelArchitecture,
+    layout: Layout | None,
+    num_threads: int,
+) -> Iterator[Engine]:
+    """The engine of a configuration, without weights; `layout` None: this process is alone."""
     tokenizer = load_tokenizer(folder)
-    return TransformersEngine(
-        folder,
-        dtype=DTYPES[dtype],
-        device=device,
-        end_token_ids=end_token_ids(tokenizer, folder),
-        decode=lambda ids: str(tokenizer.decode(list(ids))),
-        max_batch_size=max_batch_size,
+    shared: dict[str, Any] = {
+        "end_token_ids": end_token_ids(tokenizer, folder),
+        "decode": lambda ids: str(tokenizer.decode(list(ids))),
+    }
+    if section.engine == "vllm":
+        engine: Engine = VllmEngine(
+            vllm_setup(folder, dtype, section.vllm, architecture, layout, num_threads, **shared)
+        )
+    else:
+        device = layout.device if layout else "cuda" if torch.cuda.is_available() else "cpu"
+        engine = TransformersEngine(
+            folder, dtype=DTYPES[dtype], device=device, max_batch_size=section.max_batch_size, **shared
+        )
+    with closing(engine):
+        yield engine
+
+
+def vllm_setup(
+    folder: str,
+    dtype: str,
+    section: VllmSection,
+    architecture: ModelArchitecture,
+    layout: Layout | None,
+    num_threads: int,
+    *,
+    end_token_ids: tuple[int, ...],
+    decode: Callable[[Sequence[int]], str],
+) -> VllmSetup:
+    """Where this rank stands among the engines, and what they are built from."""
+    sizes = (layout.tp_size, layout.pp_size) if layout else (1, 1)
+    first_device = int(os.environ.get("LOCAL_RANK", "0"))
+    options = EngineOptions(
+        folder=folder,
+        dtype=dtype,
+        tensor_parallel_size=section.tensor_parallel_size,
+        max_model_len=section.max_model_len or architecture.max_position_embeddings,
+        max_num_seqs=section.max_num_seqs,
+        kv_cache_bytes=None if section.kv_cache_gib is None else int(section.kv_cache_gib * 2**30),
+        gpu_memory_utilization=section.gpu_memory_utilization,
+        pack_weights=section.pack_weights,
+    )
+    return VllmSetup(
+        options=options,
+        vocab_size=architecture.vocab_size,
+        end_token_ids=end_token_ids,
+        decode=decode,
+        engine_index=layout.dp_rank if layout else 0,
+        num_engines=layout.dp_size if layout else 1,
+        is_leader=layout is None or (layout.tp_rank == 0 and layout.pp_rank == 0),
+        num_threads=section.num_threads or num_threads * sizes[0] * sizes[1],
+        device_ids=tuple(range(first_device, first_device + section.tensor_parallel_size))
+        if torch.cuda.is_available()
+        else (),
+        timeout_seconds=section.timeout_seconds,
+        max_restarts=section.max_restarts,
+        verify_refit=section.verify_refit,
     )
 
 
-def _loaded_engine(path: str, dtype: str, max_batch_size: int) -> TransformersEngine:
+@contextmanager
+def _loaded_engine(path: str, dtype: str, section: RolloutSection, num_threads: int) -> Iterator[Engine]:
     """An engine with the folder's own weights, no Megatron involved."""
-    folder = HfFolder(path)
-    folder.validate(read_architecture(path))
-    engine = _engine(path, dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"), max_batch_size)
-    whole = ((name, folder.fetch(name, (slice(None),) * len(folder.shape(name)))) for name in folder.names())
-    engine.load_weights(whole, version=0)
-    return engine
+    folder, architecture = HfFolder(path), read_architecture(path)
+    folder.validate(architecture)
+    with _engine(path, dtype, section, architecture, None, num_threads) as engine:
+        engine.load_weights(FolderExport(folder, architecture, DTYPES[dtype]), version=0)
+        yield engine
 
 
 def _finish(folder: RunFolder, summary: Mapping[str, Any], metrics: MetricsLogger) -> Mapping[str, Any]:

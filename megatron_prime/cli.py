@@ -70,11 +70,13 @@ def _run(config: AnyConfig, arguments: list[str]) -> int:
 
 def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
     """SFT and then PRIME with the shipped configurations, each as its own command would run it."""
-    if any(not override.startswith("run.seed=") for override in options.overrides):
-        raise ConfigError("demo: takes only run.seed=N; use the commands sft and train for anything else")
+    if any(not override.startswith(("run.seed=", "rollout.")) for override in options.overrides):
+        raise ConfigError("demo: takes only run.seed=N and rollout.*; use sft and train for anything else")
     for name, config in (("sft", "arithmetic_sft.yaml"), ("train", "arithmetic.yaml")):
-        print(f"megatron-prime {name} {_CONFIGS / config} {' '.join(options.overrides)}", flush=True)
-        status = main([name, str(_CONFIGS / config), *options.overrides])
+        # Supervised runs sample nothing and have no rollout section.
+        overrides = [o for o in options.overrides if name == "train" or not o.startswith("rollout.")]
+        print(f"megatron-prime {name} {_CONFIGS / config} {' '.join(overrides)}", flush=True)
+        status = main([name, str(_CONFIGS / config), *overrides])
         if status != 0:
             return status
     return 0
@@ -116,7 +118,12 @@ def _generate(options: argparse.Namespace, arguments: list[str]) -> int:
         seed=options.seed,
     )
     answers = build.generate(
-        options.model, options.questions, ability=options.ability, raw=options.raw, sampling=sampling
+        options.model,
+        options.questions,
+        ability=options.ability,
+        raw=options.raw,
+        sampling=sampling,
+        engine=options.engine,
     )
     for question, row in zip(options.questions, answers, strict=True):
         for answer in row:
@@ -160,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     demo = add("demo", _demo, "the whole story in minutes on a CPU: SFT, then PRIME, in runs/demo/")
-    demo.add_argument("overrides", nargs="*", metavar="run.seed=N")
+    demo.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="run.seed=N, rollout.engine=vllm")
     for name, command, text in (
         ("train", _train, "train by PRIME"),
         ("sft", _train, "make the starting model by supervised fine-tuning"),
@@ -209,6 +216,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=_temperature, default=0.0, help="0 = greedy (default)")
     parser.add_argument("--top-p", type=_probability, default=1.0)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

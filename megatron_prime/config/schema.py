@@ -133,11 +133,38 @@ class FileData:
 
 
 @dataclass(kw_only=True, slots=True)
+class VllmSection:
+    """The vLLM engine: a process of its own beside every data-parallel group of ranks."""
+
+    tensor_parallel_size: int = 1
+    """Processes or GPUs of one engine."""
+    max_model_len: int | None = None
+    """Longest prompt and answer together; null: the model's max_position_embeddings."""
+    max_num_seqs: int = 256
+    """Answers that one engine samples at the same time."""
+    kv_cache_gib: float | None = 1.0
+    """Memory of one engine for keys and values; null: by gpu_memory_utilization (needs a GPU)."""
+    gpu_memory_utilization: float = 0.4
+    """Share of a GPU's memory for one engine, where kv_cache_gib is null."""
+    num_threads: int | None = None
+    """CPU threads of one engine; null: run.num_threads of each rank of its group."""
+    pack_weights: bool = True
+    """On a CPU, oneDNN's layout of the matrices: faster sampling, slower refit."""
+    verify_refit: bool = True
+    """Compare checksums of the trainer's shards with what the engine received. (What the engine's layers hold is
+    compared with what it received in any case.)"""
+    timeout_seconds: float = 300.0
+    """An engine that says nothing for so long is replaced."""
+    max_restarts: int = 3
+    """Engines that may be lost in one step before the run gives up."""
+
+
+@dataclass(kw_only=True, slots=True)
 class RolloutSection:
     """Sampling of answers."""
 
-    engine: Literal["transformers"] = "transformers"
-    """`transformers`: embedded in every process."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """`transformers`: embedded in every process. `vllm`: a process beside each data-parallel group of ranks."""
     num_prompts: int
     """Groups of a step's batch (after filtering)."""
     num_responses: int = 4
@@ -148,7 +175,8 @@ class RolloutSection:
     stop_token_ids: list[int] = field(default_factory=list)
     """Token ids that end an answer, besides the tokenizer's and generation config's end tokens."""
     max_batch_size: int = 256
-    """Answers that one process samples at the same time."""
+    """Answers that one process of the `transformers` engine samples at the same time."""
+    vllm: VllmSection = field(default_factory=VllmSection)
 
 
 @dataclass(kw_only=True, slots=True)

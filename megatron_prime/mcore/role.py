@@ -22,7 +22,7 @@ from megatron_prime.mcore.parallel import Layout
 from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.families import WeightSpec, transformer_engine_name, weight_specs
 from megatron_prime.weights.hf_folder import HfFolder
-from megatron_prime.weights.stream import export_stream, import_weights
+from megatron_prime.weights.stream import WeightExport, import_weights
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class ModelRole:
             config = self.gpt.config
             self.module: Any = Float16Module(config, self.gpt) if config.bf16 else self.gpt
         self.specs: list[WeightSpec] = weight_specs(setup.architecture)
+        self._export = WeightExport(self.specs, setup.architecture, self.local_weights, setup.layout.export_groups())
 
     def local_weights(self) -> dict[str, torch.Tensor]:
         """This rank's parameters under their global Megatron names (views, not copies)."""
@@ -112,9 +113,9 @@ class ModelRole:
                 source = parallel_state.get_pipeline_model_parallel_first_rank()
                 torch.distributed.broadcast(weight, src=source, group=parallel_state.get_embedding_group())
 
-    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Streams (Hugging Face name, whole tensor), the same on every rank; every rank must drain it."""
-        return export_stream(self.specs, self.architecture, self.local_weights(), self.layout.export_groups())
+    def export_weights(self) -> WeightExport:
+        """The weights for an engine or a folder; every rank must take part in reading them."""
+        return self._export
 
     def _micro_batches(self, rows: TokenRows, selected: Sequence[int]) -> list[MicroBatch]:
         lengths = rows.input_lengths()

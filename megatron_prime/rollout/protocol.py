@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 
 from megatron_prime.batch import Prompt, Response, SamplingParams
+from megatron_prime.weights.shards import ShardSlice
+
+
+class ExportedWeights(Protocol):
+    """Weights that an engine can take as a stream or slice by slice (`weights.stream.WeightExport`)."""
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+    def tensors(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]: ...
+
+    def slices(self) -> Iterator[ShardSlice]: ...
+
+    def gather(self, value: Any) -> list[Any]: ...
 
 
 class Engine(Protocol):
@@ -34,19 +47,20 @@ class Engine(Protocol):
         """
         ...
 
-    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
+    def load_weights(self, weights: ExportedWeights, version: int) -> str:
         """Replaces all weights.
 
         Args:
-            stream: (Hugging Face parameter name, whole tensor) pairs; always read to its end.
+            weights: (Hugging Face parameter name, whole tensor) pairs, always read to their end; an engine in another
+                process may take a `weights.stream.WeightExport` apart instead.
             version: reported by every response sampled with these weights.
 
         Returns:
-            Checksum of the engine's own weights after loading.
+            Checksum of what the engine holds after loading, which is that of what was sent.
 
         Raises:
-            RolloutError: the stream is not exactly the model's parameters, or they are not finite; lists all problems.
-                The engine then refuses to generate until a load succeeds.
+            RolloutError: the weights are not exactly the model's parameters, are not finite, or did not arrive
+                unchanged; lists all problems. The engine then refuses to generate until a load succeeds.
         """
         ...
 

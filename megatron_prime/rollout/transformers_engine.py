@@ -13,6 +13,7 @@ from megatron_prime import world
 from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.kv_cache import ATTENTION_NAME
+from megatron_prime.rollout.prompts import check_prompts
 from megatron_prime.rollout.randomness import answer_key
 from megatron_prime.rollout.sampling import Request, Sample, sample
 from megatron_prime.weights.checksum import WeightChecksum
@@ -59,8 +60,12 @@ class TransformersEngine:
             raise RolloutError(f"the rollout engine cannot generate: {self._unusable}")
         if self._asleep:
             raise RolloutError("the rollout engine cannot generate: it sleeps; call wake first")
-        # All ranks check all prompts: if one alone raised, the others would wait for it in the gather.
-        _check_prompts(prompts, sampling.max_response_tokens, model.config)
+        check_prompts(
+            prompts,
+            sampling.max_response_tokens,
+            max_length=model.config.max_position_embeddings,
+            vocab_size=model.config.vocab_size,
+        )
         mine = world.my_share(prompts)
         requests = [
             Request(prompt=prompt.token_ids, key=answer_key(sampling.seed, prompt.prompt_id, answer))
@@ -81,17 +86,23 @@ class TransformersEngine:
         groups = [responses[start : start + count] for start in range(0, len(responses), count)]
         return world.interleave(world.all_gather(groups))
 
-    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
         """See `protocol.Engine.load_weights`; a tied output layer may be left out of the stream."""
         model = self._open_model()
         self.weight_version = -1
         self._unusable = f"loading weights of version {version} failed; load a complete set"
-        problems = _copy_weights(model, stream)
+        sent = WeightChecksum()
+        problems = _copy_weights(model, weights, sent)
         if problems:
             raise RolloutError("\n".join(f"weights of version {version}: {problem}" for problem in problems))
         checksum = WeightChecksum()
         for name, parameter in model.named_parameters():
             checksum.update(name, parameter.detach())
+        if checksum.hexdigest() != sent.hexdigest():
+            raise RolloutError(
+                f"weights of version {version}: the engine holds {checksum.hexdigest()}, "
+                f"{sent.hexdigest()} was sent; nothing will be sampled from them"
+            )
         self._unusable = None
         self.weight_version = version
         return checksum.hexdigest()
@@ -147,8 +158,12 @@ def _build_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreT
 
 
 @torch.no_grad()
-def _copy_weights(model: PreTrainedModel, stream: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+def _copy_weights(
+    model: PreTrainedModel, stream: Iterable[tuple[str, torch.Tensor]], sent: WeightChecksum
+) -> list[str]:
     """Copies a stream into the parameters of the same names and returns every problem found.
+
+    Adds what was sent, in the model's dtype, to a checksum.
 
     The stream is read to its end whatever happens: producing it may be a collective of all ranks.
     """
@@ -167,6 +182,7 @@ def _copy_weights(model: PreTrainedModel, stream: Iterable[tuple[str, torch.Tens
             problems.append(f"{name}: {shapes}")
         elif name in required:
             parameters[name].copy_(tensor)
+            sent.update(name, tensor.to(parameters[name]))
         else:
             tied.append((name, tensor.to(parameters[name], copy=True)))
         received.add(name)
@@ -182,22 +198,3 @@ def _copy_weights(model: PreTrainedModel, stream: Iterable[tuple[str, torch.Tens
         if not problems and not torch.equal(tensor, parameters[name])
     ]
     return problems
-
-
-def _check_prompts(prompts: Sequence[Prompt], max_response_tokens: int, config: PreTrainedConfig) -> None:
-    """Raises a RolloutError with every prompt that does not fit the model."""
-    max_positions, vocab_size = config.max_position_embeddings, config.vocab_size
-    problems: list[str] = []
-    for prompt in prompts:
-        length = len(prompt.token_ids)
-        if length == 0:
-            problems.append(f"prompt {prompt.prompt_id!r} has no tokens")
-        elif length + max_response_tokens > max_positions:
-            problems.append(
-                f"prompt {prompt.prompt_id!r} has {length} tokens; with rollout.max_response_tokens = "
-                f"{max_response_tokens} that exceeds the model's max_position_embeddings = {max_positions}"
-            )
-        elif not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < vocab_size:
-            problems.append(f"prompt {prompt.prompt_id!r} has a token outside the vocabulary of {vocab_size}")
-    if problems:
-        raise RolloutError("\n".join(problems))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +28,7 @@ class Policy(Protocol):
         self, batch: ScoredBatch, advantages: torch.Tensor, *, temperature: float, seed: int
     ) -> dict[str, float]: ...
 
-    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+    def export_weights(self) -> Iterable[tuple[str, torch.Tensor]]: ...
 
 
 class Reference(Protocol):
@@ -56,7 +56,7 @@ class Engine(Protocol):
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Response]]: ...
 
-    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> str: ...
+    def load_weights(self, weights: Any, version: int) -> str: ...
 
 
 class Verifier(Protocol):

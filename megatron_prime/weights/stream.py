@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.families import Layout, WeightSpec
 from megatron_prime.weights.hf_folder import HfFolder
 from megatron_prime.weights.layouts import local_shape, local_slice, merge
+from megatron_prime.weights.shards import ShardSlice, check_cover, shard_slices
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +38,77 @@ class _Owner:
     dtype: torch.dtype
 
 
+class WeightExport:
+    """A model's weights on their way out: whole tensors one by one, or each rank's own slices of them.
+
+    Who sends what is agreed by all ranks at the first use and kept.
+
+    Args:
+        specs: `weight_specs` of the model.
+        architecture: the model.
+        local: gives this rank's shards by global Megatron name (see `export_stream`).
+        groups: where this rank is and whom it shares the model with.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[WeightSpec],
+        architecture: ModelArchitecture,
+        local: Callable[[], Mapping[str, Tensor]],
+        groups: ParallelGroups,
+    ) -> None:
+        self._specs = specs
+        self._architecture = architecture
+        self._local = local
+        self.groups = groups
+        self._owners: dict[str, _Owner] | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors (`export_stream`); a collective."""
+        owners = self._agreed_owners()
+        return export_stream(self._specs, self._architecture, self._local(), self.groups, owners=owners)
+
+    def tensors(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        """Name, shape and dtype of every Hugging Face tensor; a collective at the first use.
+
+        Raises:
+            WeightsError: on every rank alike, if the ranks' slices are not exactly the model.
+        """
+        planned = self._owners is not None
+        owners = self._agreed_owners()
+        found = [
+            (name, tuple(shape), owners[spec.megatron_name].dtype)
+            for spec in self._specs
+            for name, shape in zip(spec.hf_names, spec.hf_shapes, strict=True)
+        ]
+        if not planned:
+            mine = [(part.name, part.ranges) for part in self.slices()]
+            everyone = self.gather(mine)
+            check_cover({name: shape for name, shape, _ in found}, [part for parts in everyone for part in parts])
+        return found
+
+    def slices(self) -> Iterator[ShardSlice]:
+        """This rank's part of the tensors; all ranks' parts together are the model, nothing twice."""
+        owners, local = self._agreed_owners(), self._local()
+        for spec in self._specs:
+            if owners[spec.megatron_name].stage == self.groups.pp_rank:
+                shard = local[spec.megatron_name].detach()
+                yield from shard_slices(
+                    spec, self._architecture, shard, tp_rank=self.groups.tp_rank, tp_size=self.groups.tp_size
+                )
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, over the ranks that share this copy of the model; a collective."""
+        groups = self.groups
+        stage = _all_gather_object(value, groups.tp_group, groups.tp_size)
+        return [item for part in _all_gather_object(stage, groups.pp_group, groups.pp_size) for item in part]
+
+    def _agreed_owners(self) -> dict[str, _Owner]:
+        if self._owners is None:
+            self._owners = _find_owners(self._specs, self._architecture, self._local(), self.groups)
+        return self._owners
+
+
 def export_stream(
     specs: Sequence[WeightSpec],
     architecture: ModelArchitecture,
@@ -44,6 +116,7 @@ def export_stream(
     groups: ParallelGroups,
     *,
     dtype: torch.dtype | None = None,
+    owners: Mapping[str, _Owner] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the model as a whole Hugging Face tensor, on every rank, in the order of `specs`.
 
@@ -58,6 +131,7 @@ def export_stream(
             copy of a tied embedding has it under the embedding's name or not at all.
         groups: where this rank is and whom it shares the model with.
         dtype: converts every weight to this before it is sent; None keeps each weight's own.
+        owners: which stage sends each weight, where it was found before (`WeightExport`).
 
     Yields:
         (Hugging Face name, tensor) on the device of `local`. The tensor may be the parameter's own memory and is
@@ -67,7 +141,8 @@ def export_stream(
         WeightsError: on every rank alike and before anything is sent, if ranks together lack a weight, have one
             that is unknown, or have shapes that contradict the architecture; lists all.
     """
-    owners = _find_owners(specs, architecture, local, groups)
+    if owners is None:
+        owners = _find_owners(specs, architecture, local, groups)
     device = next(iter(local.values())).device
     for spec in specs:
         owner = owners[spec.megatron_name]

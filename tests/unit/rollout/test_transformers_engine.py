@@ -136,6 +136,19 @@ def test_a_stream_that_breaks_leaves_the_engine_unusable(tiny: Tiny) -> None:
         engine.generate(make_prompts(1), PARAMS)
 
 
+def test_weights_that_did_not_arrive_are_noticed(tiny: Tiny) -> None:
+    model = tiny("llama")
+    engine = model.engine()
+    assert engine._model is not None
+    first, second = (engine._model.get_parameter(f"model.layers.0.mlp.{name}_proj.weight") for name in ("gate", "up"))
+    # Two parameters in one memory: the second to be loaded overwrites the first.
+    second.data = first.data
+    with pytest.raises(RolloutError, match="the engine holds"):
+        engine.load_weights(model.weights(), version=1)
+    with pytest.raises(RolloutError, match="cannot generate"):
+        engine.generate(make_prompts(1), PARAMS)
+
+
 def test_refuses_to_generate_without_weights_asleep_and_closed(tiny: Tiny) -> None:
     model = tiny("qwen2_tied")
     engine = model.engine()

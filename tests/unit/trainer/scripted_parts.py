@@ -61,7 +61,6 @@ class ScriptedEngine:
         self.held_out = held_out
         self.requests: list[tuple[list[str], SamplingParams]] = []
         self.weights: dict[str, torch.Tensor] = {}
-        self.loads_wrongly = False
 
     @property
     def num_prompts(self) -> list[int]:
@@ -77,10 +76,8 @@ class ScriptedEngine:
             return self.held_out
         return self.script[min(int(prompt_id), len(self.script) - 1)]
 
-    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
-        self.weights = {name: tensor.clone() for name, tensor in stream}
-        if self.loads_wrongly:
-            self.weights["w"] += 1
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
+        self.weights = {name: tensor.clone() for name, tensor in weights}
         checksum = WeightChecksum()
         for name, tensor in self.weights.items():
             checksum.update(name, tensor)

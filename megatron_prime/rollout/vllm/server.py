@@ -1,0 +1,149 @@
+"""One vLLM engine in this process, serving one trainer over a socket."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+from megatron_prime.rollout.vllm.messages import (
+    EngineOptions,
+    EngineRequest,
+    Failed,
+    Finished,
+    Generate,
+    Loaded,
+    LoadWeights,
+    Message,
+    Ready,
+)
+from megatron_prime.rollout.vllm.transfer import SHARED_MEMORY
+
+logger = logging.getLogger(__name__)
+
+
+def serve(connection: Connection, options: EngineOptions) -> None:
+    """Builds an engine and does what the trainer says until it hangs up.
+
+    Whatever goes wrong is reported and ends the process: a new one with the current weights is ready in seconds,
+    and nothing is ever sampled from an engine in an unknown state.
+    """
+    import os
+
+    try:
+        llm = build(options)
+        connection.send(Ready(process_id=os.getpid()))
+        while (message := _receive(connection)) is not None:
+            if isinstance(message, LoadWeights):
+                connection.send(load(llm, message))
+            else:
+                generate(llm, message, connection)
+    except Exception as error:
+        # The last line says what; the trainer's log gets the rest.
+        connection.send(Failed(text=f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+
+
+def build(options: EngineOptions) -> Any:
+    """A vLLM engine with arbitrary weights."""
+    import vllm._custom_ops as custom_ops
+    from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
+
+    if not options.pack_weights:
+        custom_ops._supports_onednn = False
+    limits: dict[str, Any] = {}
+    if options.kv_cache_bytes is not None:
+        limits["kv_cache_memory_bytes"] = options.kv_cache_bytes
+    if not current_platform.is_cpu():
+        limits["gpu_memory_utilization"] = options.gpu_memory_utilization
+    llm = LLM(
+        model=options.folder,
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        dtype=options.dtype,  # type: ignore[arg-type]
+        tensor_parallel_size=options.tensor_parallel_size,
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        enforce_eager=current_platform.is_cpu(),
+        enable_prefix_caching=True,
+        # Log-probs of the distribution that the token was drawn from, as the loss compares them.
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",
+        disable_log_stats=True,
+        seed=0,
+        worker_extension_cls="megatron_prime.rollout.vllm.transfer.WorkerExtension",
+        weight_transfer_config={"backend": SHARED_MEMORY},
+        **limits,
+    )
+    llm.init_weight_transfer_engine({"init_info": {}})
+    # What this machine or model cannot do shows here, not in the middle of the first step.
+    llm.generate({"prompt_token_ids": [0]}, SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
+    return llm
+
+
+def load(llm: Any, message: LoadWeights) -> Loaded:
+    """Replaces all weights and everything that was computed with the old ones."""
+    llm.start_weight_update()
+    llm.update_weights({"update_info": {"update": message.update}})
+    llm.finish_weight_update(weight_version=str(message.version))
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("the prefix cache of the old weights could not be reset")
+    llm.collective_rpc("prime_zero_kv_cache")
+    (num_columns, *_) = llm.collective_rpc("prime_num_probed_columns")
+    return Loaded(version=message.version, num_probed_columns=num_columns)
+
+
+def generate(llm: Any, message: Generate, connection: Connection) -> None:
+    """Samples all requests and sends each answer when it is finished."""
+    engine = llm.llm_engine
+    for request in message.requests:
+        engine.add_request(
+            request.request_id, {"prompt_token_ids": list(request.prompt_token_ids)}, sampling_params(request)
+        )
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                connection.send(_finished(output))
+
+
+def sampling_params(request: EngineRequest) -> Any:
+    """vLLM's form of a request's settings."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=request.temperature,
+        top_p=request.top_p,
+        max_tokens=request.max_tokens,
+        seed=request.seed,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        # The end tokens are among the stop tokens; which ones they are is the trainer's to say.
+        ignore_eos=True,
+        stop_token_ids=list(request.stop_token_ids),
+    )
+
+
+def _finished(output: Any) -> Finished:
+    (completion,) = output.outputs
+    return Finished(
+        request_id=output.request_id,
+        token_ids=tuple(completion.token_ids),
+        logprobs=tuple(_sampled_logprobs(completion)),
+        finish_reason=completion.finish_reason if completion.finish_reason in ("stop", "length") else "abort",
+        weight_versions=tuple(int(span.version) for span in completion.weight_versions or ()),
+    )
+
+
+def _sampled_logprobs(completion: Any) -> list[float]:
+    """Of the sampled token at each position: the first of the position's entries."""
+    flat = completion.logprobs
+    return [flat.logprobs[start] for start in flat.start_indices]
+
+
+def _receive(connection: Connection) -> Message | None:
+    try:
+        return connection.recv()
+    except EOFError:
+        return None

@@ -1,0 +1,146 @@
+"""A rank's shards as slices of Hugging Face tensors: weights go where they belong without being gathered first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_prime.errors import WeightsError
+from megatron_prime.weights.architecture import ModelArchitecture
+from megatron_prime.weights.checksum import WeightChecksum
+from megatron_prime.weights.families import Layout, WeightSpec
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class SliceDigest:
+    """Checksum of a slice of a Hugging Face tensor."""
+
+    name: str
+    ranges: tuple[Range, ...]
+    """(start, stop) per dimension."""
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSlice:
+    """A slice of a Hugging Face tensor with its values."""
+
+    name: str
+    ranges: tuple[Range, ...]
+    values: Tensor
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(*bounds) for bounds in self.ranges)
+
+    def digest(self) -> SliceDigest:
+        """The checksum of the values."""
+        return SliceDigest(self.name, self.ranges, _digest(self.name, self.values))
+
+
+def shard_slices(
+    spec: WeightSpec, architecture: ModelArchitecture, shard: Tensor, *, tp_rank: int, tp_size: int
+) -> list[ShardSlice]:
+    """What a tensor-parallel shard holds of the Hugging Face tensors of a weight (the inverse of `local_slice`).
+
+    Args:
+        spec: the weight.
+        architecture: its model.
+        shard: of `local_shape`.
+        tp_rank: which shard, 0 .. tp_size - 1.
+        tp_size: tensor-parallel ranks.
+
+    Returns:
+        Disjoint slices that cover the tensors together with those of the other ranks; a replicated weight is the
+        first rank's alone, and padding rows of the vocabulary nobody's.
+    """
+    first = spec.hf_shapes[0]
+    match spec.layout:
+        case Layout.REPLICATED:
+            return [_rows(spec.hf_names[0], first, 0, shard)] if tp_rank == 0 else []
+        case Layout.ROW:
+            start = tp_rank * shard.shape[1]
+            ranges = ((0, first[0]), (start, start + shard.shape[1]), *((0, size) for size in first[2:]))
+            return [ShardSlice(spec.hf_names[0], ranges, shard)]
+        case Layout.VOCAB:
+            start = min(tp_rank * shard.shape[0], first[0])
+            rows = shard[: max(min(first[0] - start, shard.shape[0]), 0)]
+            return [_rows(spec.hf_names[0], first, start, rows)] if len(rows) else []
+    num_blocks = architecture.num_query_groups // tp_size if spec.layout in (Layout.QKV, Layout.QKV_BIAS) else 1
+    num_rows = [shape[0] // tp_size for shape in spec.hf_shapes]
+    blocks = shard.reshape(num_blocks, sum(num_rows) // num_blocks, *first[1:])
+    parts = blocks.split([rows // num_blocks for rows in num_rows], dim=1)
+    return [
+        _rows(name, shape, tp_rank * rows, part.reshape(rows, *shape[1:]))
+        for name, shape, rows, part in zip(spec.hf_names, spec.hf_shapes, num_rows, parts, strict=True)
+    ]
+
+
+def mismatches(digests: Iterable[SliceDigest], tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Names the slices whose values are not those that were digested.
+
+    Args:
+        digests: from `ShardSlice.digest`.
+        tensors: whole Hugging Face tensors by name.
+    """
+    for expected in digests:
+        values = tensors[expected.name][tuple(slice(*bounds) for bounds in expected.ranges)]
+        if _digest(expected.name, values) != expected.digest:
+            yield f"{expected.name}{[list(bounds) for bounds in expected.ranges]}"
+
+
+def check_cover(shapes: Mapping[str, tuple[int, ...]], slices: Iterable[tuple[str, tuple[Range, ...]]]) -> None:
+    """Makes sure that slices tile tensors: nothing missing, nothing twice.
+
+    Args:
+        shapes: of the whole tensors.
+        slices: name and ranges of every slice of every rank.
+
+    Raises:
+        WeightsError: lists all tensors that are not covered exactly.
+    """
+    covered = dict.fromkeys(shapes, 0)
+    problems: list[str] = []
+    seen: set[tuple[str, tuple[Range, ...]]] = set()
+    for name, ranges in slices:
+        if name not in shapes:
+            problems.append(f"{name}: the model has no such tensor")
+            continue
+        if (name, ranges) in seen or any(stop > size for (_, stop), size in zip(ranges, shapes[name], strict=True)):
+            problems.append(f"{name}: the slice {ranges} is twice there or outside of {list(shapes[name])}")
+        seen.add((name, ranges))
+        covered[name] += torch.Size([stop - start for start, stop in ranges]).numel()
+    problems += [
+        f"{name}: {covered[name]} of {torch.Size(shape).numel()} elements would be sent"
+        for name, shape in shapes.items()
+        if covered[name] != torch.Size(shape).numel()
+    ]
+    if problems:
+        raise WeightsError("\n".join(problems))
+
+
+def find_non_finite(slices: Iterable[ShardSlice]) -> list[str]:
+    """Names of the slices that hold NaN or an infinity."""
+    # One pass without a temporary of the tensor's size: NaN and infinities both survive in the extremes.
+    found = []
+    for part in slices:
+        if part.values.numel():
+            low, high = torch.aminmax(part.values)
+            if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                found.append(part.name)
+    return found
+
+
+def _rows(name: str, shape: tuple[int, ...], start: int, values: Tensor) -> ShardSlice:
+    return ShardSlice(name, ((start, start + len(values)), *((0, size) for size in shape[1:])), values)
+
+
+def _digest(name: str, values: Tensor) -> str:
+    checksum = WeightChecksum()
+    checksum.update(name, values)
+    return checksum.hexdigest()
