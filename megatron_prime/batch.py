@@ -129,6 +129,8 @@ class RolloutBatch:
     """float32 [B], verifier rewards in [0, 1]."""
     group_index: torch.Tensor
     """int64 [B], which group each response belongs to, 0 .. num_groups - 1."""
+    weight_versions: torch.Tensor
+    """int64 [B], of the weights that sampled each response; -1 if several did."""
 
     @property
     def num_responses(self) -> int:
@@ -155,7 +157,12 @@ class RolloutBatch:
             rollout_logprobs=logprobs,
             outcomes=torch.tensor([g.rewards[i] for _, g, i in rows], dtype=torch.float32),
             group_index=torch.tensor([index for index, _, _ in rows], dtype=torch.int64),
+            weight_versions=torch.tensor([_version(g.responses[i]) for _, g, i in rows], dtype=torch.int64),
         )
+
+
+def _version(response: Response) -> int:
+    return -1 if response.spans_versions else response.weight_version
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -176,6 +176,9 @@ class RolloutSection:
     """Token ids that end an answer, besides the tokenizer's and generation config's end tokens."""
     max_batch_size: int = 256
     """Answers that one process of the `transformers` engine samples at the same time."""
+    max_logprob_gap: float = 0.1
+    """Mean |difference| in nats between the engine's and the trainer's log-probs of the same tokens and weights, above
+    which the run stops (float32: 1e-6, bfloat16: 1e-2): the engine does not compute with the trainer's weights."""
     vllm: VllmSection = field(default_factory=VllmSection)
 
 
@@ -273,6 +276,12 @@ class PolicySection:
     """Mean over all response tokens, or over responses of their token means; of the whole mini-batch."""
     kl_coef: float = 0.0
     """Weight of the KL estimate (k3) to the reference in the loss."""
+    importance_cap: float | None = None
+    """Truncated importance sampling between engine and trainer: tokens weigh min(p_train / p_rollout, this), from the
+    log-probs that the engine reported; off where null."""
+    max_sequence_ratio: float | None = None
+    """Responses whose geometric-mean p_train / p_rollout is above this, or below its inverse, do not train the
+    policy; off where null."""
     num_minibatches: int = 1
     """Optimizer steps per pass over the batch."""
     num_epochs: int = 1

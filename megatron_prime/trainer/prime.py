@@ -19,6 +19,7 @@ from megatron_prime.config.schema import PrimeConfig
 from megatron_prime.errors import TrainingError
 from megatron_prime.trainer.evaluation import Accuracy, accuracy, derive_seed, evaluation_sampling, sample_and_verify
 from megatron_prime.trainer.evidence import Evidence, measure_evidence, recent_step_auc
+from megatron_prime.trainer.mismatch import advantage_weights, compare_logprobs
 from megatron_prime.trainer.protocols import (
     Checkpoints,
     Engine,
@@ -78,6 +79,8 @@ class PrimeTrainer:
         )
         self.num_steps_done = 0
         self.position = 0
+        self.weight_version = -1
+        """Of the engine."""
         self.gate = 0.0
         self.acceptance = 1.0
         self.num_empty_steps = 0
@@ -118,7 +121,7 @@ class PrimeTrainer:
         if not groups:
             return metrics
         batch = self.score(groups)
-        metrics |= _mismatch(batch)
+        metrics |= compare_logprobs(batch, self.weight_version, self.config.rollout)
         rewards, prm_metrics = self.process_rewards(groups, batch)
         metrics |= prm_metrics
         with self.stages("advantage"):
@@ -130,7 +133,7 @@ class PrimeTrainer:
             with self.stages("policy_update"):
                 updated = self.parts.policy.update(
                     batch,
-                    result.advantages,
+                    result.advantages * advantage_weights(batch, self.config.policy),
                     temperature=self.config.rollout.temperature,
                     seed=self._seed("policy order"),
                 )
@@ -237,6 +240,7 @@ class PrimeTrainer:
         """
         with self.stages("refit"):
             self.parts.engine.load_weights(self.parts.policy.export_weights(), version)
+        self.weight_version = version
 
     def evaluate(self) -> dict[str, float]:
         """avg@k on the held-out prompts with the engine's current weights; nothing where it is switched off."""
@@ -339,12 +343,6 @@ def _finite(value: float) -> float | None:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _mismatch(batch: ScoredBatch) -> dict[str, float]:
-    """How far the engine's log-probs of the sampled tokens are from the trainer's, in nats."""
-    gap = (batch.rollout.rollout_logprobs - batch.policy_logprobs).abs()[batch.rollout.mask]
-    return {"rollout/logprob_gap_mean": float(gap.mean()), "rollout/logprob_gap_max": float(gap.max())}
 
 
 def _rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:

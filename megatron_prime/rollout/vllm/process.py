@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -174,10 +175,8 @@ class EngineProcess:
         """Kills the process."""
         self._connection.close()
         if self.process_id is not None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process_id, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
     def _send(self, message: Message) -> None:
         try:

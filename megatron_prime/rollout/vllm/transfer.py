@@ -71,8 +71,9 @@ class SharedMemoryTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         if changed := list(mismatches(update.digests, self._weights.tensors)):
             raise ValueError(f"weights changed on their way: {changed[:4]} ({len(changed)} in all)")
 
+        model: Any = self.model
         with torch.no_grad():
-            self.model.load_weights(iter(self._weights.tensors.items()))
+            model.load_weights(iter(self._weights.tensors.items()))
 
     def finish_weight_update(self) -> None:
         """Transforms what vLLM transforms, and compares what the engine now holds with what was sent."""

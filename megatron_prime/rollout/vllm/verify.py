@@ -61,7 +61,7 @@ def check_engine(model: Any, tensors: Mapping[str, Tensor]) -> int:
     return num_columns
 
 
-def _num_columns(model: torch.nn.Module) -> int:
+def _num_columns(model: Any) -> int:
     """How many columns of each repacked matrix to read: all that the budget allows, 0 without such matrices."""
     shapes = [(layer.output_size, layer.input_size) for layer in model.modules() if _is_packed_linear(layer)]
     if not shapes:

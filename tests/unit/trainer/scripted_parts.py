@@ -61,6 +61,7 @@ class ScriptedEngine:
         self.held_out = held_out
         self.requests: list[tuple[list[str], SamplingParams]] = []
         self.weights: dict[str, torch.Tensor] = {}
+        self.weight_version = -1
 
     @property
     def num_prompts(self) -> list[int]:
@@ -69,7 +70,11 @@ class ScriptedEngine:
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Response]]:
         self.requests.append(([prompt.prompt_id for prompt in prompts], sampling))
-        return [[_response(text) for text in self._texts(prompt.prompt_id)] for prompt in prompts]
+        logprob = -(float(self.weights.get("w", torch.zeros(1))) + 1) / (sampling.temperature or 1.0)
+        return [
+            [_response(text, logprob, self.weight_version) for text in self._texts(prompt.prompt_id)]
+            for prompt in prompts
+        ]
 
     def _texts(self, prompt_id: str) -> str:
         if prompt_id.startswith("held out"):
@@ -78,14 +83,17 @@ class ScriptedEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
         self.weights = {name: tensor.clone() for name, tensor in weights}
+        self.weight_version = version
         checksum = WeightChecksum()
         for name, tensor in self.weights.items():
             checksum.update(name, tensor)
         return checksum.hexdigest()
 
 
-def _response(text: str) -> Response:
-    return Response(text=text, token_ids=(7, 1), logprobs=(-0.5, -0.5), finish_reason="stop", weight_version=0)
+def _response(text: str, logprob: float, version: int) -> Response:
+    return Response(
+        text=text, token_ids=(7, 1), logprobs=(logprob, logprob), finish_reason="stop", weight_version=version
+    )
 
 
 class ScriptVerifier:

@@ -1,0 +1,55 @@
+"""Whether the engine samples from the policy that trains, and what to do about the difference."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_prime.algorithm.mismatch import importance_weights, measure_mismatch
+from megatron_prime.batch import ScoredBatch
+from megatron_prime.config.schema import PolicySection, RolloutSection
+from megatron_prime.errors import TrainingError
+
+
+def compare_logprobs(batch: ScoredBatch, weight_version: int, section: RolloutSection) -> dict[str, float]:
+    """How far the engine's log-probs of the sampled tokens are from the trainer's, in nats.
+
+    Every batch is thus a canary for the refit before it, with all of its tokens and at no cost. Answers of older
+    weights (`rollout/stale`) are expected to differ and are left out.
+
+    Args:
+        batch: scored by the policy before its update.
+        weight_version: of that policy.
+        section: rollout settings.
+
+    Raises:
+        TrainingError: they are so far apart that the engine cannot be sampling from the trainer's weights.
+    """
+    rollout = batch.rollout
+    is_fresh = rollout.weight_versions == weight_version
+    metrics = {"rollout/stale": 1.0 - float(is_fresh.double().mean())}
+    if not bool(is_fresh.any()):
+        return metrics
+    found = measure_mismatch(batch.policy_logprobs, rollout.rollout_logprobs, rollout.mask & is_fresh[:, None])
+    # Top-p below 1 rescales the engine's log-probs.
+    if found.mean > section.max_logprob_gap and section.top_p == 1.0:
+        raise TrainingError(
+            f"rollout.max_logprob_gap: the engine's log-probs are {found.mean:.3g} nats from the trainer's on average "
+            f"(limit {section.max_logprob_gap:g}); the engine does not compute what the policy does, so nothing was "
+            "trained on its answers"
+        )
+    return metrics | {
+        "rollout/logprob_gap_mean": found.mean,
+        "rollout/logprob_gap_max": found.max,
+        "rollout/logprob_kl": found.kl,
+    }
+
+
+def advantage_weights(batch: ScoredBatch, section: PolicySection) -> torch.Tensor:
+    """Factors [B, R] for advantages that correct for the engine's distribution; all 1 unless switched on."""
+    return importance_weights(
+        batch.policy_logprobs,
+        batch.rollout.rollout_logprobs,
+        batch.rollout.mask,
+        cap=section.importance_cap,
+        max_sequence_ratio=section.max_sequence_ratio,
+    )
