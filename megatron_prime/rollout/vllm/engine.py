@@ -53,16 +53,18 @@ class VllmEngine:
 
     Args:
         setup: see there.
+        parent: forks the engines, in place of one of its own; stays open at `close`.
     """
 
-    def __init__(self, setup: VllmSetup) -> None:
+    def __init__(self, setup: VllmSetup, parent: EngineParent | None = None) -> None:
         self.weight_version = -1
         self._setup = setup
-        self._parent: EngineParent | None = None
+        self._parent = parent
+        self._owns_parent = parent is None
         self._process: EngineProcess | None = None
         self._memory: SharedWeights | None = None
         self._current: tuple[SharedUpdate, int] | None = None
-        if setup.is_leader:
+        if setup.is_leader and parent is None:
             self._parent = self._new_parent()
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Response]]:
@@ -122,7 +124,7 @@ class VllmEngine:
         self.weight_version = -1
         if self._process is not None:
             self._process.close()
-        if self._parent is not None:
+        if self._parent is not None and self._owns_parent:
             self._parent.close()
         if self._memory is not None:
             self._memory.close()
@@ -201,7 +203,7 @@ class VllmEngine:
         """A new engine process with the current weights."""
         setup = self._setup
         if self._parent is None or not self._parent.is_alive:
-            self._parent = self._new_parent()
+            self._parent, self._owns_parent = self._new_parent(), True
         self._process = EngineProcess(self._parent, setup.options, setup.timeout_seconds)
         if self._current is not None:
             self._load(*self._current)

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 
@@ -70,6 +71,9 @@ class EngineParent:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, device_ids))
             # A forked process cannot use the CUDA context of its parent.
             environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        # vLLM leaves files behind when it is killed.
+        self._scratch = tempfile.TemporaryDirectory(prefix="megatron_prime_vllm_", ignore_cleanup_errors=True)
+        environment["TMPDIR"] = self._scratch.name
         self._control, theirs = socket.socketpair()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "megatron_prime.rollout.vllm.parent", str(theirs.fileno())],
@@ -125,6 +129,7 @@ class EngineParent:
         self._control.close()
         self._process.kill()
         self._process.wait()
+        self._scratch.cleanup()
 
 
 class EngineProcess:

@@ -17,7 +17,7 @@ def test_an_engine_with_other_weights_stops_the_run_before_it_trains() -> None:
     trainer, events = make_trainer(make_config(), engine)
     trainer.refit(0)
     engine.weights["w"] += 0.5
-    with pytest.raises(TrainingError, match="rollout.max_logprob_gap: the engine's log-probs are 0.5 nats"):
+    with pytest.raises(TrainingError, match=r"rollout.max_logprob_gap: the engine's log-probs are 0.5 nats"):
         trainer.step()
     assert "policy trains" not in events and "prm trains" not in events
 

