@@ -1,0 +1,218 @@
+"""Bytes that the models of a run take on one rank: exact for tensors that live on, estimates for those that pass.
+
+Formulas: parameters, gradients and optimizer states follow from the shapes (Megatron keeps float32 gradients, float32
+masters of bfloat16 parameters and two float32 Adam moments; Rajbhandari et al., arXiv 1910.02054, section 3).
+Activations follow Korthikanti et al., arXiv 2205.05198, section 4, for layers without dropout, with SwiGLU, grouped
+keys and an attention that stores no scores. `tests/distributed/test_planned_bytes.py` compares both with real models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_prime.config.schema import AnyConfig, ModelSection, ParallelSection
+from megatron_prime.weights.architecture import ModelArchitecture
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+FLOAT32 = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """What of a configuration decides how a model lies on its ranks."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    sequence_parallel: bool
+    distributed_optimizer: bool
+    item_bytes: int
+    """Of parameters and activations."""
+    vocab_multiple: int
+    recompute: str
+    local_layers: bool = False
+    """Megatron's own layers with torch's norm and attention (CPU); else Transformer Engine's."""
+
+    @classmethod
+    def of(cls, config: AnyConfig, *, local_layers: bool) -> Layout:
+        """The layout of a configuration."""
+        return cls.of_sections(config.model, config.parallel, local_layers=local_layers)
+
+    @classmethod
+    def of_sections(cls, model: ModelSection, parallel: ParallelSection, *, local_layers: bool) -> Layout:
+        """The layout of a configuration's two sections that have a say in it."""
+        tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        return cls(
+            tensor=tensor,
+            pipeline=pipeline,
+            data=parallel.world_size // (tensor * pipeline),
+            sequence_parallel=parallel.sequence_parallel,
+            distributed_optimizer=parallel.use_distributed_optimizer,
+            item_bytes=ITEM_BYTES[model.dtype],
+            vocab_multiple=model.make_vocab_size_divisible_by,
+            recompute=model.recompute_granularity,
+            local_layers=local_layers or model.transformer_impl == "local",
+        )
+
+    @property
+    def norm_shards(self) -> int:
+        """Ranks that share the tokens outside of the matrix products."""
+        return self.tensor if self.sequence_parallel else 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelBytes:
+    """Of one model on one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All three."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def num_parameters(architecture: ModelArchitecture) -> int:
+    """Parameters of the whole model without vocabulary padding; a tied head counts once."""
+    a = architecture
+    tables = 1 if a.tied_embeddings else 2
+    return a.num_layers * _layer_parameters(a, 1) + tables * a.vocab_size * a.hidden_size + a.hidden_size
+
+
+def stage_parameters(architecture: ModelArchitecture, layout: Layout, stage: int) -> int:
+    """Parameters that one rank of a pipeline stage holds, vocabulary padding included."""
+    a, last = architecture, stage == layout.pipeline - 1
+    table = vocabulary_rows(a, layout) * a.hidden_size
+    count = a.num_layers // layout.pipeline * _layer_parameters(a, layout.tensor)
+    if stage == 0:
+        count += table
+    if last:
+        # A tied head on another stage than the embedding is a copy of it.
+        count += a.hidden_size + (table if not a.tied_embeddings or layout.pipeline > 1 else 0)
+    return count
+
+
+def vocabulary_rows(architecture: ModelArchitecture, layout: Layout) -> int:
+    """Rows of the embedding (and of the head) on one rank."""
+    return architecture.padded_vocab_size(layout.vocab_multiple, layout.tensor) // layout.tensor
+
+
+def _layer_parameters(a: ModelArchitecture, tensor: int) -> int:
+    query, key = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
+    matrices = a.hidden_size * (query + 2 * key) + query * a.hidden_size + 3 * a.hidden_size * a.ffn_hidden_size
+    biases = query + 2 * key if a.add_qkv_bias else 0
+    norms = 2 * a.hidden_size + (2 * a.kv_channels if a.qk_layernorm else 0)
+    return (matrices + biases) // tensor + norms
+
+
+def model_bytes(architecture: ModelArchitecture, layout: Layout, stage: int, *, trained: bool) -> ModelBytes:
+    """One model on one rank.
+
+    Args:
+        architecture: shape of the model.
+        layout: how it is sharded.
+        stage: pipeline stage of the rank.
+        trained: a frozen model has weights only.
+    """
+    count = stage_parameters(architecture, layout, stage)
+    if not trained:
+        return ModelBytes(weights=count * layout.item_bytes, gradients=0, optimizer=0)
+    master = FLOAT32 if layout.item_bytes < FLOAT32 else 0
+    shards = layout.data if layout.distributed_optimizer else 1
+    return ModelBytes(
+        weights=count * layout.item_bytes,
+        gradients=count * FLOAT32,
+        optimizer=count * (master + 2 * FLOAT32) // shards,
+    )
+
+
+def layer_activation_bytes(architecture: ModelArchitecture, layout: Layout) -> float:
+    """What one layer keeps of one token for its backward pass, on one rank."""
+    a, item = architecture, layout.item_bytes
+    query, key = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
+    if layout.local_layers and query != key:
+        attention = item * 4 * query  # rotated queries, keys and values repeated for every head, the output
+    else:
+        # The joint projection stays alive through the values; rotated queries and keys; the output.
+        attention = item * (3 * query + 3 * key)
+    if a.qk_layernorm:
+        # A local norm keeps float32 copies of input and product; unconverted input keeps the whole projection.
+        copies = (3 if item == FLOAT32 else 2) if layout.local_layers else 0
+        attention += copies * FLOAT32 * (query + key) if copies else item * (query + key)
+    feed_forward = item * 5 * a.ffn_hidden_size  # gate and up, silu(gate), up again, their product
+    statistics = FLOAT32 * (a.num_attention_heads / layout.tensor + 2 / layout.norm_shards)
+    rotary = 4 * FLOAT32 * a.kv_channels if layout.local_layers else 0
+    return 2 * _norm_bytes(a, layout) + (attention + feed_forward) / layout.tensor + statistics + rotary
+
+
+def _norm_bytes(a: ModelArchitecture, layout: Layout) -> float:
+    """Of one token: the norm's input and output; torch's keeps input and product in float32 beside the output."""
+    per_channel = layout.item_bytes + 2 * FLOAT32 if layout.local_layers else 2 * layout.item_bytes
+    return per_channel * a.hidden_size / layout.norm_shards
+
+
+def kept_bytes(
+    architecture: ModelArchitecture,
+    layout: Layout,
+    stage: int,
+    num_tokens: int,
+    num_micro_batches: int,
+) -> int:
+    """What a stage keeps for backward at its peak, micro-batches in flight included (1F1B schedule).
+
+    Core-attention (``selective``) recomputation saves nothing here: the attention stores no scores.
+
+    Args:
+        architecture: shape of the model.
+        layout: how it is sharded, and what it recomputes.
+        stage: pipeline stage; stage 0 has the most micro-batches in flight.
+        num_tokens: of a micro-batch.
+        num_micro_batches: of one optimizer step on this replica.
+    """
+    a, in_flight = architecture, min(layout.pipeline - stage, num_micro_batches)
+    if layout.recompute == "full":
+        per_layer = layout.item_bytes * a.hidden_size / layout.norm_shards
+    else:
+        per_layer = layer_activation_bytes(a, layout)
+    kept = in_flight * a.num_layers // layout.pipeline * per_layer
+    if stage == layout.pipeline - 1:
+        # The final norm without its output, of which the head keeps the response tokens: nearly all.
+        final_output = layout.item_bytes * a.hidden_size
+        kept += _norm_bytes(a, layout) - final_output / layout.norm_shards + final_output
+    return int(num_tokens * kept)
+
+
+def backward_bytes(architecture: ModelArchitecture, layout: Layout, num_tokens: int) -> int:
+    """Gradients of activations that exist at one time in a layer's backward pass: the feed-forward part is widest."""
+    a = architecture
+    per_token = 3 * a.ffn_hidden_size / layout.tensor + 2 * a.hidden_size
+    return int(layout.item_bytes * num_tokens * per_token)
+
+
+def forward_bytes(architecture: ModelArchitecture, layout: Layout, num_tokens: int) -> int:
+    """Activations of the one layer that computes, without backward."""
+    a = architecture
+    per_token = 4 * a.ffn_hidden_size / layout.tensor + 2 * a.hidden_size
+    return int(layout.item_bytes * num_tokens * per_token)
+
+
+def head_bytes(
+    architecture: ModelArchitecture, layout: Layout, num_tokens: int, chunk_tokens: int, *, backward: bool
+) -> int:
+    """Peak of the log-prob head on the last stage: float32 logits of one chunk and its exponentials, the head in
+    float32; backward adds the head's gradient and the hidden states' gradient in float32.
+    """
+    rows, hidden = vocabulary_rows(architecture, layout), architecture.hidden_size
+    chunk = 2 * FLOAT32 * min(chunk_tokens, num_tokens) * rows
+    head = FLOAT32 * rows * hidden
+    if not backward:
+        return chunk + head
+    return chunk + 2 * head + (FLOAT32 + 2 * layout.item_bytes) * num_tokens * hidden
+
+
+def kv_token_bytes(architecture: ModelArchitecture, item_bytes: int, tensor: int) -> float:
+    """Keys and values of one token on one of ``tensor`` engine ranks, all layers."""
+    a = architecture
+    return 2 * a.num_query_groups * a.kv_channels * a.num_layers * item_bytes / min(tensor, a.num_query_groups)

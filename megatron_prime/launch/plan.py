@@ -1,0 +1,290 @@
+"""What a run will take: memory by phase, host memory, disk, traffic and time per step, without a GPU.
+
+Everything here is arithmetic over a configuration and a model's shape; nothing imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_prime.config.schema import AnyConfig, ArithmeticData, PrimeConfig
+from megatron_prime.launch import memory
+from megatron_prime.launch.hardware import GIB, Hardware
+from megatron_prime.launch.speed import step_seconds, traffic_bytes
+from megatron_prime.weights.architecture import ModelArchitecture
+
+_ARITHMETIC_PROMPT_TOKENS = 32
+_PROCESS_BYTES = 3 * GIB
+"""Host memory of one rank with torch and CUDA libraries loaded; an assumption."""
+_GRADER_BYTES = GIB // 4
+"""Host memory of one grader worker with sympy loaded; an assumption."""
+_BATCH_FIELDS = 10
+"""Whole-batch [B, R] tensors of up to 8 bytes that a rank holds at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """Sizes of one step."""
+
+    num_rows: int
+    """Responses that train."""
+    num_sampled: int
+    """Responses that are sampled to get them: twice as many with a filter, as long as attempts allow."""
+    prompt_tokens: float
+    response_tokens: float
+    """Mean."""
+    max_response_tokens: int
+    num_optimizer_steps: int
+    """Of the policy."""
+    num_prm_optimizer_steps: int
+    num_prm_rows: int
+    """Responses that the PRM trains on."""
+    num_scored: int
+    """Models that score every response."""
+
+    @property
+    def row_tokens(self) -> float:
+        """Mean length of prompt and response."""
+        return self.prompt_tokens + self.response_tokens
+
+
+def workload_of(config: AnyConfig, mean_response_tokens: float | None = None) -> Workload:
+    """Sizes of a configuration's step.
+
+    Args:
+        config: a configuration without problems.
+        mean_response_tokens: what answers are expected to have; a third of the limit where None.
+    """
+    data = config.data
+    prompt_tokens = _ARITHMETIC_PROMPT_TOKENS if isinstance(data, ArithmeticData) else data.max_prompt_tokens / 4
+    if not isinstance(config, PrimeConfig):
+        longest = 64 if isinstance(data, ArithmeticData) else data.max_response_tokens
+        num_rows = config.sft.batch_size
+        return Workload(
+            num_rows=num_rows,
+            num_sampled=0,
+            prompt_tokens=prompt_tokens,
+            response_tokens=mean_response_tokens or longest / 3,
+            max_response_tokens=longest,
+            num_optimizer_steps=1,
+            num_prm_optimizer_steps=0,
+            num_prm_rows=0,
+            num_scored=0,
+        )
+    num_rows = config.rollout.num_prompts * config.rollout.num_responses
+    window = config.prm.num_window_batches if config.uses_prm else 0
+    return Workload(
+        num_rows=num_rows,
+        num_sampled=num_rows * min(config.filter.max_attempts, 2) if config.filter.enabled else num_rows,
+        prompt_tokens=prompt_tokens,
+        response_tokens=mean_response_tokens or config.rollout.max_response_tokens / 3,
+        max_response_tokens=config.rollout.max_response_tokens,
+        num_optimizer_steps=config.policy.num_minibatches * config.policy.num_epochs,
+        num_prm_optimizer_steps=config.prm.num_minibatches * window,
+        num_prm_rows=num_rows * window,
+        num_scored=1 + int(config.uses_prm) + int(has_reference(config)),
+    )
+
+
+def has_reference(config: PrimeConfig) -> bool:
+    """Whether a frozen copy of the start takes memory."""
+    return config.reference.source == "sft" and (config.uses_prm or config.policy.kl_coef > 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseMemory:
+    """Memory of the fullest GPU in one phase, in bytes by what it is for."""
+
+    name: str
+    parts: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a configuration takes on a kind of machine."""
+
+    hardware: Hardware
+    workload: Workload
+    phases: tuple[PhaseMemory, ...]
+    host_bytes: float
+    """Of a full node."""
+    checkpoint_bytes: float
+    disk_bytes: float
+    traffic: Mapping[str, float]
+    """Bytes that one GPU sends per step, by purpose."""
+    seconds: Mapping[str, float]
+    """Of a step, by stage."""
+
+    @property
+    def peak(self) -> PhaseMemory:
+        """The fullest phase."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def peak_gib(self) -> float:
+        """Memory of the fullest GPU in the fullest phase, what the machine reserves included."""
+        return self.peak.total / GIB + self.hardware.reserved_gib
+
+    @property
+    def fits(self) -> bool:
+        """Whether GPU and host memory suffice."""
+        return self.peak_gib <= self.hardware.memory_gib and self.host_bytes <= self.hardware.host_memory_gib * GIB
+
+    @property
+    def step_seconds(self) -> float:
+        """All stages."""
+        return sum(self.seconds.values())
+
+
+def make_plan(
+    config: AnyConfig,
+    architecture: ModelArchitecture,
+    hardware: Hardware,
+    *,
+    mean_response_tokens: float | None = None,
+) -> Plan:
+    """Plans a checked configuration for a kind of machine.
+
+    Args:
+        config: a configuration without problems.
+        architecture: shape of the model.
+        hardware: the machine.
+        mean_response_tokens: see `workload_of`.
+    """
+    layout = memory.Layout.of(config, local_layers=hardware.name == "cpu")
+    work = workload_of(config, mean_response_tokens)
+    stages = [_phases(config, architecture, layout, work, stage) for stage in range(layout.pipeline)]
+    phases = tuple(max(same, key=lambda phase: phase.total) for same in zip(*stages, strict=True))
+    num_trained = _num_trained(config)
+    state = sum(
+        memory.stage_parameters(architecture, layout, stage) * layout.tensor for stage in range(layout.pipeline)
+    ) * (layout.item_bytes + (12 if layout.item_bytes == 2 else 8))
+    checkpoint = num_trained * state
+    exported = num_trained * memory.num_parameters(architecture) * layout.item_bytes
+    return Plan(
+        hardware=hardware,
+        workload=work,
+        phases=phases,
+        host_bytes=_host_bytes(config, architecture, layout, work, checkpoint, hardware),
+        checkpoint_bytes=checkpoint,
+        # One more than is kept exists while it is written.
+        disk_bytes=(config.checkpoint.keep_last + 1) * checkpoint + exported,
+        traffic=traffic_bytes(config, architecture, layout, work),
+        seconds=step_seconds(config, architecture, layout, work, hardware),
+    )
+
+
+def _num_trained(config: AnyConfig) -> int:
+    return 1 + int(isinstance(config, PrimeConfig) and config.uses_prm)
+
+
+def _phases(
+    config: AnyConfig, architecture: ModelArchitecture, layout: memory.Layout, work: Workload, stage: int
+) -> list[PhaseMemory]:
+    """Every phase's memory on a rank of one pipeline stage."""
+    resident = _resident(config, architecture, layout, stage)
+    tokens = micro_batch_tokens(config, work)
+    last = stage == layout.pipeline - 1
+    chunk = config.micro_batch.logprob_chunk_tokens
+
+    def update(name: str, num_rows: int, num_steps: int) -> PhaseMemory:
+        num_micro_batches = math.ceil(num_rows * work.row_tokens / max(num_steps, 1) / layout.data / tokens)
+        parts = {
+            "activations": memory.kept_bytes(architecture, layout, stage, tokens, num_micro_batches),
+            "layer workspace": memory.backward_bytes(architecture, layout, tokens),
+        }
+        if last:
+            parts["logits"] = memory.head_bytes(architecture, layout, tokens, chunk, backward=True)
+        return PhaseMemory(name=name, parts=resident | parts)
+
+    if not isinstance(config, PrimeConfig):
+        return [update("update", work.num_rows, 1)]
+    score = {"layer workspace": memory.forward_bytes(architecture, layout, tokens)}
+    if last:
+        score["logits"] = memory.head_bytes(architecture, layout, tokens, chunk, backward=False)
+    phases = [
+        PhaseMemory(name="rollout", parts=resident | _rollout_parts(config, architecture, layout, work)),
+        PhaseMemory(name="score", parts=resident | score),
+    ]
+    if config.uses_prm:
+        phases.append(update("prm_update", work.num_prm_rows, work.num_prm_optimizer_steps))
+    return [*phases, update("policy_update", work.num_rows * config.policy.num_epochs, work.num_optimizer_steps)]
+
+
+def _resident(
+    config: AnyConfig, architecture: ModelArchitecture, layout: memory.Layout, stage: int
+) -> dict[str, float]:
+    """What lies on a rank in every phase."""
+    trained = memory.model_bytes(architecture, layout, stage, trained=True)
+    names = ["policy", "PRM"] if isinstance(config, PrimeConfig) and config.uses_prm else ["policy"]
+    parts: dict[str, float] = {}
+    for name in names:
+        parts |= {
+            f"{name} weights": trained.weights,
+            f"{name} gradients": trained.gradients,
+            f"{name} optimizer": trained.optimizer,
+        }
+    if not isinstance(config, PrimeConfig):
+        return parts
+    if has_reference(config):
+        parts["reference weights"] = trained.weights
+    whole = memory.num_parameters(architecture) * layout.item_bytes
+    if config.rollout.engine == "vllm":
+        tensor = config.rollout.vllm.tensor_parallel_size
+        parts["engine weights"] = whole / tensor
+        if config.rollout.vllm.kv_cache_gib is not None:
+            parts["engine KV cache"] = config.rollout.vllm.kv_cache_gib * GIB / tensor
+    else:
+        parts["engine weights"] = whole
+    return parts
+
+
+def _rollout_parts(
+    config: PrimeConfig, architecture: ModelArchitecture, layout: memory.Layout, work: Workload
+) -> dict[str, float]:
+    if config.rollout.engine == "vllm":
+        return {}
+    num_rows = min(config.rollout.max_batch_size, math.ceil(work.num_sampled / config.parallel.world_size))
+    longest = work.prompt_tokens + work.max_response_tokens
+    logits = memory.FLOAT32 * 2 * num_rows * architecture.vocab_size
+    per_token = memory.kv_token_bytes(architecture, layout.item_bytes, 1)
+    return {"engine KV cache": num_rows * longest * per_token, "engine logits": logits}
+
+
+def micro_batch_tokens(config: AnyConfig, work: Workload) -> int:
+    """Tokens of the largest micro-batch: a sequence of full length is never cut."""
+    longest = math.ceil(work.prompt_tokens) + work.max_response_tokens
+    section = config.micro_batch
+    if section.micro_batch_tokens is not None:
+        return max(section.micro_batch_tokens, longest)
+    return (section.micro_batch_size or 1) * longest
+
+
+def _host_bytes(
+    config: AnyConfig,
+    architecture: ModelArchitecture,
+    layout: memory.Layout,
+    work: Workload,
+    checkpoint: float,
+    hardware: Hardware,
+) -> float:
+    """Host memory of a full node: processes, whole batches, graders, the refit's copies, a checkpoint on its way."""
+    ranks = min(hardware.num_gpus_per_node, config.parallel.world_size)
+    num_nodes = math.ceil(config.parallel.world_size / hardware.num_gpus_per_node)
+    process = _PROCESS_BYTES if hardware.name != "cpu" else 0
+    batches = 8 * _BATCH_FIELDS * work.num_rows * work.max_response_tokens
+    total = ranks * (process + batches) + checkpoint / num_nodes
+    if isinstance(config, PrimeConfig):
+        total += ranks * config.verifier.num_workers * _GRADER_BYTES
+        if config.rollout.engine == "vllm":
+            group = layout.tensor * layout.pipeline
+            engines = max(1, ranks // group)
+            total += engines * memory.num_parameters(architecture) * layout.item_bytes
+    return total

@@ -1,0 +1,144 @@
+"""The planner's bytes beside those of real models: parameters, gradients, optimizer states, saved activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_prime.batch import SftExample
+from megatron_prime.config.schema import MicroBatchSection, ModelSection, OptimizerSection, ParallelSection
+from megatron_prime.launch import memory
+from megatron_prime.weights.architecture import ModelArchitecture
+
+MICRO_BATCH_TOKENS = 512
+LENGTH = 128
+CASES: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "untied": {"family": "llama", "dtype": "bfloat16"},
+    "qk_norm": {"family": "qwen3"},
+    "dp2": {"world_size": 2},
+    "dp2_distributed": {"world_size": 2, "use_distributed_optimizer": True},
+    "dp2_distributed_bfloat16": {"world_size": 2, "use_distributed_optimizer": True, "dtype": "bfloat16"},
+    "tp2": {"world_size": 2, "tensor_model_parallel_size": 2},
+    "tp2_sequence_bfloat16": {
+        "world_size": 2,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "dtype": "bfloat16",
+    },
+    "pp2_tied": {"world_size": 2, "pipeline_model_parallel_size": 2},
+    "pp2_untied_bfloat16": {
+        "family": "llama",
+        "world_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "dtype": "bfloat16",
+    },
+    "recompute": {"recompute_granularity": "full", "dtype": "bfloat16"},
+    "recompute_tp2_sequence": {
+        "recompute_granularity": "full",
+        "world_size": 2,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+    },
+}
+
+
+def sections(case: dict[str, Any]) -> tuple[ModelArchitecture, ModelSection, ParallelSection]:
+    case = dict(case)
+    family = case.pop("family", "qwen2")
+    model = ModelSection(path="", **{key: case.pop(key) for key in ("dtype", "recompute_granularity") if key in case})
+    architecture = ModelArchitecture(
+        family=family,
+        num_layers=4,
+        hidden_size=192,
+        ffn_hidden_size=512,
+        num_attention_heads=8,
+        num_query_groups=4,
+        kv_channels=24,
+        vocab_size=1000,
+        max_position_embeddings=512,
+        rotary_base=1e4,
+        rope_scaling=None,
+        layernorm_epsilon=1e-6,
+        tied_embeddings=family == "qwen2",
+        add_qkv_bias=family == "qwen2",
+        qk_layernorm=family == "qwen3",
+        hf_config={},
+    )
+    return architecture, model, ParallelSection(**case)
+
+
+def measure(case: dict[str, Any]) -> dict[str, float]:
+    """Bytes of a real trained model on this rank, after one optimizer step."""
+    from megatron_prime.mcore.cpu import megatron_platform
+    from megatron_prime.mcore.packing import TokenRows
+    from megatron_prime.mcore.parallel import parallel_layout
+    from megatron_prime.mcore.role import RoleSetup, TrainableRole
+
+    architecture, model, parallel = sections(case)
+    micro_batch = MicroBatchSection(micro_batch_tokens=MICRO_BATCH_TOKENS)
+    with parallel_layout(parallel, seed=1) as layout:
+        setup = RoleSetup(
+            architecture=architecture, model=model, parallel=parallel, micro_batch=micro_batch, layout=layout
+        )
+        role = TrainableRole(setup, OptimizerSection(lr=1e-3), num_optimizer_steps=2)
+        ids = tuple(range(LENGTH))
+        example = SftExample(prompt_token_ids=ids[:4], response_token_ids=(*ids[4:], 0))
+        rows = TokenRows.from_examples([example] * 8)
+        result = {"activations": 0.0}
+        if layout.pp_size == 1:
+            with megatron_platform():
+                role.gpt.train()
+                result["activations"] = saved_bytes(role, role._micro_batches(rows, range(8))[0])
+        role.optimizer_step(rows, range(8), lambda logprobs, entropy, micro: (-logprobs.sum(), {}))
+        parameters = list(role.gpt.parameters())
+        result["weights"] = sum(p.numel() * p.element_size() for p in parameters)
+        result["gradients"] = sum(buffer.grad_data.nbytes for buffer in role.ddp.buffers)
+        result["optimizer"] = optimizer_bytes(role, {p.untyped_storage().data_ptr() for p in parameters})
+        return result | {"stage": layout.pp_rank}
+
+
+def saved_bytes(role: Any, micro_batch: Any) -> float:
+    """Bytes of the distinct storages that autograd keeps, parameters excluded."""
+    parameters = {p.untyped_storage().data_ptr() for p in role.ddp.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = role._forward(role.ddp, micro_batch)
+    num_bytes = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
+    del output
+    return float(num_bytes)
+
+
+def optimizer_bytes(role: Any, parameters: set[int]) -> float:
+    """Moments, and masters that are not the model's own parameters."""
+    total = 0
+    for inner in getattr(role.optimizer, "chained_optimizers", [role.optimizer]):
+        for group in inner.optimizer.param_groups:
+            for master in group["params"]:
+                if master.untyped_storage().data_ptr() not in parameters:
+                    total += master.numel() * master.element_size()
+                states = inner.optimizer.state[master].values()
+                total += sum(s.numel() * s.element_size() for s in states if isinstance(s, torch.Tensor))
+    return float(total)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_planned_bytes_are_the_real_ones(gloo_pool, name: str) -> None:
+    architecture, model, parallel = sections(CASES[name])
+    layout = memory.Layout.of_sections(model, parallel, local_layers=True)
+    for found in gloo_pool.run(parallel.world_size, measure, CASES[name]):
+        planned = memory.model_bytes(architecture, layout, found["stage"], trained=True)
+        assert planned.weights == found["weights"]
+        assert planned.gradients == pytest.approx(found["gradients"], rel=0.02)  # buckets are padded
+        assert planned.optimizer == pytest.approx(found["optimizer"], rel=0.02)
+        if parallel.pipeline_model_parallel_size == 1:
+            kept = memory.kept_bytes(architecture, layout, 0, MICRO_BATCH_TOKENS, 1)
+            assert kept == pytest.approx(found["activations"], rel=0.1)
