@@ -14,11 +14,10 @@ import torch
 from megatron_prime import world
 from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.config.checks import check_config, raise_for_problems
-from megatron_prime.config.schema import AnyConfig, FileData, PrimeConfig, RolloutSection, SftConfig, VllmSection
+from megatron_prime.config.schema import AnyConfig, PrimeConfig, RolloutSection, SftConfig, VllmSection
 from megatron_prime.data.sources import PromptSource, build_prompt_source, build_sft_source
 from megatron_prime.data.templates import complete_messages, render
 from megatron_prime.data.tokenizer import encode, end_token_ids, load_tokenizer
-from megatron_prime.errors import ConfigError, WeightsError
 from megatron_prime.mcore import convert
 from megatron_prime.mcore.checkpoint import Checkpointer
 from megatron_prime.mcore.dtypes import DTYPES
@@ -28,6 +27,7 @@ from megatron_prime.mcore.role import ModelRole, RoleSetup, TrainableRole
 from megatron_prime.observe.metrics import MetricsLogger
 from megatron_prime.observe.report import draw_plots, write_summary
 from megatron_prime.observe.run_folder import RunFolder, commit
+from megatron_prime.preflight import check
 from megatron_prime.rollout.protocol import Engine
 from megatron_prime.rollout.transformers_engine import TransformersEngine
 from megatron_prime.rollout.vllm.engine import VllmEngine, VllmSetup
@@ -41,36 +41,6 @@ from megatron_prime.weights.folder_export import FolderExport
 from megatron_prime.weights.hf_folder import HfFolder
 
 logger = logging.getLogger(__name__)
-
-
-def check(config: AnyConfig, *, check_files: bool = True) -> ModelArchitecture:
-    """Everything that can be known to be wrong before a process group or a model exists.
-
-    Args:
-        config: from `load_config`.
-        check_files: look at weights, tokenizer and data files too; without them only the model's config.json is read.
-
-    Raises:
-        ConfigError, WeightsError, DataError: with all problems found.
-    """
-    problems = check_config(config, check_files=check_files)
-    if any(p.startswith("model.path") for p in problems):
-        raise_for_problems(problems)
-    try:
-        architecture = read_architecture(config.model.path)
-    except WeightsError as error:
-        raise ConfigError([*problems, f"model.path: {error}"]) from error
-    raise_for_problems(check_config(config, architecture, check_files))
-    if check_files:
-        tokenizer = load_tokenizer(config.model.path)
-        end_token_ids(tokenizer, config.model.path)
-        if isinstance(config.data, FileData) and config.data.template == "chat":
-            render(tokenizer, [{"role": "user", "content": "?"}], "chat")
-        if config.model.init == "weights":
-            HfFolder(config.model.path).validate(architecture)
-        if isinstance(config, PrimeConfig) and config.uses_prm and config.prm.path is not None:
-            _check_prm(config.prm.path, architecture)
-    return architecture
 
 
 def run(config: AnyConfig) -> Mapping[str, Any]:
@@ -207,12 +177,6 @@ def _setup(config: AnyConfig, architecture: ModelArchitecture, layout: Layout) -
         micro_batch=config.micro_batch,
         layout=layout,
     )
-
-
-def _check_prm(path: str, architecture: ModelArchitecture) -> None:
-    if read_architecture(path) != architecture:
-        raise ConfigError(f"prm.path: {path} has another architecture than model.path; it must be the same for now")
-    HfFolder(path).validate(architecture)
 
 
 @contextmanager

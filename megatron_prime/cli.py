@@ -17,9 +17,15 @@ from megatron_prime.config.loader import load_config
 from megatron_prime.config.plan import batch_plan
 from megatron_prime.config.schema import AnyConfig, ParallelSection, PrimeConfig, SftConfig
 from megatron_prime.errors import ConfigError, PrimeError
+from megatron_prime.launch.hardware import PROFILES
 from megatron_prime.launch.local import is_launched, launch_local
+from megatron_prime.launch.plan import make_plan
+from megatron_prime.launch.plan_text import plan_rows
+from megatron_prime.launch.search import hardware_of, search_layouts
+from megatron_prime.preflight import check
 
 _SPEAK_AFTER_SECONDS = 2.0
+_NUM_LAYOUTS = 3
 _CONFIGS = Path(megatron_prime.__file__).resolve().parents[1] / "configs"
 
 
@@ -57,7 +63,7 @@ def _run(config: AnyConfig, arguments: list[str]) -> int:
     from megatron_prime import build
 
     if not is_launched() and config.parallel.world_size > 1:
-        build.check(config)
+        check(config)
         return launch_local(arguments, config.parallel.world_size, config.run.num_threads)
     summary = build.run(config)
     if _is_main():
@@ -83,14 +89,22 @@ def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _check(options: argparse.Namespace, arguments: list[str]) -> int:
-    from megatron_prime import build
-
+    """Prints the plan; 1: it does not fit the machine."""
     config = load_config(options.config, options.overrides)
-    build.check(config, check_files=not options.shapes_only)
-    rows = batch_plan(config)
+    architecture = check(config, check_files=not options.shapes_only)
+    hardware = PROFILES[options.hardware or ("cpu" if config.model.dtype == "float32" else "h100")]
+    mean = {"mean_response_tokens": options.mean_response_tokens}
+    if options.gpus:
+        num_gpus, hardware = hardware_of(options.gpus, hardware)
+        found = search_layouts(config, architecture, hardware, num_gpus, **mean)
+        for place, candidate in enumerate(found[:_NUM_LAYOUTS], start=1):
+            print(f"{place}. {candidate.reason()}\n   {' '.join(candidate.overrides())}")
+        return 0
+    plan = make_plan(config, architecture, hardware, **mean)
+    rows = batch_plan(config) + plan_rows(config, plan)
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-    return 0
+    return 0 if plan.fits else 1
 
 
 def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -180,6 +194,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "check":
             text = "plan for another machine: no weights or data files, of model.path only config.json"
             sub.add_argument("--shapes-only", action="store_true", help=text)
+            sub.add_argument("--hardware", choices=sorted(PROFILES), help="default: h100, for float32 models cpu")
+            sub.add_argument("--gpus", metavar="NxMGB", help="search layouts, e.g. 8x80GB, or 4x8x80GB for 4 nodes")
+            text = "expected length of answers (default: a third of the limit)"
+            sub.add_argument("--mean-response-tokens", type=_at_least_one, help=text)
     _add_generate(add("generate", _generate, "sample answers of a Hugging Face folder; prints one JSON row each"))
     _add_convert(add("convert", _convert, "Hugging Face folder <-> Megatron distributed checkpoint"))
     return parser

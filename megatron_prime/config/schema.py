@@ -143,7 +143,7 @@ class VllmSection:
     max_num_seqs: int = 256
     """Answers that one engine samples at the same time."""
     kv_cache_gib: float | None = 1.0
-    """Memory of one engine for keys and values; null: by gpu_memory_utilization (needs a GPU)."""
+    """Memory of each of an engine's GPUs or processes for keys and values; null: by gpu_memory_utilization."""
     gpu_memory_utilization: float = 0.4
     """Share of a GPU's memory for one engine, where kv_cache_gib is null."""
     num_threads: int | None = None

@@ -132,11 +132,9 @@ def layer_activation_bytes(architecture: ModelArchitecture, layout: Layout) -> f
     """What one layer keeps of one token for its backward pass, on one rank."""
     a, item = architecture, layout.item_bytes
     query, key = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
-    if layout.local_layers and query != key:
-        attention = item * 4 * query  # rotated queries, keys and values repeated for every head, the output
-    else:
-        # The joint projection stays alive through the values; rotated queries and keys; the output.
-        attention = item * (3 * query + 3 * key)
+    # Rotated queries, keys and values repeated for every head, the output; or without repeats: the joint projection,
+    # which stays alive through the values, rotated queries and keys, the output.
+    attention = item * (4 * query if layout.local_layers and query != key else 3 * query + 3 * key)
     if a.qk_layernorm:
         # A local norm keeps float32 copies of input and product; unconverted input keeps the whole projection.
         copies = (3 if item == FLOAT32 else 2) if layout.local_layers else 0

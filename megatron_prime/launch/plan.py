@@ -9,88 +9,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_prime.config.schema import AnyConfig, ArithmeticData, PrimeConfig
+from megatron_prime.config.schema import AnyConfig, PrimeConfig
 from megatron_prime.launch import memory
 from megatron_prime.launch.hardware import GIB, Hardware
 from megatron_prime.launch.speed import step_seconds, traffic_bytes
+from megatron_prime.launch.workload import Workload, has_reference, micro_batch_tokens, workload_of
 from megatron_prime.weights.architecture import ModelArchitecture
 
-_ARITHMETIC_PROMPT_TOKENS = 32
 _PROCESS_BYTES = 3 * GIB
 """Host memory of one rank with torch and CUDA libraries loaded; an assumption."""
 _GRADER_BYTES = GIB // 4
 """Host memory of one grader worker with sympy loaded; an assumption."""
 _BATCH_FIELDS = 10
 """Whole-batch [B, R] tensors of up to 8 bytes that a rank holds at a time."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Workload:
-    """Sizes of one step."""
-
-    num_rows: int
-    """Responses that train."""
-    num_sampled: int
-    """Responses that are sampled to get them: twice as many with a filter, as long as attempts allow."""
-    prompt_tokens: float
-    response_tokens: float
-    """Mean."""
-    max_response_tokens: int
-    num_optimizer_steps: int
-    """Of the policy."""
-    num_prm_optimizer_steps: int
-    num_prm_rows: int
-    """Responses that the PRM trains on."""
-    num_scored: int
-    """Models that score every response."""
-
-    @property
-    def row_tokens(self) -> float:
-        """Mean length of prompt and response."""
-        return self.prompt_tokens + self.response_tokens
-
-
-def workload_of(config: AnyConfig, mean_response_tokens: float | None = None) -> Workload:
-    """Sizes of a configuration's step.
-
-    Args:
-        config: a configuration without problems.
-        mean_response_tokens: what answers are expected to have; a third of the limit where None.
-    """
-    data = config.data
-    prompt_tokens = _ARITHMETIC_PROMPT_TOKENS if isinstance(data, ArithmeticData) else data.max_prompt_tokens / 4
-    if not isinstance(config, PrimeConfig):
-        longest = 64 if isinstance(data, ArithmeticData) else data.max_response_tokens
-        num_rows = config.sft.batch_size
-        return Workload(
-            num_rows=num_rows,
-            num_sampled=0,
-            prompt_tokens=prompt_tokens,
-            response_tokens=mean_response_tokens or longest / 3,
-            max_response_tokens=longest,
-            num_optimizer_steps=1,
-            num_prm_optimizer_steps=0,
-            num_prm_rows=0,
-            num_scored=0,
-        )
-    num_rows = config.rollout.num_prompts * config.rollout.num_responses
-    window = config.prm.num_window_batches if config.uses_prm else 0
-    return Workload(
-        num_rows=num_rows,
-        num_sampled=num_rows * min(config.filter.max_attempts, 2) if config.filter.enabled else num_rows,
-        prompt_tokens=prompt_tokens,
-        response_tokens=mean_response_tokens or config.rollout.max_response_tokens / 3,
-        max_response_tokens=config.rollout.max_response_tokens,
-        num_optimizer_steps=config.policy.num_minibatches * config.policy.num_epochs,
-        num_prm_optimizer_steps=config.prm.num_minibatches * window,
-        num_prm_rows=num_rows * window,
-        num_scored=1 + int(config.uses_prm) + int(has_reference(config)),
-    )
-
-
-def has_reference(config: PrimeConfig) -> bool:
-    """Whether a frozen copy of the start takes memory."""
-    return config.reference.source == "sft" and (config.uses_prm or config.policy.kl_coef > 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,7 +91,7 @@ def make_plan(
     """
     layout = memory.Layout.of(config, local_layers=hardware.name == "cpu")
     work = workload_of(config, mean_response_tokens)
-    stages = [_phases(config, architecture, layout, work, stage) for stage in range(layout.pipeline)]
+    stages = [_phases(config, architecture, layout, work, hardware, stage) for stage in range(layout.pipeline)]
     phases = tuple(max(same, key=lambda phase: phase.total) for same in zip(*stages, strict=True))
     num_trained = _num_trained(config)
     state = sum(
@@ -186,10 +117,15 @@ def _num_trained(config: AnyConfig) -> int:
 
 
 def _phases(
-    config: AnyConfig, architecture: ModelArchitecture, layout: memory.Layout, work: Workload, stage: int
+    config: AnyConfig,
+    architecture: ModelArchitecture,
+    layout: memory.Layout,
+    work: Workload,
+    hardware: Hardware,
+    stage: int,
 ) -> list[PhaseMemory]:
     """Every phase's memory on a rank of one pipeline stage."""
-    resident = _resident(config, architecture, layout, stage)
+    resident = _resident(config, architecture, layout, hardware, stage)
     tokens = micro_batch_tokens(config, work)
     last = stage == layout.pipeline - 1
     chunk = config.micro_batch.logprob_chunk_tokens
@@ -219,7 +155,7 @@ def _phases(
 
 
 def _resident(
-    config: AnyConfig, architecture: ModelArchitecture, layout: memory.Layout, stage: int
+    config: AnyConfig, architecture: ModelArchitecture, layout: memory.Layout, hardware: Hardware, stage: int
 ) -> dict[str, float]:
     """What lies on a rank in every phase."""
     trained = memory.model_bytes(architecture, layout, stage, trained=True)
@@ -239,11 +175,18 @@ def _resident(
     if config.rollout.engine == "vllm":
         tensor = config.rollout.vllm.tensor_parallel_size
         parts["engine weights"] = whole / tensor
-        if config.rollout.vllm.kv_cache_gib is not None:
-            parts["engine KV cache"] = config.rollout.vllm.kv_cache_gib * GIB / tensor
+        parts["engine KV cache"] = _engine_cache_bytes(config, hardware, whole / tensor)
     else:
         parts["engine weights"] = whole
     return parts
+
+
+def _engine_cache_bytes(config: PrimeConfig, hardware: Hardware, weights: float) -> float:
+    """Memory of each GPU of a vLLM engine for keys and values."""
+    section = config.rollout.vllm
+    if section.kv_cache_gib is not None:
+        return section.kv_cache_gib * GIB
+    return max(section.gpu_memory_utilization * hardware.memory_gib * GIB - weights, 0.0)
 
 
 def _rollout_parts(
@@ -256,15 +199,6 @@ def _rollout_parts(
     logits = memory.FLOAT32 * 2 * num_rows * architecture.vocab_size
     per_token = memory.kv_token_bytes(architecture, layout.item_bytes, 1)
     return {"engine KV cache": num_rows * longest * per_token, "engine logits": logits}
-
-
-def micro_batch_tokens(config: AnyConfig, work: Workload) -> int:
-    """Tokens of the largest micro-batch: a sequence of full length is never cut."""
-    longest = math.ceil(work.prompt_tokens) + work.max_response_tokens
-    section = config.micro_batch
-    if section.micro_batch_tokens is not None:
-        return max(section.micro_batch_tokens, longest)
-    return (section.micro_batch_size or 1) * longest
 
 
 def _host_bytes(

@@ -17,6 +17,10 @@ SHAPES = {
     "prime_qwen2.5_math_7b.yaml": "configs/models/shapes/qwen2.5-math-7b",
     "prime_qwen2.5_32b.yaml": "configs/models/shapes/qwen2.5-32b",
     "prime_qwen2.5_72b.yaml": "configs/models/shapes/qwen2.5-72b",
+    "prime_qwen2.5_math_7b_8xa100.yaml": "configs/models/shapes/qwen2.5-math-7b",
+    "prime_llama3.1_8b.yaml": "configs/models/shapes/llama-3.1-8b",
+    "prime_llama3.1_70b.yaml": "configs/models/shapes/llama-3.1-70b",
+    "prime_qwen3_8b.yaml": "configs/models/shapes/qwen3-8b",
 }
 
 

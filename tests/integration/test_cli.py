@@ -29,6 +29,10 @@ SHAPES = {
     "prime_qwen2.5_math_7b": "shapes/qwen2.5-math-7b",
     "prime_qwen2.5_32b": "shapes/qwen2.5-32b",
     "prime_qwen2.5_72b": "shapes/qwen2.5-72b",
+    "prime_qwen2.5_math_7b_8xa100": "shapes/qwen2.5-math-7b",
+    "prime_llama3.1_8b": "shapes/llama-3.1-8b",
+    "prime_llama3.1_70b": "shapes/llama-3.1-70b",
+    "prime_qwen3_8b": "shapes/qwen3-8b",
 }
 
 

@@ -1,0 +1,51 @@
+"""Everything that can be known to be wrong before a process group or a model exists."""
+
+from __future__ import annotations
+
+from megatron_prime.config.checks import check_config, raise_for_problems
+from megatron_prime.config.schema import AnyConfig, FileData, PrimeConfig
+from megatron_prime.errors import ConfigError, WeightsError
+from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
+
+
+def check(config: AnyConfig, *, check_files: bool = True) -> ModelArchitecture:
+    """Checks a configuration and reads the shape of its model.
+
+    Args:
+        config: from `load_config`.
+        check_files: look at weights, tokenizer and data files too; without them only the model's config.json is read.
+
+    Raises:
+        ConfigError, WeightsError, DataError: with all problems found.
+    """
+    problems = check_config(config, check_files=check_files)
+    if any(p.startswith("model.path") for p in problems):
+        raise_for_problems(problems)
+    try:
+        architecture = read_architecture(config.model.path)
+    except WeightsError as error:
+        raise ConfigError([*problems, f"model.path: {error}"]) from error
+    raise_for_problems(check_config(config, architecture, check_files))
+    if check_files:
+        _check_files(config, architecture)
+    return architecture
+
+
+def _check_files(config: AnyConfig, architecture: ModelArchitecture) -> None:
+    # Seconds of imports, which a plan from shapes alone does without.
+    from megatron_prime.data.templates import render
+    from megatron_prime.data.tokenizer import end_token_ids, load_tokenizer
+    from megatron_prime.weights.hf_folder import HfFolder
+
+    tokenizer = load_tokenizer(config.model.path)
+    end_token_ids(tokenizer, config.model.path)
+    if isinstance(config.data, FileData) and config.data.template == "chat":
+        render(tokenizer, [{"role": "user", "content": "?"}], "chat")
+    if config.model.init == "weights":
+        HfFolder(config.model.path).validate(architecture)
+    if isinstance(config, PrimeConfig) and config.uses_prm and config.prm.path is not None:
+        if read_architecture(config.prm.path) != architecture:
+            raise ConfigError(
+                f"prm.path: {config.prm.path} has another architecture than model.path; it must be the same for now"
+            )
+        HfFolder(config.prm.path).validate(architecture)
