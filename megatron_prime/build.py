@@ -224,6 +224,8 @@ def _engine(
         "decode": lambda ids: str(tokenizer.decode(list(ids))),
     }
     if section.engine == "vllm":
+        if section.vllm.kv_cache_gib is None and not torch.cuda.is_available():
+            raise ConfigError("rollout.vllm.kv_cache_gib: null needs a GPU; on a CPU give the memory in GiB")
         engine: Engine = VllmEngine(
             vllm_setup(folder, dtype, section.vllm, architecture, layout, num_threads, **shared)
         )

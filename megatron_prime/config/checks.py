@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Protocol
 
+from megatron_prime.config.engine_checks import EngineArchitecture, check_engine
 from megatron_prime.config.ranges import out_of_range
 from megatron_prime.config.schema import (
     AdvantageSection,
@@ -29,19 +30,11 @@ _COUNTS = ("run.num_", "parallel.", "rollout.num_", "policy.num_", "prm.num_", "
 """Where a number is out of range here, the arithmetic of batches and layouts means nothing."""
 
 
-class Architecture(Protocol):
+class Architecture(EngineArchitecture, Protocol):
     """The numbers of a model's shape that a layout must agree with."""
 
     @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def num_query_groups(self) -> int: ...
-    @property
     def ffn_hidden_size(self) -> int: ...
-    @property
-    def max_position_embeddings(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
 
@@ -74,6 +67,7 @@ def check_config(config: AnyConfig, architecture: Architecture | None = None, ch
         problems += _check_sft(config)
     else:
         problems += _check_rollout(config)
+        problems += check_engine(config, architecture, check_files)
         problems += _check_updates(config)
     if architecture is not None:
         problems += _check_architecture(config, architecture)

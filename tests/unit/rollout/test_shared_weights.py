@@ -1,0 +1,54 @@
+"""Shared memory between processes: what one writes the other reads, and the kernel cleans up."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_prime.errors import RolloutError
+from megatron_prime.rollout.vllm.shared_weights import SharedWeights, lay_out
+
+TENSORS = [("a", (3, 5), torch.float32), ("b", (7,), torch.bfloat16), ("none", (0, 4), torch.float32)]
+
+
+def test_places_are_aligned_and_apart() -> None:
+    entries = lay_out(TENSORS)
+    assert [e.offset for e in entries] == [0, 64, 128]
+    assert [e.num_bytes for e in entries] == [60, 14, 0]
+
+
+def test_another_process_reads_what_this_one_writes() -> None:
+    memory = SharedWeights(lay_out(TENSORS))
+    memory.tensors["a"].copy_(torch.arange(15.0).view(3, 5))
+    memory.tensors["b"].fill_(2.5)
+    code = (
+        "import sys, torch\n"
+        "from megatron_prime.rollout.vllm.shared_weights import SharedWeights, lay_out\n"
+        "tensors = [('a', (3, 5), torch.float32), ('b', (7,), torch.bfloat16), ('none', (0, 4), torch.float32)]\n"
+        "memory = SharedWeights(lay_out(tensors), sys.argv[1], writable=False)\n"
+        "print(float(memory.tensors['a'].sum()), float(memory.tensors['b'].sum()))\n"
+        "memory.tensors['a'].zero_()\n"
+    )
+    printed = subprocess.run([sys.executable, "-c", code, memory.path], capture_output=True, text=True, check=True)
+    assert printed.stdout.split() == ["105.0", "17.5"]
+    assert memory.tensors["a"].sum() == 105  # the reader's write stayed its own
+
+
+def test_two_writers_share_one_memory() -> None:
+    memory = SharedWeights(lay_out(TENSORS))
+    other = SharedWeights(lay_out(TENSORS), memory.path)
+    other.tensors["a"][1].fill_(9)
+    assert memory.tensors["a"].sum() == 45
+
+
+def test_closing_frees_the_descriptor_and_a_lost_memory_is_an_error() -> None:
+    memory = SharedWeights(lay_out(TENSORS))
+    assert os.path.exists(memory.path)
+    memory.close()
+    assert not os.path.exists(memory.path)
+    with pytest.raises(RolloutError, match="shared memory of 128 bytes"):
+        SharedWeights(lay_out(TENSORS), memory.path)
