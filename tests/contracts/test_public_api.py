@@ -41,13 +41,13 @@ ALGORITHM = [
 ]
 BATCH = {
     "Prompt": "prompt_id text token_ids ground_truth ability data_source extra_info",
-    "Response": "text token_ids logprobs finish_reason weight_version",
+    "Response": "text token_ids logprobs finish_reason weight_version spans_versions",
     "SamplingParams": "num_responses temperature top_p max_response_tokens seed stop_token_ids",
     "StepSpan": "start stop correct",
     "SftExample": "prompt_token_ids response_token_ids",
     "Verdict": "status reward extracted seconds",
     "Group": "prompt responses rewards",
-    "RolloutBatch": "prompt_token_ids response_ids mask rollout_logprobs outcomes group_index",
+    "RolloutBatch": "prompt_token_ids response_ids mask rollout_logprobs outcomes group_index weight_versions",
     "ScoredBatch": "rollout policy_logprobs reference_logprobs prm_logprobs",
 }
 
