@@ -27,6 +27,7 @@ setup(
         "matplotlib>=3.10,<4",
         "rich>=14,<16",
         "psutil>=6,<8",
+        "xxhash>=3.5,<5",
     ],
     extras_require={
         "vllm": ["vllm==0.32.0"],

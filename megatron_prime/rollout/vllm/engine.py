@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import os
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from megatron_prime import world
 from megatron_prime.batch import Prompt, Response, SamplingParams
@@ -16,8 +18,8 @@ from megatron_prime.rollout.protocol import ExportedWeights
 from megatron_prime.rollout.randomness import answer_key
 from megatron_prime.rollout.vllm.messages import EngineOptions, EngineRequest, Finished, SharedUpdate
 from megatron_prime.rollout.vllm.process import EngineLost, EngineParent, EngineProcess
-from megatron_prime.rollout.vllm.shared_weights import SharedWeights, TensorShape, lay_out
-from megatron_prime.weights.shards import SliceDigest, find_non_finite
+from megatron_prime.rollout.vllm.shared_weights import SharedPlan, SharedWeights, lay_out
+from megatron_prime.weights.shards import cut, digest, find_non_finite
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +65,12 @@ class VllmEngine:
         self._owns_parent = parent is None
         self._process: EngineProcess | None = None
         self._memory: SharedWeights | None = None
-        self._current: tuple[SharedUpdate, int] | None = None
+        self._update: SharedUpdate | None = None
+        self._version = -1
+        """Of the weights in the memory."""
+        self._writer = 0
+        """This rank's number among those that write to the memory."""
+        self._first_slice = 0
         if setup.is_leader and parent is None:
             self._parent = self._new_parent()
 
@@ -93,25 +100,28 @@ class VllmEngine:
     def load_weights(self, weights: ExportedWeights, version: int) -> str:
         """See `protocol.Engine.load_weights`; a failed load leaves no engine that could generate."""
         self.weight_version = -1
-        tensors = weights.tensors()
+        memory = self._open_memory(weights)
+        memory.progress[self._writer] = 0
         problems = [f"{name}: holds values that are not finite" for name in find_non_finite(weights.slices())]
+        # Also says that no rank's progress is that of the last time.
         problems = sorted({problem for found in world.all_gather(problems) for problem in found})
         if problems:
             raise RolloutError("\n".join(f"weights of version {version}: {problem}" for problem in problems))
-        self._open_memory(weights, tensors)
-        digests = self._write(weights)
         problem = None
         if self._setup.is_leader:
-            assert self._memory is not None
-            update = SharedUpdate(path=self._memory.path, entries=self._memory.entries, digests=digests)
-            self._current = update, version
+            assert self._update is not None
+            self._version = version
             try:
-                self._with_restarts(lambda: self._load(update, version), at_most=self._setup.max_restarts)
+                self._begin_load()
+                self._write(weights, memory)
+                self._with_restarts(self._finish_load)
             except RolloutError as error:
                 problem = str(error)
+        else:
+            self._write(weights, memory)
         _raise_for(world.all_gather(problem))
         self.weight_version = version
-        return hashlib.blake2b("".join(sorted(d.digest for d in digests)).encode(), digest_size=16).hexdigest()
+        return digest(memory.digests).hex()
 
     def sleep(self) -> None:
         """An engine process keeps its memory; nothing to do."""
@@ -134,31 +144,54 @@ class VllmEngine:
         """Of this rank's engine process, where there is one."""
         return self._process.process_id if self._process is not None else None
 
-    def _open_memory(self, weights: ExportedWeights, tensors: Sequence[TensorShape]) -> None:
-        """Maps the memory that this rank's engine reads; the leader's is the one."""
+    def _open_memory(self, weights: ExportedWeights) -> SharedWeights:
+        """The memory that this rank's engine reads, planned and mapped at the first refit."""
         if self._memory is not None:
-            return
-        if self._setup.is_leader:
-            self._memory = SharedWeights(lay_out(tensors))
-        offers = weights.gather((self._memory.path if self._memory else None, socket.gethostname()))
-        path, host = next(offer for offer in offers if offer[0] is not None)
-        if any(other != host for _, other in offers):
+            return self._memory
+        entries = lay_out(weights.tensors())
+        everyones = weights.gather([(part.name, part.ranges) for part in weights.slices()])
+        plan = SharedPlan(entries, tuple(part for parts in everyones for part in parts), len(everyones))
+        offered = SharedWeights(plan) if self._setup.is_leader else None
+        offers = weights.gather((offered.path if offered else None, socket.gethostname(), os.getpid()))
+        path, host, _ = next(offer for offer in offers if offer[0] is not None)
+        if any(other != host for _, other, _ in offers):
             raise RolloutError(
                 "rollout.engine: the ranks of one model copy are on several hosts, and the vllm engine wants them on "
                 "one; lower tensor x pipeline parallelism to the GPUs of a host"
             )
-        if self._memory is None:
-            self._memory = SharedWeights(lay_out(tensors), path)
+        self._writer = [process for _, _, process in offers].index(os.getpid())
+        self._first_slice = sum(len(parts) for parts in everyones[: self._writer])
+        self._memory = offered or SharedWeights(plan, path)
+        setup = self._setup
+        self._update = SharedUpdate(
+            path=path, plan=plan, compare_digests=setup.verify_refit, timeout_seconds=setup.timeout_seconds
+        )
+        return self._memory
 
-    def _write(self, weights: ExportedWeights) -> tuple[SliceDigest, ...]:
-        """Copies this rank's slices; returns the checksums of all slices, which also says that all are written."""
-        assert self._memory is not None
-        digests: list[SliceDigest] = []
-        for part in weights.slices():
-            self._memory.tensors[part.name][part.slices].copy_(part.values)
+    def _write(self, weights: ExportedWeights, memory: SharedWeights) -> None:
+        """Copies this rank's slices, telling the engine how far it is."""
+        position = {entry.name: number for number, entry in enumerate(memory.plan.entries)}
+        for number, part in enumerate(weights.slices(), start=self._first_slice):
+            memory.progress[self._writer] = position[part.name]
+            cut(memory.tensors[part.name], part.ranges).copy_(part.values)
             if self._setup.verify_refit:
-                digests.append(part.digest())
-        return tuple(digest for part in weights.gather(digests) for digest in part)
+                memory.digests[number] = torch.frombuffer(bytearray(digest(part.values)), dtype=torch.uint8)
+        memory.progress[self._writer] = len(position)
+
+    def _begin_load(self) -> None:
+        """Has the engine follow this rank's writing, if there is an engine; otherwise `_finish_load` starts one."""
+        if self._process is not None:
+            assert self._update is not None
+            try:
+                self._process.begin_load(self._update, self._version)
+            except EngineLost as error:
+                self._lose(error)
+
+    def _finish_load(self) -> None:
+        """Returns when the engine holds the current weights."""
+        assert self._process is not None
+        if self._process.loading == self._version:
+            self._process.finish_load()
 
     def _sample(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Response]]:
         waiting = {
@@ -175,48 +208,47 @@ class VllmEngine:
                 done[finished.request_id] = self._response(finished)
 
         if waiting:
-            self._with_restarts(sample_the_rest, at_most=self._setup.max_restarts)
+            self._with_restarts(sample_the_rest)
         return [
             [done[f"{index}/{answer}"] for answer in range(sampling.num_responses)] for index in range(len(prompts))
         ]
 
-    def _with_restarts(self, action: Callable[[], None], *, at_most: int) -> None:
+    def _with_restarts(self, action: Callable[[], None]) -> None:
         """Does something with the engine, on a new one with the current weights whenever one is lost."""
-        for attempt in range(at_most + 1):
+        attempts = self._setup.max_restarts + 1
+        for attempt in range(attempts):
             try:
                 if self._process is None:
                     self._start()
                 action()
                 return
             except EngineLost as error:
-                if self._process is not None:
-                    self._process.close()
-                self._process = None
-                logger.warning("vLLM engine %d was lost: %s", self._setup.engine_index, error)
-                if attempt == at_most:
+                self._lose(error)
+                if attempt == attempts - 1:
                     raise RolloutError(
-                        f"vLLM engine {self._setup.engine_index} was lost {at_most + 1} times in a row; "
+                        f"vLLM engine {self._setup.engine_index} was lost {attempts} times in a row; "
                         f"the last time: {error}"
                     ) from error
+
+    def _lose(self, error: EngineLost) -> None:
+        logger.warning("vLLM engine %d was lost: %s", self._setup.engine_index, error)
+        if self._process is not None:
+            self._process.close()
+        self._process = None
 
     def _start(self) -> None:
         """A new engine process with the current weights."""
         setup = self._setup
+        assert self._update is not None
         if self._parent is None or not self._parent.is_alive:
             self._parent, self._owns_parent = self._new_parent(), True
         self._process = EngineProcess(self._parent, setup.options, setup.timeout_seconds)
-        if self._current is not None:
-            self._load(*self._current)
+        self._process.begin_load(self._update, self._version)
+        self._process.finish_load()
 
     def _new_parent(self) -> EngineParent:
         setup = self._setup
         return EngineParent(setup.num_threads, setup.device_ids, setup.timeout_seconds)
-
-    def _load(self, update: SharedUpdate, version: int) -> None:
-        assert self._process is not None
-        # A process that was started meanwhile has loaded the current weights already.
-        if self._process.loaded is not update:
-            self._process.load(update, version)
 
     def _response(self, finished: Finished) -> Response:
         stopped = finished.finish_reason == "stop"

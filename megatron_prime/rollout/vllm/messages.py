@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_prime.rollout.vllm.shared_weights import TensorEntry
-from megatron_prime.weights.shards import SliceDigest
+from megatron_prime.rollout.vllm.shared_weights import SharedPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,12 +29,14 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SharedUpdate:
-    """A complete set of weights in shared memory."""
+    """A complete set of weights in shared memory, perhaps still being written."""
 
     path: str
-    entries: tuple[TensorEntry, ...]
-    digests: tuple[SliceDigest, ...]
-    """Of the trainer's own shards; empty: what arrives is not compared."""
+    plan: SharedPlan
+    compare_digests: bool
+    """Whether the trainer's checksums of its shards are compared with what arrived."""
+    timeout_seconds: float
+    """The longest wait for the trainer to write on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -145,23 +145,30 @@ class EngineProcess:
         self._timeout_seconds = timeout_seconds
         self._connection = parent.fork(options)
         self.process_id: int | None = None
-        self.loaded: SharedUpdate | None = None
-        """The weights that it holds."""
+        self.loading: int | None = None
+        """Version of the weights that it is loading."""
         ready = self._receive()
         assert isinstance(ready, Ready)
         self.process_id = ready.process_id
 
-    def load(self, update: SharedUpdate, version: int) -> Loaded:
-        """Has all weights replaced and waits for it.
+    def begin_load(self, update: SharedUpdate, version: int) -> None:
+        """Has all weights replaced; they may still be being written.
+
+        Raises:
+            EngineLost: the process has ended.
+        """
+        self.loading = version
+        self._send(LoadWeights(update=update, version=version))
+
+    def finish_load(self) -> Loaded:
+        """Waits for the weights that `begin_load` named.
 
         Raises:
             EngineLost: it failed; the process has ended.
         """
-        self.loaded = None
-        self._send(LoadWeights(update=update, version=version))
         loaded = self._receive()
         assert isinstance(loaded, Loaded)
-        self.loaded = update
+        self.loading = None
         return loaded
 
     def generate(self, requests: Sequence[EngineRequest]) -> Iterator[Finished]:

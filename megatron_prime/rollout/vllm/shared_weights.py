@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megatron_prime.errors import RolloutError
+from megatron_prime.weights.shards import NUM_DIGEST_BYTES, Ranges
 
 TensorShape = tuple[str, tuple[int, ...], torch.dtype]
 """Name, shape and dtype of a whole Hugging Face tensor."""
 
 _ALIGNMENT = 64
+_POLL_SECONDS = 0.0002
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +52,27 @@ def lay_out(tensors: Sequence[TensorShape]) -> tuple[TensorEntry, ...]:
     for name, shape, dtype in tensors:
         entry = TensorEntry(name, tuple(shape), str(dtype).removeprefix("torch."), offset)
         entries.append(entry)
-        offset += -(-entry.num_bytes // _ALIGNMENT) * _ALIGNMENT
+        offset += _aligned(entry.num_bytes)
     return tuple(entries)
 
 
+@dataclass(frozen=True, slots=True)
+class SharedPlan:
+    """What lies in the memory and who writes it; the same for every refit of a run."""
+
+    entries: tuple[TensorEntry, ...]
+    slices: tuple[tuple[str, Ranges], ...]
+    """Every writer's slices, writer after writer."""
+    num_writers: int
+
+
 class SharedWeights:
-    """The tensors of `entries` in one shared mapping.
+    """The tensors of a plan in one shared mapping, with how far each writer is and the checksums of all slices.
+
+    A reader may follow the writers: `wait` returns when a tensor is complete.
 
     Args:
-        entries: from `lay_out`.
+        plan: what lies where.
         path: mapping to open; None creates one.
         writable: writes reach all processes; otherwise a write stays private to this one.
 
@@ -64,8 +80,11 @@ class SharedWeights:
         RolloutError: there is not enough memory, or the mapping is gone.
     """
 
-    def __init__(self, entries: Sequence[TensorEntry], path: str | None = None, *, writable: bool = True) -> None:
-        num_bytes = max((e.offset + e.num_bytes for e in entries), default=0) or 1
+    def __init__(self, plan: SharedPlan, path: str | None = None, *, writable: bool = True) -> None:
+        num_tensor_bytes = max((e.offset + e.num_bytes for e in plan.entries), default=0)
+        progress_start = _aligned(num_tensor_bytes)
+        digests_start = _aligned(progress_start + 8 * plan.num_writers)
+        num_bytes = digests_start + NUM_DIGEST_BYTES * len(plan.slices) + 1
         try:
             if path is None:
                 descriptor = os.memfd_create("megatron_prime_weights", os.MFD_CLOEXEC)
@@ -73,20 +92,48 @@ class SharedWeights:
                 path = f"/proc/{os.getpid()}/fd/{descriptor}"
             else:
                 descriptor = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
-            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY
-            self._memory = mmap.mmap(descriptor, num_bytes, access=access)
-        except OSError as error:
+            if writable:
+                memory = mmap.mmap(descriptor, num_bytes)
+            else:
+                # Shared, so that later writes of the others are seen; nothing here writes.
+                memory = mmap.mmap(descriptor, num_bytes, prot=mmap.PROT_READ)
+        except (OSError, ValueError) as error:
             raise RolloutError(f"shared memory of {num_bytes} bytes for the weights: {error}") from error
         self._descriptor = descriptor
         self.path = path
-        self.entries = tuple(entries)
-        whole = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self.plan = plan
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            whole = torch.frombuffer(memory, dtype=torch.uint8)
         self.tensors: dict[str, torch.Tensor] = {}
-        for entry in entries:
+        for entry in plan.entries:
             bits = whole[entry.offset : entry.offset + entry.num_bytes]
             self.tensors[entry.name] = bits.view(getattr(torch, entry.dtype)).view(entry.shape)
+        self.progress = whole[progress_start : progress_start + 8 * plan.num_writers].view(torch.int64)
+        """Per writer, how many tensors of the plan are done as far as it is concerned."""
+        digests = whole[digests_start : digests_start + NUM_DIGEST_BYTES * len(plan.slices)]
+        self.digests = digests.view(len(plan.slices), NUM_DIGEST_BYTES)
+
+    def wait(self, num_tensors: int, timeout_seconds: float) -> None:
+        """Returns when all writers are done with the first `num_tensors` tensors.
+
+        Raises:
+            RolloutError: not in time.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while int(self.progress.min()) < num_tensors:
+            if time.monotonic() > deadline:
+                raise RolloutError(
+                    f"the trainer has written {int(self.progress.min())} of {len(self.plan.entries)} tensors "
+                    f"and stopped {timeout_seconds:.0f} seconds ago"
+                )
+            time.sleep(_POLL_SECONDS)
 
     def close(self) -> None:
         """Unmaps; tensors taken from here must not be used afterwards."""
         self.tensors.clear()
         os.close(self._descriptor)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

@@ -6,6 +6,7 @@ Imported in every vLLM worker (it is the worker extension's module), which regis
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,6 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from megatron_prime.rollout.vllm.messages import SharedUpdate
 from megatron_prime.rollout.vllm.shared_weights import SharedWeights
 from megatron_prime.rollout.vllm.verify import check_engine
-from megatron_prime.weights.shards import mismatches
 
 SHARED_MEMORY = "megatron_prime_shared_memory"
 
@@ -63,25 +63,30 @@ class SharedMemoryTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: _UpdateInfo) -> None:
-        """Checks what arrived and loads all of it."""
-        update = update_info.update
+        """Loads tensor after tensor, close behind the trainer that writes them."""
+        self._update = update = update_info.update
         if self._weights is None or self._weights.path != update.path:
             # Kept from update to update: mapping a large set anew takes longer than copying it.
-            self._weights = SharedWeights(update.entries, update.path, writable=False)
-        if changed := list(mismatches(update.digests, self._weights.tensors)):
-            raise ValueError(f"weights changed on their way: {changed[:4]} ({len(changed)} in all)")
+            self._weights = SharedWeights(update.plan, update.path, writable=False)
+        weights, model = self._weights, self.model
 
-        model: Any = self.model
+        def stream() -> Iterator[tuple[str, torch.Tensor]]:
+            for number, (name, tensor) in enumerate(weights.tensors.items()):
+                weights.wait(number + 1, update.timeout_seconds)
+                yield name, tensor
+
         with torch.no_grad():
-            model.load_weights(iter(self._weights.tensors.items()))
+            model.load_weights(stream())  # type: ignore[operator]
+        # A model that asks for nothing (or for less) leaves the stream before its end.
+        weights.wait(len(update.plan.entries), update.timeout_seconds)
 
     def finish_weight_update(self) -> None:
-        """Transforms what vLLM transforms, and compares what the engine now holds with what was sent."""
+        """Transforms what vLLM transforms, and compares what the engine now holds with what the trainer has."""
         if self._is_packed:
             finalize_layerwise_reload(self.model, self.model_config)
             _repack_tied_head(self.model)
         assert self._weights is not None
-        self.num_probed_columns = check_engine(self.model, self._weights.tensors)
+        self.num_probed_columns = check_engine(self.model, self._weights, self._update.compare_digests)
 
     def shutdown(self) -> None:
         """Unmaps the memory."""

@@ -1,37 +1,38 @@
-"""What a vLLM worker really holds, compared with the tensors that it was given.
+"""What a vLLM worker really holds, compared with what the trainer has.
 
 vLLM fuses, cuts and (on a CPU) repacks what it loads, and 0.32 accepts several incomplete or wrong sets without a
-word. So every parameter of the model is compared bit for bit after each update. A repacked matrix cannot be read;
-its columns can: the product with a unit vector is a column, exactly. Small models have all columns read back, large
-ones a few that differ from update to update.
+word. So every parameter of the model is compared after each update: by the trainer's own checksums where a slice of
+the trainer lies in this worker as a whole, else bit for bit with what was sent, whose checksum is compared then. A
+repacked matrix cannot be read; its columns can: the product with a unit vector is a column, exactly. Small models
+have all columns read back, large ones a few that differ from update to update.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    RowParallelLinear,
-)
+from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from megatron_prime.rollout.vllm.shared_weights import SharedWeights
+from megatron_prime.weights.shards import Range, Ranges, cut, digest
 
 _MAX_PROBE_OPERATIONS = 2_000_000_000
 _NUM_COLUMNS = 16
 
 
-def check_engine(model: Any, tensors: Mapping[str, Tensor]) -> int:
-    """Compares everything that a worker's model holds with what it was sent.
+def check_engine(model: Any, weights: SharedWeights, compare_digests: bool) -> int:
+    """Compares everything that a worker's model holds with what the trainer has.
 
     Args:
         model: the worker's model.
-        tensors: whole Hugging Face tensors by name.
+        weights: what was sent.
+        compare_digests: use the trainer's checksums; without them only what was sent counts.
 
     Returns:
         Columns read back of each repacked matrix; 0 without such.
@@ -41,24 +42,111 @@ def check_engine(model: Any, tensors: Mapping[str, Tensor]) -> int:
     """
     fused: Mapping[str, Sequence[str]] = getattr(model, "packed_modules_mapping", {})
     num_columns = _num_columns(model)
+    sent = _Sent(weights, compare_digests)
     problems: list[str] = []
-    compared: set[str] = set()
     for path, layer in model.named_modules():
         for kind, parameter in layer.named_parameters(recurse=False):
             names = _hf_names(path, kind, fused)
-            if isinstance(layer, ParallelLMHead) and names[0] not in tensors:
+            if isinstance(layer, ParallelLMHead) and names[0] not in weights.tensors:
                 names = ["model.embed_tokens.weight"]
-            if missing := [name for name in names if name not in tensors]:
+            if missing := [name for name in names if name not in weights.tensors]:
                 problems.append(f"{path}.{kind}: holds values for which nothing was sent ({missing})")
                 continue
-            compared.update(names)
-            expected = _local(layer, kind, [tensors[name] for name in names])
-            if not _holds(layer, kind, parameter.data, expected, num_columns):
+            parts = _parts(layer, kind, [(name, weights.tensors[name]) for name in names])
+            if not _holds(layer, kind, parameter.data, parts, sent, num_columns):
                 problems.append(f"{path}.{kind}: is not what was sent")
-    problems += [f"{name}: was sent and is nowhere in the engine" for name in sorted(tensors.keys() - compared)]
+    problems += [f"{name}: was sent and is nowhere in the engine" for name in sorted(sent.unseen)]
+    problems += sent.changed()
     if problems:
         raise ValueError(f"the engine's weights differ: {problems[:6]} ({len(problems)} in all)")
     return num_columns
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A region of a Hugging Face tensor and where its rows start in this worker's parameter."""
+
+    name: str
+    ranges: Ranges
+    first_row: int
+
+    def of(self, parameter: Tensor) -> Tensor:
+        start, stop = self.ranges[0]
+        return parameter[self.first_row : self.first_row + stop - start]
+
+
+class _Sent:
+    """What was sent, and which slices of it still need their checksum compared."""
+
+    def __init__(self, weights: SharedWeights, compare_digests: bool) -> None:
+        self._tensors = weights.tensors
+        self._digests: dict[str, list[tuple[Ranges, bytes]]] = {name: [] for name in weights.tensors}
+        if compare_digests:
+            for (name, ranges), expected in zip(weights.plan.slices, weights.digests.numpy(), strict=True):
+                self._digests[name].append((ranges, expected.tobytes()))
+        self._open: set[tuple[str, int]] = set()
+        self.unseen = set(weights.tensors)
+
+    def equals(self, part: _Part, values: Tensor) -> bool:
+        """Whether a parameter's values are those of the region, by the trainer's checksums or bit for bit."""
+        tensor = self._tensors[part.name]
+        self.unseen.discard(part.name)
+        slices = self._digests[part.name]
+        if values.dtype != tensor.dtype or not slices:
+            return _equal(values, cut(tensor, part.ranges).to(values.dtype)) and self.mark(part)
+        for number, (ranges, expected) in enumerate(slices):
+            if (common := _intersection(ranges, part.ranges)) is None:
+                continue
+            here = cut(values, tuple((a - c, b - c) for (a, b), (c, _) in zip(common, part.ranges, strict=True)))
+            if common == ranges:
+                if digest(here) != expected:
+                    return False
+            else:
+                self._open.add((part.name, number))
+                if not _equal(here, cut(tensor, common)):
+                    return False
+        return True
+
+    def mark(self, part: _Part) -> bool:
+        """Notes that what was sent of the region has to be what the trainer has."""
+        self.unseen.discard(part.name)
+        self._open |= {
+            (part.name, number)
+            for number, (ranges, _) in enumerate(self._digests[part.name])
+            if _intersection(ranges, part.ranges) is not None
+        }
+        return True
+
+    def region(self, part: _Part) -> Tensor:
+        """What was sent of the region."""
+        return cut(self._tensors[part.name], part.ranges)
+
+    def changed(self) -> list[str]:
+        """Slices that are not in the memory as they are in the trainer."""
+        found = []
+        for name, number in sorted(self._open):
+            ranges, expected = self._digests[name][number]
+            if digest(cut(self._tensors[name], ranges)) != expected:
+                found.append(f"{name}{[list(bounds) for bounds in ranges]}: changed on its way")
+        return found
+
+
+def _equal(values: Tensor, expected: Tensor) -> bool:
+    if values.shape != expected.shape:
+        return False
+    # Bits in the widest words that fit: comparing bfloat16 as such is five times slower.
+    return torch.equal(_words(values), _words(expected))
+
+
+def _words(tensor: Tensor) -> Tensor:
+    data = tensor.contiguous().view(-1).view(torch.uint8)
+    aligned = data.numel() % 8 == 0 and data.data_ptr() % 8 == 0
+    return data.view(torch.int64) if aligned else data
+
+
+def _intersection(one: Ranges, other: Ranges) -> Ranges | None:
+    common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
+    return common if all(start < stop for start, stop in common) else None
 
 
 def _num_columns(model: Any) -> int:
@@ -80,42 +168,56 @@ def _hf_names(path: str, kind: str, fused: Mapping[str, Sequence[str]]) -> list[
     return [f"{parent}.{part}.{kind}".removeprefix(".") for part in fused.get(last, (last,))]
 
 
-def _local(layer: Any, kind: str, tensors: Sequence[Tensor]) -> Tensor:
-    """This worker's part of a parameter, put together as vLLM's layer has it."""
+def _parts(layer: Any, kind: str, tensors: Sequence[tuple[str, Tensor]]) -> list[_Part]:
+    """This worker's regions of the tensors that its parameter is made of, in the order of its rows."""
+    shares: list[Range | None] = [None] * len(tensors)
+    columns: Range | None = None
     if isinstance(layer, VocabParallelEmbedding):
         indices = layer.shard_indices
-        return tensors[0][indices.org_vocab_start_index : indices.org_vocab_end_index]
-    if isinstance(layer, QKVParallelLinear):
-        head_size, rank = layer.head_size, layer.tp_rank
-        key_value_rank = rank // layer.num_kv_head_replicas
-        shares = [(rank, layer.num_heads), (key_value_rank, layer.num_kv_heads), (key_value_rank, layer.num_kv_heads)]
-        return torch.cat(
-            [
-                tensor[part * heads * head_size : (part + 1) * heads * head_size]
-                for tensor, (part, heads) in zip(tensors, shares, strict=True)
-            ]
-        )
-    if isinstance(layer, MergedColumnParallelLinear | ColumnParallelLinear):
-        return torch.cat([tensor.chunk(layer.tp_size, dim=0)[layer.tp_rank] for tensor in tensors])
-    if isinstance(layer, RowParallelLinear) and kind == "weight":
-        return tensors[0].chunk(layer.tp_size, dim=1)[layer.tp_rank]
-    return tensors[0]
+        shares = [(indices.org_vocab_start_index, indices.org_vocab_end_index)]
+    elif isinstance(layer, QKVParallelLinear):
+        rank, heads = layer.tp_rank, (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads)
+        ranks = (rank, rank // layer.num_kv_head_replicas, rank // layer.num_kv_head_replicas)
+        sizes = [count * layer.head_size for count in heads]
+        shares = [(r * size, (r + 1) * size) for r, size in zip(ranks, sizes, strict=True)]
+    elif isinstance(layer, ColumnParallelLinear):
+        shares = [_share(len(tensor), layer.tp_rank, layer.tp_size) for _, tensor in tensors]
+    elif isinstance(layer, RowParallelLinear) and kind == "weight":
+        columns = _share(tensors[0][1].shape[1], layer.tp_rank, layer.tp_size)
+    parts: list[_Part] = []
+    first_row = 0
+    for (name, tensor), share in zip(tensors, shares, strict=True):
+        rows = share or (0, len(tensor))
+        rest = [(0, size) for size in tensor.shape[1:]]
+        parts.append(_Part(name, (rows, *([columns] if columns else rest)), first_row))
+        first_row += rows[1] - rows[0]
+    return parts
 
 
-def _holds(layer: Any, kind: str, parameter: Tensor, expected: Tensor, num_columns: int) -> bool:
+def _share(size: int, rank: int, num_ranks: int) -> Range:
+    return rank * size // num_ranks, (rank + 1) * size // num_ranks
+
+
+def _holds(layer: Any, kind: str, parameter: Tensor, parts: Sequence[_Part], sent: _Sent, num_columns: int) -> bool:
     """Whether a parameter, and the repacked copy that the layer computes with, have these values."""
+    has_copy = hasattr(layer, "cpu_linear") and (parameter.numel() == 0 or isinstance(layer, ParallelLMHead))
     if parameter.numel() > 0:
         # An embedding is padded to whole tiles behind the vocabulary.
-        values = parameter[: len(expected)]
-        if values.shape != expected.shape or not torch.equal(values, expected.to(values.dtype)):
+        if not all(sent.equals(part, part.of(parameter)) for part in parts):
             return False
-    elif kind != "weight" or not hasattr(layer, "cpu_linear"):
-        return expected.numel() == 0
-    if kind != "weight" or not hasattr(layer, "cpu_linear"):
-        return True
-    size = expected.shape[1]
+    elif not has_copy:
+        return all(sent.mark(part) and sent.region(part).numel() == 0 for part in parts)
+    return (
+        kind != "weight" or not has_copy or _probe(layer, [sent.region(p) for p in parts if sent.mark(p)], num_columns)
+    )
+
+
+def _probe(layer: Any, regions: Sequence[Tensor], num_columns: int) -> bool:
+    """Reads columns of the matrix that a layer computes with, and compares them."""
+    size = regions[0].shape[1]
     chosen = sorted(random.sample(range(size), min(num_columns or _NUM_COLUMNS, size)))
-    units = torch.zeros(len(chosen), size, dtype=expected.dtype, device=expected.device)
+    units = torch.zeros(len(chosen), size, dtype=regions[0].dtype, device=regions[0].device)
     units[range(len(chosen)), chosen] = 1
-    columns = layer.cpu_linear(units, layer.weight, None)[:, : len(expected)]
-    return torch.equal(columns.to(expected.dtype), expected[:, chosen].T)
+    expected = torch.cat([region[:, chosen] for region in regions]).T
+    columns = layer.cpu_linear(units, layer.weight, None)[:, : expected.shape[1]]
+    return torch.equal(columns.to(expected.dtype), expected)

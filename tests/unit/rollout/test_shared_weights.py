@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from megatron_prime.errors import RolloutError
-from megatron_prime.rollout.vllm.shared_weights import SharedWeights, lay_out
+from megatron_prime.rollout.vllm.shared_weights import SharedPlan, SharedWeights, lay_out
 
 TENSORS = [("a", (3, 5), torch.float32), ("b", (7,), torch.bfloat16), ("none", (0, 4), torch.float32)]
+PLAN = SharedPlan(lay_out(TENSORS), (("a", ((0, 3), (0, 5))), ("b", ((0, 7),))), num_writers=2)
 
 
 def test_places_are_aligned_and_apart() -> None:
@@ -22,33 +23,44 @@ def test_places_are_aligned_and_apart() -> None:
 
 
 def test_another_process_reads_what_this_one_writes() -> None:
-    memory = SharedWeights(lay_out(TENSORS))
+    memory = SharedWeights(PLAN)
     memory.tensors["a"].copy_(torch.arange(15.0).view(3, 5))
     memory.tensors["b"].fill_(2.5)
+    memory.digests.fill_(1)
+    memory.progress.fill_(3)
     code = (
         "import sys, torch\n"
-        "from megatron_prime.rollout.vllm.shared_weights import SharedWeights, lay_out\n"
+        "from megatron_prime.rollout.vllm.shared_weights import SharedPlan, SharedWeights, lay_out\n"
         "tensors = [('a', (3, 5), torch.float32), ('b', (7,), torch.bfloat16), ('none', (0, 4), torch.float32)]\n"
-        "memory = SharedWeights(lay_out(tensors), sys.argv[1], writable=False)\n"
-        "print(float(memory.tensors['a'].sum()), float(memory.tensors['b'].sum()))\n"
-        "memory.tensors['a'].zero_()\n"
+        "slices = (('a', ((0, 3), (0, 5))), ('b', ((0, 7),)))\n"
+        "memory = SharedWeights(SharedPlan(lay_out(tensors), slices, 2), sys.argv[1], writable=False)\n"
+        "memory.wait(3, 5.0)\n"
+        "print(float(memory.tensors['a'].sum()), float(memory.tensors['b'].sum()), int(memory.digests.sum()))\n"
     )
     printed = subprocess.run([sys.executable, "-c", code, memory.path], capture_output=True, text=True, check=True)
-    assert printed.stdout.split() == ["105.0", "17.5"]
-    assert memory.tensors["a"].sum() == 105  # the reader's write stayed its own
+    assert printed.stdout.split() == ["105.0", "17.5", "32"]
 
 
 def test_two_writers_share_one_memory() -> None:
-    memory = SharedWeights(lay_out(TENSORS))
-    other = SharedWeights(lay_out(TENSORS), memory.path)
+    memory = SharedWeights(PLAN)
+    other = SharedWeights(PLAN, memory.path)
     other.tensors["a"][1].fill_(9)
     assert memory.tensors["a"].sum() == 45
 
 
 def test_closing_frees_the_descriptor_and_a_lost_memory_is_an_error() -> None:
-    memory = SharedWeights(lay_out(TENSORS))
+    memory = SharedWeights(PLAN)
     assert os.path.exists(memory.path)
     memory.close()
     assert not os.path.exists(memory.path)
-    with pytest.raises(RolloutError, match="shared memory of 128 bytes"):
-        SharedWeights(lay_out(TENSORS), memory.path)
+    with pytest.raises(RolloutError, match=r"shared memory of \d+ bytes"):
+        SharedWeights(PLAN, memory.path)
+
+
+def test_the_slowest_writer_counts() -> None:
+    memory = SharedWeights(PLAN)
+    memory.progress[0] = 3
+    memory.progress[1] = 1
+    memory.wait(1, 1.0)
+    with pytest.raises(RolloutError, match="the trainer has written 1 of 3 tensors"):
+        memory.wait(2, 0.05)
