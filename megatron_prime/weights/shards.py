@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import xxhash
@@ -45,8 +46,8 @@ def digest(values: Tensor) -> bytes:
     Args:
         values: any dtype, device and strides.
     """
-    data = values.detach().cpu().contiguous()
-    return xxhash.xxh3_128_digest(memoryview(data.view(-1).view(torch.uint8).numpy()))
+    data: Any = values.detach().cpu().contiguous()
+    return xxhash.xxh3_128_digest(data.view(-1).view(torch.uint8).numpy())
 
 
 def shard_slices(

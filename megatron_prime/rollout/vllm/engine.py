@@ -171,12 +171,15 @@ class VllmEngine:
     def _write(self, weights: ExportedWeights, memory: SharedWeights) -> None:
         """Copies this rank's slices, telling the engine how far it is."""
         position = {entry.name: number for number, entry in enumerate(memory.plan.entries)}
-        for number, part in enumerate(weights.slices(), start=self._first_slice):
+        for part in weights.slices():
             memory.progress[self._writer] = position[part.name]
             cut(memory.tensors[part.name], part.ranges).copy_(part.values)
-            if self._setup.verify_refit:
-                memory.digests[number] = torch.frombuffer(bytearray(digest(part.values)), dtype=torch.uint8)
         memory.progress[self._writer] = len(position)
+        if self._setup.verify_refit:
+            # After the values: the engine needs them first, and computes its own checksums meanwhile.
+            for number, part in enumerate(weights.slices(), start=self._first_slice):
+                memory.digests[number] = torch.frombuffer(bytearray(digest(part.values)), dtype=torch.uint8)
+        memory.progress[self._writer] = len(position) + 1
 
     def _begin_load(self) -> None:
         """Has the engine follow this rank's writing, if there is an engine; otherwise `_finish_load` starts one."""

@@ -110,7 +110,7 @@ class SharedWeights:
             bits = whole[entry.offset : entry.offset + entry.num_bytes]
             self.tensors[entry.name] = bits.view(getattr(torch, entry.dtype)).view(entry.shape)
         self.progress = whole[progress_start : progress_start + 8 * plan.num_writers].view(torch.int64)
-        """Per writer, how many tensors of the plan are done as far as it is concerned."""
+        """Per writer, how many tensors of the plan are done as far as it is concerned; one more: its checksums, too."""
         digests = whole[digests_start : digests_start + NUM_DIGEST_BYTES * len(plan.slices)]
         self.digests = digests.view(len(plan.slices), NUM_DIGEST_BYTES)
 

@@ -86,7 +86,7 @@ class SharedMemoryTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
             finalize_layerwise_reload(self.model, self.model_config)
             _repack_tied_head(self.model)
         assert self._weights is not None
-        self.num_probed_columns = check_engine(self.model, self._weights, self._update.compare_digests)
+        self.num_probed_columns = check_engine(self.model, self._weights, self._update)
 
     def shutdown(self) -> None:
         """Unmaps the memory."""

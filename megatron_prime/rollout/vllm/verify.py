@@ -19,6 +19,7 @@ from torch import Tensor
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+from megatron_prime.rollout.vllm.messages import SharedUpdate
 from megatron_prime.rollout.vllm.shared_weights import SharedWeights
 from megatron_prime.weights.shards import Range, Ranges, cut, digest
 
@@ -26,13 +27,13 @@ _MAX_PROBE_OPERATIONS = 2_000_000_000
 _NUM_COLUMNS = 16
 
 
-def check_engine(model: Any, weights: SharedWeights, compare_digests: bool) -> int:
+def check_engine(model: Any, weights: SharedWeights, update: SharedUpdate) -> int:
     """Compares everything that a worker's model holds with what the trainer has.
 
     Args:
         model: the worker's model.
         weights: what was sent.
-        compare_digests: use the trainer's checksums; without them only what was sent counts.
+        update: says whether the trainer's checksums are compared too.
 
     Returns:
         Columns read back of each repacked matrix; 0 without such.
@@ -42,7 +43,7 @@ def check_engine(model: Any, weights: SharedWeights, compare_digests: bool) -> i
     """
     fused: Mapping[str, Sequence[str]] = getattr(model, "packed_modules_mapping", {})
     num_columns = _num_columns(model)
-    sent = _Sent(weights, compare_digests)
+    sent = _Sent(weights, update.compare_digests)
     problems: list[str] = []
     for path, layer in model.named_modules():
         for kind, parameter in layer.named_parameters(recurse=False):
@@ -53,10 +54,10 @@ def check_engine(model: Any, weights: SharedWeights, compare_digests: bool) -> i
                 problems.append(f"{path}.{kind}: holds values for which nothing was sent ({missing})")
                 continue
             parts = _parts(layer, kind, [(name, weights.tensors[name]) for name in names])
-            if not _holds(layer, kind, parameter.data, parts, sent, num_columns):
+            if not _holds(f"{path}.{kind}", layer, parameter.data, parts, sent, num_columns):
                 problems.append(f"{path}.{kind}: is not what was sent")
     problems += [f"{name}: was sent and is nowhere in the engine" for name in sorted(sent.unseen)]
-    problems += sent.changed()
+    problems += sent.changed(update.timeout_seconds)
     if problems:
         raise ValueError(f"the engine's weights differ: {problems[:6]} ({len(problems)} in all)")
     return num_columns
@@ -76,33 +77,35 @@ class _Part:
 
 
 class _Sent:
-    """What was sent, and which slices of it still need their checksum compared."""
+    """What was sent, and the checksums of what arrived, to be compared when the trainer has written its own."""
 
     def __init__(self, weights: SharedWeights, compare_digests: bool) -> None:
-        self._tensors = weights.tensors
-        self._digests: dict[str, list[tuple[Ranges, bytes]]] = {name: [] for name in weights.tensors}
+        self._weights = weights
+        self._slices: dict[str, list[tuple[int, Ranges]]] = {name: [] for name in weights.tensors}
         if compare_digests:
-            for (name, ranges), expected in zip(weights.plan.slices, weights.digests.numpy(), strict=True):
-                self._digests[name].append((ranges, expected.tobytes()))
-        self._open: set[tuple[str, int]] = set()
+            for number, (name, ranges) in enumerate(weights.plan.slices):
+                self._slices[name].append((number, ranges))
+        self._found: list[tuple[int, bytes, str]] = []
+        """Slice, checksum of what is here, and where it is."""
+        self._unread: set[int] = set()
+        """Slices of which what was sent is to be compared."""
         self.unseen = set(weights.tensors)
 
-    def equals(self, part: _Part, values: Tensor) -> bool:
-        """Whether a parameter's values are those of the region, by the trainer's checksums or bit for bit."""
-        tensor = self._tensors[part.name]
+    def equals(self, part: _Part, values: Tensor, where: str) -> bool:
+        """Whether a parameter's values are those of the region, bit for bit or (known later) by checksum."""
+        tensor = self._weights.tensors[part.name]
         self.unseen.discard(part.name)
-        slices = self._digests[part.name]
+        slices = self._slices[part.name]
         if values.dtype != tensor.dtype or not slices:
             return _equal(values, cut(tensor, part.ranges).to(values.dtype)) and self.mark(part)
-        for number, (ranges, expected) in enumerate(slices):
+        for number, ranges in slices:
             if (common := _intersection(ranges, part.ranges)) is None:
                 continue
             here = cut(values, tuple((a - c, b - c) for (a, b), (c, _) in zip(common, part.ranges, strict=True)))
             if common == ranges:
-                if digest(here) != expected:
-                    return False
+                self._found.append((number, digest(here), where))
             else:
-                self._open.add((part.name, number))
+                self._unread.add(number)
                 if not _equal(here, cut(tensor, common)):
                     return False
         return True
@@ -110,25 +113,30 @@ class _Sent:
     def mark(self, part: _Part) -> bool:
         """Notes that what was sent of the region has to be what the trainer has."""
         self.unseen.discard(part.name)
-        self._open |= {
-            (part.name, number)
-            for number, (ranges, _) in enumerate(self._digests[part.name])
-            if _intersection(ranges, part.ranges) is not None
+        self._unread |= {
+            number for number, ranges in self._slices[part.name] if _intersection(ranges, part.ranges) is not None
         }
         return True
 
     def region(self, part: _Part) -> Tensor:
         """What was sent of the region."""
-        return cut(self._tensors[part.name], part.ranges)
+        return cut(self._weights.tensors[part.name], part.ranges)
 
-    def changed(self) -> list[str]:
-        """Slices that are not in the memory as they are in the trainer."""
-        found = []
-        for name, number in sorted(self._open):
-            ranges, expected = self._digests[name][number]
-            if digest(cut(self._tensors[name], ranges)) != expected:
-                found.append(f"{name}{[list(bounds) for bounds in ranges]}: changed on its way")
-        return found
+    def changed(self, timeout_seconds: float) -> list[str]:
+        """Slices that are not here as they are in the trainer."""
+        plan = self._weights.plan
+        for number in sorted(self._unread):
+            name, ranges = plan.slices[number]
+            self._found.append((number, digest(cut(self._weights.tensors[name], ranges)), "on its way"))
+        if not self._found:
+            return []
+        self._weights.wait(len(plan.entries) + 1, timeout_seconds)
+        expected = [row.tobytes() for row in self._weights.digests.numpy()]
+        return [
+            f"{plan.slices[number][0]}{[list(bounds) for bounds in plan.slices[number][1]]}: changed ({where})"
+            for number, found, where in self._found
+            if found != expected[number]
+        ]
 
 
 def _equal(values: Tensor, expected: Tensor) -> bool:
@@ -198,24 +206,24 @@ def _share(size: int, rank: int, num_ranks: int) -> Range:
     return rank * size // num_ranks, (rank + 1) * size // num_ranks
 
 
-def _holds(layer: Any, kind: str, parameter: Tensor, parts: Sequence[_Part], sent: _Sent, num_columns: int) -> bool:
+def _holds(where: str, layer: Any, parameter: Tensor, parts: Sequence[_Part], sent: _Sent, num_columns: int) -> bool:
     """Whether a parameter, and the repacked copy that the layer computes with, have these values."""
-    has_copy = hasattr(layer, "cpu_linear") and (parameter.numel() == 0 or isinstance(layer, ParallelLMHead))
     if parameter.numel() > 0:
         # An embedding is padded to whole tiles behind the vocabulary.
-        if not all(sent.equals(part, part.of(parameter)) for part in parts):
+        if not all(sent.equals(part, part.of(parameter), where) for part in parts):
             return False
-    elif not has_copy:
+    elif not hasattr(layer, "cpu_linear"):
         return all(sent.mark(part) and sent.region(part).numel() == 0 for part in parts)
-    return (
-        kind != "weight" or not has_copy or _probe(layer, [sent.region(p) for p in parts if sent.mark(p)], num_columns)
-    )
+    # A head keeps its parameter beside the repacked copy.
+    if parameter.numel() > 0 and not (num_columns and isinstance(layer, ParallelLMHead)):
+        return True
+    return _probe(layer, [sent.region(part) for part in parts if sent.mark(part)], num_columns)
 
 
 def _probe(layer: Any, regions: Sequence[Tensor], num_columns: int) -> bool:
     """Reads columns of the matrix that a layer computes with, and compares them."""
     size = regions[0].shape[1]
-    chosen = sorted(random.sample(range(size), min(num_columns or _NUM_COLUMNS, size)))
+    chosen = sorted(random.sample(range(size), min(num_columns, size)))
     units = torch.zeros(len(chosen), size, dtype=regions[0].dtype, device=regions[0].device)
     units[range(len(chosen)), chosen] = 1
     expected = torch.cat([region[:, chosen] for region in regions]).T
