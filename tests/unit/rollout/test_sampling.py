@@ -61,7 +61,9 @@ def test_greedy_takes_the_best_token_and_reports_the_model(tiny: Callable[[str],
     model = tiny("qwen3")
     prompt = make_prompts(1)[0]
     first, second = model.loaded_engine().generate([prompt], change(temperature=0.0, num_responses=2))[0]
-    assert first == second
+    # Two rows of one product: with several threads their sums may be cut at other places.
+    assert first.token_ids == second.token_ids
+    assert first.logprobs == pytest.approx(second.logprobs, abs=1e-5)
     with torch.inference_mode():
         logits = model.reference(torch.tensor([prompt.token_ids + first.token_ids])).logits[0]
     logits = logits[len(prompt.token_ids) - 1 : -1].double()
@@ -212,7 +214,7 @@ def test_a_prompt_may_fill_the_positions_exactly_but_not_more(tiny: Callable[[st
         engine.generate(bad, params)
     lines = str(caught.value).splitlines()
     assert [line.split("'")[1] for line in lines] == ["long", "empty", "alien"]
-    assert "81 tokens" in lines[0] and "max_position_embeddings = 96" in lines[0]
+    assert "81 tokens" in lines[0] and "limit of 96" in lines[0]
 
 
 def test_no_prompts(tiny: Callable[[str], TinyModel]) -> None:
