@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 from megatron_prime import world
 from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.config.checks import check_config, raise_for_problems
-from megatron_prime.config.schema import AnyConfig, PrimeConfig, RolloutSection, SftConfig, VllmSection
+from megatron_prime.config.schema import AnyConfig, ParallelSection, PrimeConfig, RolloutSection, SftConfig, VllmSection
 from megatron_prime.data.sources import PromptSource, build_prompt_source, build_sft_source
 from megatron_prime.data.templates import complete_messages, render
 from megatron_prime.data.tokenizer import encode, end_token_ids, load_tokenizer
+from megatron_prime.errors import ConfigError
 from megatron_prime.mcore import convert
 from megatron_prime.mcore.checkpoint import Checkpointer
 from megatron_prime.mcore.dtypes import DTYPES
@@ -142,16 +144,43 @@ def generate(
     sampling: SamplingParams,
     engine: Literal["transformers", "vllm"] = "transformers",
 ) -> list[list[Response]]:
-    """Answers of a Hugging Face folder's model to questions, in this process.
+    """Answers of a model to questions, in this process and without a trainer.
 
     Args:
-        folder: model with tokenizer.
+        folder: Hugging Face folder with tokenizer, or a Megatron checkpoint that `convert.to_megatron` made of one.
         questions: one prompt each.
         ability: ``math`` or ``code``: which of PRIME's suffixes the question gets.
         raw: take the questions as they are, without system prompt, suffix and chat template.
         sampling: how to sample.
         engine: which engine samples.
     """
+    with _as_hf_folder(folder) as readable:
+        return _generate(readable, questions, ability=ability, raw=raw, sampling=sampling, engine=engine)
+
+
+@contextmanager
+def _as_hf_folder(path: str) -> Iterator[str]:
+    """The folder itself, or the Megatron checkpoint converted for as long as it is needed."""
+    if not (Path(path) / convert.SIDE_FOLDER / "config.json").is_file():
+        yield path
+        return
+    alone = ParallelSection()
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "hf"
+        with parallel_layout(alone, seed=1) as layout:
+            convert.to_hf(Path(path), target, like=None, dtype=None, parallel=alone, layout=layout)
+        yield str(target)
+
+
+def _generate(
+    folder: str,
+    questions: Sequence[str],
+    *,
+    ability: str,
+    raw: bool,
+    sampling: SamplingParams,
+    engine: Literal["transformers", "vllm"],
+) -> list[list[Response]]:
     tokenizer = load_tokenizer(folder)
     prompts: list[Prompt] = []
     for number, question in enumerate(questions):

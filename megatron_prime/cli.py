@@ -198,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--gpus", metavar="NxMGB", help="search layouts, e.g. 8x80GB, or 4x8x80GB for 4 nodes")
             text = "expected length of answers (default: a third of the limit)"
             sub.add_argument("--mean-response-tokens", type=_at_least_one, help=text)
-    _add_generate(add("generate", _generate, "sample answers of a Hugging Face folder; prints one JSON row each"))
+    _add_generate(add("generate", _generate, "sample answers of a model; prints one JSON row each"))
     _add_convert(add("convert", _convert, "Hugging Face folder <-> Megatron distributed checkpoint"))
     return parser
 
@@ -225,7 +225,7 @@ def _probability(text: str) -> float:
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="Hugging Face folder")
+    parser.add_argument("model", help="Hugging Face folder, or Megatron checkpoint of `convert`")
     parser.add_argument("questions", nargs="+", help="questions, taken as they are")
     parser.add_argument("--ability", choices=["math", "code"], default="math", help="which of PRIME's suffixes")
     parser.add_argument("--raw", action="store_true", help="no system prompt, suffix or chat template")

@@ -49,7 +49,9 @@ def test_readme_commands_were_found() -> None:
     assert "make demo" in commands("make")
 
 
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "example", [ROOT / "examples" / "process_rewards_in_your_own_loop.py"], ids=lambda path: path.name
+)
 def test_examples_run(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(example), run_name="__main__")
     assert "advantages" in capsys.readouterr().out
