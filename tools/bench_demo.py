@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "build" / "bench" / "demo_runs"
 # Longer than the demo, to see what comes after it; learning rates are constant, so the first steps are the demo's.
 NUM_STEPS = 40
+DEMO_STEPS = 28
 VARIANTS = {"ours": [], "outcome_only_rloo": ["advantage.process_coef=0"]}
 
 
@@ -41,6 +42,7 @@ def measure(variant: str, seed: int, start: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (RUNS / name / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["step"] > 0]
     aucs = [row["prm/step_auc_recent"] for row in steps if row["step"] >= 10 and "prm/step_auc_recent" in row]
+    singles = [row["prm/step_auc"] for row in steps if 10 <= row["step"] <= DEMO_STEPS and "prm/step_auc" in row]
     seconds = [row["time/step_seconds"] for row in steps]
     return {
         "variant": variant,
@@ -54,6 +56,7 @@ def measure(variant: str, seed: int, start: Path) -> dict[str, Any]:
             row["step"]: row["evaluation/accuracy"] for row in rows if row.get("evaluation/accuracy") is not None
         },
         "step_auc_from_step_10": {"mean": sum(aucs) / len(aucs), "lowest": min(aucs)} if aucs else None,
+        "lowest_single_step_auc_of_demo": min(singles) if singles else None,
     }
 
 

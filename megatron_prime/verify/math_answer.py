@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_prime.verify.normalize import Answer, clean_unicode, normalize
+from megatron_prime.verify.normalize import Answer, clean_unicode, exact_value, normalize
 
 MAX_TAIL_CHARS = 20_000
 """The answer is looked for in this many last characters of a response."""
@@ -20,6 +20,9 @@ MAX_ANSWER_CHARS = 1_000
 _TOKEN = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(\{?)|\\.|[{}]", re.DOTALL)
 _BARE = re.compile(r"[^\s$\\{}]+")
 _WHOLE_BOX = re.compile(r"\s*\\(?:boxed|fbox)\s*\{")
+_GAP = r"(?:[\s$.]|\\(?:quad|qquad|[,;()\[\]]))*"
+_BETWEEN_BOXES = re.compile(rf"{_GAP}(?:,{_GAP})?(?:,|and|\\text\{{\s*,?\s*and\s*\}}){_GAP}")
+_PI_AFTER_NUMBER = re.compile(r"(?<=[\d}])\\pi")
 _ASSIGNMENT = re.compile(r"([a-zA-Z])=([^=<>]+)")
 _BASED = re.compile(r"([0-9A-Za-z]+)_\{?(\d+)\}?")
 
@@ -35,6 +38,8 @@ class Extraction:
 def extract_answer(text: str) -> Extraction:
     """The content of the last complete `\\boxed{..}` (also `\\fbox{..}` and `\\boxed 5`) of a response.
 
+    Different boxes with a comma or "and" between them are one answer of several parts. ("or" says the same again.)
+
     Args:
         text: the response; only its last `MAX_TAIL_CHARS` characters are read.
 
@@ -43,22 +48,32 @@ def extract_answer(text: str) -> Extraction:
         `too_long` where the last one holds more than `MAX_ANSWER_CHARS` characters.
     """
     tail = text[-MAX_TAIL_CHARS:]
-    open_braces: list[int | None] = []
+    open_braces: list[tuple[int, int] | None] = []
     last: str | None = None
+    last_end = 0
     seen = False
+
+    def complete(content: str, begin: int, end: int) -> None:
+        nonlocal last, last_end
+        is_part = last is not None and content != last and begin > last_end
+        follows = is_part and _BETWEEN_BOXES.fullmatch(tail, last_end, begin)
+        last, last_end = f"{last}, {content}" if follows else content, end
+
     for token in _TOKEN.finditer(tail):
         word = token.group()
         if word == "{":
             open_braces.append(None)
         elif word == "}":
             start = open_braces.pop() if open_braces else None
-            last = tail[start : token.start()] if start is not None else last
+            if start is not None:
+                content, begin = start
+                complete(tail[content : token.start()], begin, token.end())
         elif word.startswith((r"\boxed", r"\fbox")):
             seen = True
             if token.group(1):
-                open_braces.append(token.end())
+                open_braces.append((token.end(), token.start()))
             elif bare := _BARE.match(tail, token.end()):
-                last = bare.group().rstrip(".,;:!?")
+                complete(bare.group().rstrip(".,;:!?"), token.start(), bare.end())
     if last is None:
         return Extraction("malformed" if seen else "no_answer")
     while (box := _WHOLE_BOX.match(last)) and last.rstrip().endswith("}"):
@@ -80,7 +95,7 @@ def decide(gold: str, answer: str) -> bool | None:
         Whether they are equal, or None where exact rules cannot tell.
     """
     truth, given = normalize(gold), normalize(answer)
-    for rule in (_equal_values, _equal_words, _equal_assignments, _equal_bases, _equal_collections):
+    for rule in (_equal_angles, _equal_values, _equal_words, _equal_assignments, _equal_bases, _equal_collections):
         verdict = rule(truth, given)
         if verdict is not None:
             return verdict
@@ -99,6 +114,15 @@ def _equal_values(truth: Answer, given: Answer) -> bool | None:
         letters = given.text.isalpha() or truth.text.isalpha()
         return False if letters and (truth.value is not None or given.value is not None) else None
     return truth.value == given.value and _units_agree(truth, given)
+
+
+def _equal_angles(truth: Answer, given: Answer) -> bool | None:
+    """Degrees on one side, a multiple of pi on the other."""
+    degrees, radians = (truth, given) if truth.unit == "°" else (given, truth)
+    if degrees.unit != "°" or radians.unit or degrees.value is None or r"\pi" not in radians.text:
+        return None
+    multiple = exact_value(_PI_AFTER_NUMBER.sub("", radians.text).replace(r"\pi", "1"))
+    return None if multiple is None else degrees.value == 180 * multiple
 
 
 def _equal_words(truth: Answer, given: Answer) -> bool | None:

@@ -67,7 +67,36 @@ _RATIO = re.compile(rf"([+-]?{_DECIMAL})/([+-]?{_DECIMAL})|\\frac\{{([+-]?{_DECI
 _MIXED = re.compile(r"(\d+)(?: (\d+)/(\d+)|\\frac\{(\d+)\}\{(\d+)\})")
 _UNIT = re.compile(r"(.*[\d}.])\s*\\(?:text|textrm|textbf|mathrm|mbox)\s*\{\s*([^{}]*?)\s*\}(?:\^\{?\d\}?)?", re.DOTALL)
 _TRAILING = re.compile(r"(?:(?<!\.)[.,;]|\\| )+$")
+_REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\{?(\d+)\}?|(\d*)\.(\d+)(?:\.\.\.+|\\l?dots|\\cdots)")
 _COUNTED = re.compile(r"([+-]?[\d.,]+) +([a-zA-Z][a-zA-Z ]*)")
+
+
+_UNIT_NAMES = {
+    alias: name
+    for name, aliases in {
+        "%": "percent pct percents percentage",
+        "°": "degree degrees deg",
+        "m": "meter meters metre metres",
+        "cm": "centimeter centimeters centimetre centimetres",
+        "mm": "millimeter millimeters millimetre millimetres",
+        "km": "kilometer kilometers kilometre kilometres",
+        "in": "inch inches",
+        "ft": "foot feet",
+        "yd": "yard yards",
+        "mi": "mile miles",
+        "kg": "kilogram kilograms",
+        "g": "gram grams",
+        "lb": "pound pounds lbs",
+        "s": "sec secs second seconds",
+        "min": "mins minute minutes",
+        "h": "hr hrs hour hours",
+        "mph": "mi/h mi/hr",
+        "dollar": "dollars usd",
+        "cent": "cents",
+    }.items()
+    for alias in aliases.split()
+}
+"""What a unit's names have in common. Powers and products stay as they are written."""
 
 
 def clean_unicode(text: str) -> str:
@@ -147,11 +176,16 @@ def _split_unit(text: str) -> tuple[str, str]:
             return bare[: -len(sign)], name
     if (match := _UNIT.fullmatch(bare)) and not any(c.isdigit() for c in match.group(2)):
         # `12\text{cm}^2` and `12\text{cm}` are different: the power stays part of the unit.
-        return match.group(1), " ".join(bare[match.start(2) :].replace("}", "").lower().split())
+        return match.group(1), _unit_name(bare[match.start(2) :].replace("}", ""))
     inner = _STYLE.sub(r"\1", bare)
     if match := _COUNTED.fullmatch(inner.strip()):
-        return match.group(1), match.group(2).strip().lower()
+        return match.group(1), _unit_name(match.group(2))
     return text, ""
+
+
+def _unit_name(words: str) -> str:
+    unit = " ".join(words.lower().split())
+    return _UNIT_NAMES.get(unit, unit)
 
 
 def _canonical_braces(text: str) -> str:
@@ -190,7 +224,35 @@ def exact_value(text: str) -> Fraction | None:
     if match := _RATIO.fullmatch(body):
         top, bottom = (Fraction(part) for part in match.groups() if part is not None)
         return sign * top / bottom if bottom else None
+    if match := _REPEATING.fullmatch(body):
+        value = _repeating_value(match)
+        return None if value is None else sign * value
     if match := _MIXED.fullmatch(body):
         whole, top, bottom = (int(part) for part in match.groups() if part is not None)
         return sign * (whole + Fraction(top, bottom)) if bottom else None
+    return None
+
+
+def _repeating_value(match: re.Match[str]) -> Fraction | None:
+    """The number of `0.1\\overline{6}` or `0.1666...`; None where the digits show no period."""
+    if match.group(3) is not None:
+        whole, fixed, period = match.group(1), match.group(2), match.group(3)
+    else:
+        whole, digits = match.group(4), match.group(5)
+        if (found := _split_period(digits)) is None:
+            return None
+        fixed, period = found
+    start = Fraction(int((whole or "") + fixed or "0"), 10 ** len(fixed))
+    return start + Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(fixed))
+
+
+def _split_period(digits: str) -> tuple[str, str] | None:
+    """Digits before the period, and the period: one digit three times, or more digits twice, at the end."""
+    for length in range(1, len(digits) // 2 + 1):
+        period = digits[-length:]
+        if digits.endswith(period * (3 if length == 1 else 2)):
+            fixed = digits
+            while fixed.endswith(period):
+                fixed = fixed[:-length]
+            return fixed, period
     return None

@@ -74,13 +74,20 @@ def test_extraction_takes_linear_time(text):
         ("½", Fraction(1, 2)),
         ("3½", Fraction(7, 2)),
         ("−５", Fraction(-5)),
+        ("0.333...", Fraction(1, 3)),
+        ("-0.1666\\ldots", Fraction(-1, 6)),
+        ("0.142857142857…", Fraction(1, 7)),
+        (r"2.1\overline{36}", Fraction(47, 22)),
+        (r"0.\overline{3}", Fraction(1, 3)),
     ],
 )
 def test_reads_numbers_exactly(text, value):
     assert normalize(clean_unicode(text)).value == value
 
 
-@pytest.mark.parametrize("text", ["1/0", r"\frac{1}{0}", "1,23", "1e99999", "--5", "1.2.3", "x", "", "5!", "0.333..."])
+@pytest.mark.parametrize(
+    "text", ["1/0", r"\frac{1}{0}", "1,23", "1e99999", "--5", "1.2.3", "x", "", "5!", "0.33...", "0.1234..."]
+)
 def test_leaves_other_text_alone(text):
     assert normalize(text).value is None
 
@@ -142,6 +149,42 @@ def test_accepts_other_spellings(gold, answer):
 )
 def test_rejects_different_answers(gold, answer):
     assert decide(gold, answer) is False
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "equal"),
+    [
+        (r"28\%", "28 percent", True),
+        (r"28\%", r"28\text{ pct}", True),
+        ("5 m", r"5\text{ meters}", True),
+        (r"5\text{ cm}", r"5\text{ km}", False),
+        (r"12\text{ feet}", "12 ft", True),
+        (r"30^\circ", r"\frac{\pi}{6}", True),
+        (r"\frac{5\pi}{6}", "150°", True),
+        (r"30^\circ", r"\frac{\pi}{3}", False),
+        (r"180^\circ", r"\pi", True),
+        (r"\frac{1}{3}", "0.333...", True),
+        (r"\frac{1}{3}", "0.3333", False),
+    ],
+)
+def test_units_angles_and_periods(gold, answer, equal):
+    assert decide(clean_unicode(gold), clean_unicode(answer)) is equal
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"$\boxed{1}$, $\boxed{2}$ and $\boxed{3}$.", "1, 2, 3"),
+        (r"\boxed{1}\quad\text{and}\quad\boxed{2}", "1, 2"),
+        # Said again in another form, corrected, or repeated: the last one counts.
+        (r"\boxed{1\frac12}, or \boxed{\frac32}", r"\frac32"),
+        (r"\boxed{3}. But wait, $x$ is even, so \boxed{4}", "4"),
+        (r"\boxed{6}, \boxed{6}", "6"),
+        (r"\boxed{3} \boxed{5}", "5"),
+    ],
+)
+def test_boxes_side_by_side(text, answer):
+    assert extract_answer(text).answer == answer
 
 
 @pytest.mark.parametrize(
