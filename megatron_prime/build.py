@@ -20,6 +20,7 @@ from megatron_prime.data.sources import PromptSource, build_prompt_source, build
 from megatron_prime.data.templates import complete_messages, render
 from megatron_prime.data.tokenizer import encode, end_token_ids, load_tokenizer
 from megatron_prime.errors import ConfigError
+from megatron_prime.launch.interrupt import stop_requests
 from megatron_prime.mcore import convert
 from megatron_prime.mcore.checkpoint import Checkpointer
 from megatron_prime.mcore.dtypes import DTYPES
@@ -50,12 +51,15 @@ def run(config: AnyConfig) -> Mapping[str, Any]:
     architecture = check(config)
     torch.set_num_threads(config.run.num_threads)
     with parallel_layout(config.parallel, config.run.seed) as layout:
-        if isinstance(config, PrimeConfig):
-            return _run_prime(config, architecture, layout)
-        return _run_sft(config, architecture, layout)
+        with stop_requests() as should_stop:
+            if isinstance(config, PrimeConfig):
+                return _run_prime(config, architecture, layout, should_stop)
+            return _run_sft(config, architecture, layout, should_stop)
 
 
-def _run_prime(config: PrimeConfig, architecture: ModelArchitecture, layout: Layout) -> Mapping[str, Any]:
+def _run_prime(
+    config: PrimeConfig, architecture: ModelArchitecture, layout: Layout, should_stop: Callable[[], bool]
+) -> Mapping[str, Any]:
     setup = _setup(config, architecture, layout)
     start = HfFolder(config.model.path)
     num_warmup_steps = config.prm.warmup_steps if config.uses_prm else 0
@@ -88,6 +92,7 @@ def _run_prime(config: PrimeConfig, architecture: ModelArchitecture, layout: Lay
             prompts=prompts,
             checkpoints=checkpoints,
             logger=metrics,
+            should_stop=should_stop,
             min_groups=layout.dp_size
             * max(config.policy.num_minibatches, config.prm.num_minibatches if config.uses_prm else 1),
         )
@@ -99,7 +104,9 @@ def _run_prime(config: PrimeConfig, architecture: ModelArchitecture, layout: Lay
         return _finish(folder, summary, metrics)
 
 
-def _run_sft(config: SftConfig, architecture: ModelArchitecture, layout: Layout) -> Mapping[str, Any]:
+def _run_sft(
+    config: SftConfig, architecture: ModelArchitecture, layout: Layout, should_stop: Callable[[], bool]
+) -> Mapping[str, Any]:
     model = SftRole(
         _setup(config, architecture, layout), config.sft.optimizer, num_optimizer_steps=config.run.num_steps
     )
@@ -108,7 +115,7 @@ def _run_sft(config: SftConfig, architecture: ModelArchitecture, layout: Layout)
     with _run_folder(config, {"model": model}, layout) as (folder, checkpoints, metrics):
         examples = build_sft_source(config.data, load_tokenizer(config.model.path), seed=config.run.seed)
         logger.info("%d examples; left out: %s", len(examples), dict(examples.dropped.by_reason))
-        summary = SftTrainer(config, model, examples, checkpoints, metrics).train()
+        summary = SftTrainer(config, model, examples, checkpoints, metrics, should_stop).train()
         if config.checkpoint.export_hf:
             convert.export_hf(model, folder.path / "hf", Path(config.model.path))
         return _finish(folder, summary, metrics)

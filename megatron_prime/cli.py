@@ -16,8 +16,9 @@ import megatron_prime
 from megatron_prime.config.loader import load_config
 from megatron_prime.config.plan import batch_plan
 from megatron_prime.config.schema import AnyConfig, ParallelSection, PrimeConfig, SftConfig
-from megatron_prime.errors import ConfigError, PrimeError
+from megatron_prime.errors import ConfigError, PrimeError, RunInterrupted
 from megatron_prime.launch.hardware import PROFILES
+from megatron_prime.launch.interrupt import INTERRUPTED
 from megatron_prime.launch.local import is_launched, launch_local
 from megatron_prime.launch.plan import make_plan
 from megatron_prime.launch.plan_text import plan_rows
@@ -30,13 +31,21 @@ _CONFIGS = Path(megatron_prime.__file__).resolve().parents[1] / "configs"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status (2: the input is at fault)."""
+    """Runs one command; returns the exit status.
+
+    0: done. 1: `check` found that a plan does not fit. 2: the input is at fault. 75: stopped on request and saved; the
+    same command goes on. Anything else: a process ended in another way.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron_prime").setLevel(logging.INFO if _is_main() else logging.WARNING)
     try:
         return options.command(options, arguments)
+    except RunInterrupted as stop:
+        if _is_main():
+            print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
     except PrimeError as error:
         if not _is_main():
             # Most errors reach every rank alike; the main one's exit then ends this process before it speaks.

@@ -41,5 +41,9 @@ class VerifierError(PrimeError, RuntimeError):
     """The verifier itself failed (never: a wrong answer)."""
 
 
+class RunInterrupted(PrimeError):
+    """The run was asked to stop and has saved; the same command goes on from there."""
+
+
 class TrainingError(PrimeError, RuntimeError):
     """Training cannot go on: non-finite loss, no usable groups, ranks that disagree."""

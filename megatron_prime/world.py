@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 Item = TypeVar("Item")
@@ -36,6 +37,15 @@ def barrier() -> None:
     """Waits for every process."""
     if _initialized():
         dist.barrier()
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is true on any process; the same answer on all."""
+    if world_size() == 1:
+        return flag
+    votes = torch.tensor(int(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes)
 
 
 def all_gather(value: Item) -> list[Item]:

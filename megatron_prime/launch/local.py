@@ -9,7 +9,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from megatron_prime.launch.interrupt import INTERRUPTED, STOP_SIGNALS
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 10.0
@@ -24,7 +27,8 @@ def is_launched() -> bool:
 def launch_local(arguments: Sequence[str], world_size: int, num_threads: int) -> int:
     """Runs ``megatron-prime`` with the same arguments on ``world_size`` processes of this machine.
 
-    The first process to fail takes the others down; none outlives this one.
+    The first process to fail takes the others down; none outlives this one. A stop signal is passed on to all, which
+    then save and stop.
 
     Args:
         arguments: of the command line, without the program.
@@ -54,7 +58,11 @@ def launch_local(arguments: Sequence[str], world_size: int, num_threads: int) ->
         for rank in range(world_size)
     ]
     try:
-        return _wait(processes)
+        with _forward_stop_signals(processes):
+            status = _wait(processes)
+        if status == INTERRUPTED:
+            _wait_for_the_rest(processes)
+        return status
     except KeyboardInterrupt:
         # The terminal sent the interrupt to the processes as well.
         return 130
@@ -79,14 +87,32 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
         time.sleep(_POLL_SECONDS)
 
 
+@contextmanager
+def _forward_stop_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    def forward(number: int, frame: object) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait_for_the_rest(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Gives ranks that have saved as well the time to end by themselves."""
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+
+
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    # SIGTERM would ask for a save, which ranks that miss one of them cannot make.
     for process in processes:
         if process.poll() is None:
-            process.terminate()
-    deadline = time.monotonic() + _GRACE_SECONDS
-    for process in processes:
-        try:
-            process.wait(timeout=max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+    for process in processes:
+        process.wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from megatron_prime.algorithm.filtering import GroupCollector
 from megatron_prime.algorithm.implicit_reward import implicit_rewards
 from megatron_prime.batch import Group, RolloutBatch, SamplingParams, ScoredBatch
 from megatron_prime.config.schema import PrimeConfig
-from megatron_prime.errors import TrainingError
+from megatron_prime.errors import RunInterrupted, TrainingError
 from megatron_prime.trainer.evaluation import Accuracy, accuracy, derive_seed, evaluation_sampling, sample_and_verify
 from megatron_prime.trainer.evidence import Evidence, measure_evidence, recent_step_auc
 from megatron_prime.trainer.mismatch import advantage_weights, compare_logprobs
@@ -54,6 +54,8 @@ class PrimeParts:
     prompts: Prompts
     checkpoints: Checkpoints
     logger: Logger
+    should_stop: Callable[[], bool] = bool
+    """Asked after every step, by all ranks together; true on one is true on all."""
     min_groups: int
     """Fewest groups of which every rank gets a share in every mini-batch."""
 
@@ -110,9 +112,12 @@ class PrimeTrainer:
                 metrics |= self.evaluate()
             metrics |= self.stages.drain()
             self.parts.logger.log(self.num_steps_done, metrics)
-            if last or _is_due(self.num_steps_done, config.checkpoint.every_steps):
+            stopping = not last and self.parts.should_stop()
+            if last or stopping or _is_due(self.num_steps_done, config.checkpoint.every_steps):
                 with self.stages("checkpoint"):
                     self.parts.checkpoints.save(self.num_steps_done, self.state_dict())
+            if stopping:
+                raise RunInterrupted(f"stopped as asked and saved after step {self.num_steps_done}")
         return self.summary()
 
     def step(self) -> dict[str, float]:
