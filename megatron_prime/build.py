@@ -50,11 +50,10 @@ def run(config: AnyConfig) -> Mapping[str, Any]:
     """Runs a configuration in the started processes; returns the summary, which is also in the run folder."""
     architecture = check(config)
     torch.set_num_threads(config.run.num_threads)
-    with parallel_layout(config.parallel, config.run.seed) as layout:
-        with stop_requests() as should_stop:
-            if isinstance(config, PrimeConfig):
-                return _run_prime(config, architecture, layout, should_stop)
-            return _run_sft(config, architecture, layout, should_stop)
+    with parallel_layout(config.parallel, config.run.seed) as layout, stop_requests() as should_stop:
+        if isinstance(config, PrimeConfig):
+            return _run_prime(config, architecture, layout, should_stop)
+        return _run_sft(config, architecture, layout, should_stop)
 
 
 def _run_prime(

@@ -17,6 +17,7 @@ from megatron_prime.config.loader import load_config
 from megatron_prime.config.plan import batch_plan
 from megatron_prime.config.schema import AnyConfig, ParallelSection, PrimeConfig, SftConfig
 from megatron_prime.errors import ConfigError, PrimeError, RunInterrupted
+from megatron_prime.launch import command
 from megatron_prime.launch.hardware import PROFILES
 from megatron_prime.launch.interrupt import INTERRUPTED
 from megatron_prime.launch.local import is_launched, launch_local
@@ -81,6 +82,10 @@ def _run(config: AnyConfig, arguments: list[str]) -> int:
         print(final_table(summary))
         print(f"everything is in {Path(config.run.directory) / config.run.name}/")
     return 0
+
+
+def _launch(options: argparse.Namespace, arguments: list[str]) -> int:
+    return command.run(options, start=_run, check=check)
 
 
 def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -184,20 +189,20 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     overrides = {"nargs": "*", "metavar": "KEY=VALUE", "help": "override a key of the configuration, a.b=c"}
 
-    def add(name: str, command: Any, text: str) -> argparse.ArgumentParser:
+    def add(name: str, function: Any, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=command, name=name)
+        sub.set_defaults(command=function, name=name)
         return sub
 
     demo = add("demo", _demo, "the whole story in minutes on a CPU: SFT, then PRIME, in runs/demo/")
     demo.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="run.seed=N, rollout.engine=vllm")
-    for name, command, text in (
+    for name, function, text in (
         ("train", _train, "train by PRIME"),
         ("sft", _train, "make the starting model by supervised fine-tuning"),
         ("check", _check, "resolve and validate a configuration and print the plan; starts nothing"),
         ("evaluate", _evaluate, "avg@k of model.path on the evaluation prompts; prints JSON"),
     ):
-        sub = add(name, command, text)
+        sub = add(name, function, text)
         sub.add_argument("config", help="YAML file")
         sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
         if name == "check":
@@ -207,6 +212,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--gpus", metavar="NxMGB", help="search layouts, e.g. 8x80GB, or 4x8x80GB for 4 nodes")
             text = "expected length of answers (default: a third of the limit)"
             sub.add_argument("--mean-response-tokens", type=_at_least_one, help=text)
+    command.add_arguments(add("launch", _launch, "start a run here, on Slurm or with NeMo-Run; watch and end jobs"))
     _add_generate(add("generate", _generate, "sample answers of a model; prints one JSON row each"))
     _add_convert(add("convert", _convert, "Hugging Face folder <-> Megatron distributed checkpoint"))
     return parser

@@ -45,5 +45,9 @@ class RunInterrupted(PrimeError):
     """The run was asked to stop and has saved; the same command goes on from there."""
 
 
+class LaunchError(PrimeError, RuntimeError):
+    """A cluster that is not there or refuses the job."""
+
+
 class TrainingError(PrimeError, RuntimeError):
     """Training cannot go on: non-finite loss, no usable groups, ranks that disagree."""

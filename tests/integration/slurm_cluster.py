@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "unshare", "nsenter")
@@ -112,7 +113,8 @@ class SlurmCluster:
         self._spawn(
             "munged",
             f"munged --foreground --num-threads=2 --key-file={key} --seed-file={self.root}/key/seed "
-            f"--socket={self.root}/munge/socket --pid-file={self.root}/run/munged.pid --log-file={self.root}/log/munged",
+            f"--socket={self.root}/munge/socket --pid-file={self.root}/run/munged.pid "
+            f"--log-file={self.root}/log/munged.log",
         )
         self._wait_until(lambda: (self.root / "munge" / "socket").exists(), "munge has no socket")
         self._spawn("ctl", f"unshare --uts --mount sh -c '{self._names('ctl')} exec slurmctld -D -c'")
@@ -147,6 +149,16 @@ class SlurmCluster:
         process.kill()
         process.wait()
 
+    def ensure_running(self, node: str) -> None:
+        """Boots a node that has crashed, and waits for it."""
+        if node not in self._processes:
+            self.start(node)
+        self._wait_until(lambda: self.run(f"sinfo -h -n {node} -o %t").split() == ["idle"], f"{node} is not idle")
+
+    def expand(self, nodes: str) -> list[str]:
+        """Names in a node list such as n[1-2]."""
+        return self.run(f"scontrol show hostnames '{nodes}'").split()
+
     def inside(self, node: str, command: str) -> str:
         """Runs a command on a node; returns what it prints."""
         namespace_owner = self._processes[node].pid
@@ -170,8 +182,7 @@ class SlurmCluster:
         self._wait_until(lambda: self.state(job).get("JobState") in ended, f"job {job} does not end", timeout_seconds)
         return self.state(job)
 
-    def _wait_until(self, condition: object, problem: str, timeout_seconds: float = 30.0) -> None:
-        assert callable(condition)
+    def _wait_until(self, condition: Callable[[], bool], problem: str, timeout_seconds: float = 30.0) -> None:
         deadline = time.monotonic() + timeout_seconds
         while not condition():
             if time.monotonic() > deadline:
