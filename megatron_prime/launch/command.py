@@ -87,9 +87,9 @@ def run(options: argparse.Namespace, start: Start, check: Callable[[AnyConfig], 
         return _local(options, config, start)
     if way == "slurm":
         return _slurm(options, config)
-    from megatron_prime.launch import nemo_run
+    from megatron_prime.launch.nemo_run import launch
 
-    return nemo_run.launch(options, config)
+    return launch(options, config)
 
 
 def _local(options: argparse.Namespace, config: AnyConfig, start: Start) -> int:

@@ -1,0 +1,147 @@
+"""Runs as NeMo-Run tasks: recipes as `run.Partial`, executors, and an experiment that chains them.
+
+NeMo-Run (extra ``launch``) is imported on first use, and nowhere else in the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_prime.config.schema import AnyConfig, PrimeConfig
+from megatron_prime.errors import LaunchError
+from megatron_prime.launch.slurm import SlurmOptions
+
+
+def _nemo_run() -> Any:
+    """The package, or why it is not there."""
+    try:
+        import nemo_run  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise LaunchError(
+            f"nemo_run: cannot be imported ({error}); pip install 'megatron-prime[launch]', which also pins leptonai to"
+            " a version that NeMo-Run can import"
+        ) from error
+    return nemo_run
+
+
+def run_command(arguments: list[str]) -> None:
+    """A task: one rank of `megatron-prime ARGUMENTS`; its launcher has set RANK and the rest.
+
+    Raises:
+        SystemExit: with the command's exit status, where it is not 0.
+    """
+    from megatron_prime.cli import main
+
+    if status := main(arguments):
+        sys.exit(status)
+
+
+def train_recipe(config: str, overrides: Sequence[str] = ()) -> Any:
+    """A PRIME run as `run.Partial`.
+
+    Args:
+        config: YAML file, as the job will read it.
+        overrides: ``key=value``.
+    """
+    return _nemo_run().Partial(run_command, arguments=["train", config, *overrides])
+
+
+def sft_recipe(config: str, overrides: Sequence[str] = ()) -> Any:
+    """A supervised run as `run.Partial`; arguments as for `train_recipe`."""
+    return _nemo_run().Partial(run_command, arguments=["sft", config, *overrides])
+
+
+def evaluate_recipe(config: str, overrides: Sequence[str] = ()) -> Any:
+    """An evaluation in one process as `run.Partial`; arguments as for `train_recipe`."""
+    return _nemo_run().Partial(run_command, arguments=["evaluate", config, *overrides])
+
+
+def local_executor(num_tasks: int) -> Any:
+    """Processes of this machine under torchrun.
+
+    Args:
+        num_tasks: ranks.
+    """
+    return _nemo_run().LocalExecutor(
+        ntasks_per_node=num_tasks, launcher="torchrun", env_vars={"OMP_NUM_THREADS": "1", "PATH": _path()}
+    )
+
+
+def slurm_executor(num_tasks: int, options: SlurmOptions) -> Any:
+    """A Slurm job under torchrun, submitted from here.
+
+    Args:
+        num_tasks: ranks.
+        options: of the cluster; seeds and sbatch options are `megatron-prime launch slurm`'s alone.
+
+    Raises:
+        LaunchError: ranks that do not fill nodes evenly.
+    """
+    tasks = min(options.tasks_per_node, num_tasks)
+    if num_tasks % tasks:
+        raise LaunchError(f"--tasks-per-node: {num_tasks} ranks do not fill nodes of {tasks}; use a divisor")
+    run = _nemo_run()
+    return run.SlurmExecutor(
+        # Mandatory in NeMo-Run; a cluster without accounting ignores it.
+        account=options.account or "default",
+        partition=options.partition,
+        nodes=num_tasks // tasks,
+        ntasks_per_node=tasks,
+        gpus_per_node=options.gpus_per_node or None,
+        time=options.time or "01:00:00",
+        container_image=options.container,
+        container_mounts=options.mounts.split(",") if options.mounts else [],
+        tunnel=run.LocalTunnel(job_dir=""),
+        packager=run.Packager(),
+        env_vars={"OMP_NUM_THREADS": "1"},
+        setup_lines=f"export PATH={_path()}",
+        launcher="torchrun",
+        retries=3,
+        additional_parameters={"signal": f"TERM@{options.save_seconds}"},
+    )
+
+
+def _path() -> str:
+    """This interpreter's folder first: torchrun is found by name."""
+    return f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
+
+
+def experiment(name: str, steps: Sequence[tuple[str, Any, Any]]) -> Any:
+    """Tasks that run one after the other, each when the one before it has succeeded.
+
+    Args:
+        name: of the experiment.
+        steps: (name, task, executor) in order.
+    """
+    result = _nemo_run().Experiment(name)
+    with result:
+        before: list[str] = []
+        for step, task, executor in steps:
+            before = [result.add(task, executor=executor, name=step, dependencies=before or None)]
+    return result
+
+
+def launch(options: argparse.Namespace, config: AnyConfig) -> int:
+    """`megatron-prime launch nemo-run`: one run as an experiment of one task."""
+    from megatron_prime.launch.command import slurm_options
+
+    world_size = config.parallel.world_size
+    recipe = train_recipe if isinstance(config, PrimeConfig) else sft_recipe
+    task = recipe(str(Path(options.config).resolve()), options.overrides)
+    executor = (
+        local_executor(world_size)
+        if options.executor == "local"
+        else slurm_executor(world_size, slurm_options(options))
+    )
+    name = config.run.name.replace("/", "_")
+    with _nemo_run().Experiment(name) as exp:
+        exp.add(task, executor=executor, name=name)
+        if options.dry_run:
+            exp.dryrun()
+        else:
+            exp.run(detach=options.executor == "slurm")
+    return 0
