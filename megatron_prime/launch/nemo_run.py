@@ -6,6 +6,7 @@ NeMo-Run (extra ``launch``) is imported on first use, and nowhere else in the pa
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,15 +30,8 @@ def _nemo_run() -> Any:
 
 
 def run_command(arguments: list[str]) -> None:
-    """A task: one rank of `megatron-prime ARGUMENTS`; its launcher has set RANK and the rest.
-
-    Raises:
-        SystemExit: with the command's exit status, where it is not 0.
-    """
-    from megatron_prime.cli import main
-
-    if status := main(arguments):
-        sys.exit(status)
+    """A task: becomes one rank of `megatron-prime ARGUMENTS`; its launcher has set RANK and the rest."""
+    os.execv(sys.executable, [sys.executable, "-m", "megatron_prime.cli", *arguments])
 
 
 def train_recipe(config: str, overrides: Sequence[str] = ()) -> Any:

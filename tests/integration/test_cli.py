@@ -73,7 +73,13 @@ def test_every_recipe_has_a_plan(recipe: str, capsys: pytest.CaptureFixture[str]
 
 def test_a_plan_without_the_option_wants_weights_and_data(capsys: pytest.CaptureFixture[str]) -> None:
     shape = ROOT / "configs" / "models" / SHAPES["prime_qwen2.5_72b"]
-    lines = fails(capsys, "check", str(ROOT / "configs" / "prime_qwen2.5_72b.yaml"), f"model.path={shape}")
+    lines = fails(
+        capsys,
+        "check",
+        str(ROOT / "configs" / "prime_qwen2.5_72b.yaml"),
+        f"model.path={shape}",
+        "rollout.engine=transformers",
+    )
     assert lines[0] == "ConfigError:"
     assert [line.split(":")[0].strip() for line in lines[1:]] == ["data.train", "data.evaluation", "model.path"]
     assert lines[3].endswith("fetch the weights")

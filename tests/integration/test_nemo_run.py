@@ -44,7 +44,7 @@ def test_dry_run_prints_the_job(tmp_path: Path) -> None:
 
 @needs_nemo_run
 def test_a_task_trains_under_torchrun(tmp_path: Path) -> None:
-    overrides = [f"run.directory={tmp_path}", "run.name=r", "run.num_steps=3", "checkpoint.export_hf=false"]
+    overrides = [f"run.directory={tmp_path}", "run.name=r", "run.num_steps=60", "checkpoint.export_hf=false"]
     result = launch(tmp_path, *overrides, "--executor=local")
     assert result.returncode == 0, result.stderr[-2000:]
-    assert json.loads((tmp_path / "r" / "summary.json").read_text())["num_steps"] == 3
+    assert json.loads((tmp_path / "r" / "summary.json").read_text())["num_steps"] == 60
