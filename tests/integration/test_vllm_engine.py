@@ -290,7 +290,7 @@ def test_ten_kills_lose_and_double_nothing(folders, parent) -> None:
     engine = make_engine(folder, parent, max_restarts=3)
     engine.load_weights(export(folder), 0)
     prompts = make_prompts(16)
-    params = sampling(max_response_tokens=200)
+    params = sampling(max_response_tokens=100)
     begun = time.perf_counter()
     expected = engine.generate(prompts, params)
     seconds = time.perf_counter() - begun

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-
-import torch
 
 from megatron_prime import world
 from megatron_prime.batch import Prompt, Response, SamplingParams
@@ -18,8 +14,8 @@ from megatron_prime.rollout.protocol import ExportedWeights
 from megatron_prime.rollout.randomness import answer_key
 from megatron_prime.rollout.vllm.messages import EngineOptions, EngineRequest, Finished, SharedUpdate
 from megatron_prime.rollout.vllm.process import EngineLost, EngineParent, EngineProcess
-from megatron_prime.rollout.vllm.shared_weights import SharedPlan, SharedWeights, lay_out
-from megatron_prime.weights.shards import cut, digest, find_non_finite
+from megatron_prime.rollout.vllm.writer import WeightWriter
+from megatron_prime.weights.shards import find_non_finite
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +60,10 @@ class VllmEngine:
         self._parent = parent
         self._owns_parent = parent is None
         self._process: EngineProcess | None = None
-        self._memory: SharedWeights | None = None
+        self._writer: WeightWriter | None = None
         self._update: SharedUpdate | None = None
         self._version = -1
         """Of the weights in the memory."""
-        self._writer = 0
-        """This rank's number among those that write to the memory."""
-        self._first_slice = 0
         if setup.is_leader and parent is None:
             self._parent = self._new_parent()
 
@@ -100,28 +93,40 @@ class VllmEngine:
     def load_weights(self, weights: ExportedWeights, version: int) -> str:
         """See `protocol.Engine.load_weights`; a failed load leaves no engine that could generate."""
         self.weight_version = -1
-        memory = self._open_memory(weights)
-        memory.progress[self._writer] = 0
+        writer = self.writer(weights)
+        writer.begin()
         problems = [f"{name}: holds values that are not finite" for name in find_non_finite(weights.slices())]
-        # Also says that no rank's progress is that of the last time.
+        # Also says that every rank has begun.
         problems = sorted({problem for found in world.all_gather(problems) for problem in found})
         if problems:
             raise RolloutError("\n".join(f"weights of version {version}: {problem}" for problem in problems))
         problem = None
         if self._setup.is_leader:
-            assert self._update is not None
             self._version = version
             try:
                 self._begin_load()
-                self._write(weights, memory)
+                writer.write()
                 self._with_restarts(self._finish_load)
             except RolloutError as error:
                 problem = str(error)
         else:
-            self._write(weights, memory)
+            writer.write()
         _raise_for(world.all_gather(problem))
         self.weight_version = version
-        return digest(memory.digests).hex()
+        return writer.checksum()
+
+    def writer(self, weights: ExportedWeights) -> WeightWriter:
+        """The way into the memory that this rank's engine reads, planned at the first refit."""
+        setup = self._setup
+        if self._writer is None:
+            self._writer = WeightWriter(weights, is_leader=setup.is_leader, with_digests=setup.verify_refit)
+            self._update = SharedUpdate(
+                path=self._writer.path,
+                plan=self._writer.plan,
+                compare_digests=setup.verify_refit,
+                timeout_seconds=setup.timeout_seconds,
+            )
+        return self._writer
 
     def sleep(self) -> None:
         """An engine process keeps its memory; nothing to do."""
@@ -136,50 +141,13 @@ class VllmEngine:
             self._process.close()
         if self._parent is not None and self._owns_parent:
             self._parent.close()
-        if self._memory is not None:
-            self._memory.close()
-        self._process = self._parent = self._memory = None
+        if self._writer is not None:
+            self._writer.close()
+        self._process = self._parent = self._writer = None
 
     def process_id(self) -> int | None:
         """Of this rank's engine process, where there is one."""
         return self._process.process_id if self._process is not None else None
-
-    def _open_memory(self, weights: ExportedWeights) -> SharedWeights:
-        """The memory that this rank's engine reads, planned and mapped at the first refit."""
-        if self._memory is not None:
-            return self._memory
-        entries = lay_out(weights.tensors())
-        everyones = weights.gather([(part.name, part.ranges) for part in weights.slices()])
-        plan = SharedPlan(entries, tuple(part for parts in everyones for part in parts), len(everyones))
-        offered = SharedWeights(plan) if self._setup.is_leader else None
-        offers = weights.gather((offered.path if offered else None, socket.gethostname(), os.getpid()))
-        path, host, _ = next(offer for offer in offers if offer[0] is not None)
-        if any(other != host for _, other, _ in offers):
-            raise RolloutError(
-                "rollout.engine: the ranks of one model copy are on several hosts, and the vllm engine wants them on "
-                "one; lower tensor x pipeline parallelism to the GPUs of a host"
-            )
-        self._writer = [process for _, _, process in offers].index(os.getpid())
-        self._first_slice = sum(len(parts) for parts in everyones[: self._writer])
-        self._memory = offered or SharedWeights(plan, path)
-        setup = self._setup
-        self._update = SharedUpdate(
-            path=path, plan=plan, compare_digests=setup.verify_refit, timeout_seconds=setup.timeout_seconds
-        )
-        return self._memory
-
-    def _write(self, weights: ExportedWeights, memory: SharedWeights) -> None:
-        """Copies this rank's slices, telling the engine how far it is."""
-        position = {entry.name: number for number, entry in enumerate(memory.plan.entries)}
-        for part in weights.slices():
-            memory.progress[self._writer] = position[part.name]
-            cut(memory.tensors[part.name], part.ranges).copy_(part.values)
-        memory.progress[self._writer] = len(position)
-        if self._setup.verify_refit:
-            # After the values: the engine needs them first, and computes its own checksums meanwhile.
-            for number, part in enumerate(weights.slices(), start=self._first_slice):
-                memory.digests[number] = torch.frombuffer(bytearray(digest(part.values)), dtype=torch.uint8)
-        memory.progress[self._writer] = len(position) + 1
 
     def _begin_load(self) -> None:
         """Has the engine follow this rank's writing, if there is an engine; otherwise `_finish_load` starts one."""

