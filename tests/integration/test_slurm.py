@@ -114,13 +114,13 @@ def test_two_nodes_train_as_one_machine_through_stop_and_requeue(cluster: SlurmC
     layout = {"world_size": 4, "tensor_model_parallel_size": 2}
     paths = {}
     for name in ("local", "slurm"):
-        run = {"name": name, "directory": str(work), "num_steps": 6, "seed": 5}
+        run = {"name": name, "directory": str(work), "num_steps": 4, "seed": 5}
         config = prime_config(start, str(work), name, run=run, parallel=layout, checkpoint={"every_steps": 0})
         paths[name] = write_yaml(work / f"{name}.yaml", config)
     subprocess.run([*COMMAND, "train", str(paths["local"])], check=True, capture_output=True, timeout=LONG_SECONDS)
 
     job = submit(cluster, work, "-N2 --ntasks-per-node=2", "train", str(paths["slurm"]))
-    wait_for(lambda: len(rows_of(work / "slurm")) >= 3, "no third row of metrics", work)
+    wait_for(lambda: len(rows_of(work / "slurm")) >= 2, "no second row of metrics", work)
     # What Slurm itself does at --signal=B:USR1@300, without waiting for whole minutes.
     cluster.run(f"scancel --batch --signal=USR1 {job}")
     ended = cluster.wait(job, LONG_SECONDS)
