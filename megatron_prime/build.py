@@ -20,6 +20,7 @@ from megatron_prime.data.sources import PromptSource, build_prompt_source, build
 from megatron_prime.data.templates import complete_messages, render
 from megatron_prime.data.tokenizer import encode, end_token_ids, load_tokenizer
 from megatron_prime.errors import ConfigError
+from megatron_prime.kernels import HeadOptions, choose_backend, choose_gemm
 from megatron_prime.launch.interrupt import stop_requests
 from megatron_prime.mcore import convert
 from megatron_prime.mcore.checkpoint import Checkpointer
@@ -59,7 +60,8 @@ def run(config: AnyConfig) -> Mapping[str, Any]:
 def _run_prime(
     config: PrimeConfig, architecture: ModelArchitecture, layout: Layout, should_stop: Callable[[], bool]
 ) -> Mapping[str, Any]:
-    setup = _setup(config, architecture, layout)
+    folder = RunFolder(config.run.directory, config.run.name)
+    setup = _setup(config, architecture, layout, folder)
     start = HfFolder(config.model.path)
     num_warmup_steps = config.prm.warmup_steps if config.uses_prm else 0
     policy = PolicyRole(setup, config.policy, num_steps=config.run.num_steps - num_warmup_steps)
@@ -78,7 +80,7 @@ def _run_prime(
         _engine(
             config.model.path, config.model.dtype, config.rollout, architecture, layout, config.run.num_threads
         ) as engine,
-        _run_folder(config, roles, layout) as (folder, checkpoints, metrics),
+        _prepared(folder, config, roles, setup) as (checkpoints, metrics),
         _verifier(config) as verifier,
     ):
         prompts = _prompts(config)
@@ -106,12 +108,12 @@ def _run_prime(
 def _run_sft(
     config: SftConfig, architecture: ModelArchitecture, layout: Layout, should_stop: Callable[[], bool]
 ) -> Mapping[str, Any]:
-    model = SftRole(
-        _setup(config, architecture, layout), config.sft.optimizer, num_optimizer_steps=config.run.num_steps
-    )
+    folder = RunFolder(config.run.directory, config.run.name)
+    setup = _setup(config, architecture, layout, folder)
+    model = SftRole(setup, config.sft.optimizer, num_optimizer_steps=config.run.num_steps)
     if config.model.init == "weights":
         model.load_hf(HfFolder(config.model.path))
-    with _run_folder(config, {"model": model}, layout) as (folder, checkpoints, metrics):
+    with _prepared(folder, config, {"model": model}, setup) as (checkpoints, metrics):
         examples = build_sft_source(config.data, load_tokenizer(config.model.path), seed=config.run.seed)
         logger.info("%d examples; left out: %s", len(examples), dict(examples.dropped.by_reason))
         summary = SftTrainer(config, model, examples, checkpoints, metrics, should_stop).train()
@@ -204,30 +206,53 @@ def _generate(
         return loaded.generate(prompts, sampling)
 
 
-def _setup(config: AnyConfig, architecture: ModelArchitecture, layout: Layout) -> RoleSetup:
+def _setup(config: AnyConfig, architecture: ModelArchitecture, layout: Layout, folder: RunFolder) -> RoleSetup:
     return RoleSetup(
         architecture=architecture,
         model=config.model,
         parallel=config.parallel,
         micro_batch=config.micro_batch,
         layout=layout,
+        head=_head_options(config, architecture, layout, folder),
     )
 
 
+def _head_options(config: AnyConfig, architecture: ModelArchitecture, layout: Layout, folder: RunFolder) -> HeadOptions:
+    """How the log-prob op is computed: what the main process measures, or measured when the run began, for all."""
+    section = config.head
+    gemm: Any = section.gemm
+    if gemm == "auto":
+        found = None
+        if world.is_main():
+            padded = architecture.padded_vocab_size(config.model.make_vocab_size_divisible_by, layout.tp_size)
+            found = (folder.recorded_head() or {}).get("gemm") or choose_gemm(
+                DTYPES[config.model.dtype], padded // layout.tp_size, architecture.hidden_size, layout.device
+            )
+        gemm = world.broadcast(found)
+    options = HeadOptions(
+        backend=choose_backend(section.backend, layout.device),
+        gemm=gemm,
+        workspace_bytes=max(1, int(section.workspace_mib * 2**20)),
+    )
+    logger.info("log-prob op: %s backend, products by %s", options.backend, gemm)
+    return options
+
+
 @contextmanager
-def _run_folder(
-    config: AnyConfig, roles: Mapping[str, TrainableRole], layout: Layout
-) -> Iterator[tuple[RunFolder, Checkpointer, MetricsLogger]]:
-    folder = RunFolder(config.run.directory, config.run.name)
+def _prepared(
+    folder: RunFolder, config: AnyConfig, roles: Mapping[str, TrainableRole], setup: RoleSetup
+) -> Iterator[tuple[Checkpointer, MetricsLogger]]:
+    layout = setup.layout
     folder.prepare(config, config.run.resume)
     folder.write_versions()
+    folder.write_head({"backend": setup.head.backend, "gemm": setup.head.gemm})
     sizes = {"tp": layout.tp_size, "pp": layout.pp_size, "dp": layout.dp_size}
     checkpoints = Checkpointer(folder.checkpoints, roles, sizes, config.checkpoint.keep_last)
     # Without a checkpoint the evaluation before the first step is repeated too.
     folder.truncate_metrics(checkpoints.newest_step() if checkpoints.complete() else -1)
     metrics = MetricsLogger(folder, config.run.num_steps, enabled=world.is_main())
     try:
-        yield folder, checkpoints, metrics
+        yield checkpoints, metrics
     finally:
         metrics.close()
 

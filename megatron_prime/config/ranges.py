@@ -58,7 +58,7 @@ RANGES: dict[str, Range] = {
     "parallel.timeout_seconds": POSITIVE,
     "micro_batch.micro_batch_size": AT_LEAST_ONE,
     "micro_batch.micro_batch_tokens": AT_LEAST_ONE,
-    "micro_batch.logprob_chunk_tokens": AT_LEAST_ONE,
+    "head.workspace_mib": POSITIVE,
     "data.min_operations": AT_LEAST_ONE,
     "data.max_operations": AT_LEAST_ONE,
     "data.max_operand": AT_LEAST_ONE,

@@ -70,8 +70,18 @@ class MicroBatchSection:
     """Sequences of a micro-batch; exactly one of this and `micro_batch_tokens` is set."""
     micro_batch_tokens: int | None = None
     """Tokens of a micro-batch at the most (a longer sequence goes alone)."""
-    logprob_chunk_tokens: int = 1024
-    """Response tokens whose logits exist at one time."""
+
+
+@dataclass(kw_only=True, slots=True)
+class HeadSection:
+    """The log-prob op of all models. Never changes a result by more than rounding, only memory and speed."""
+
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """`auto`: Triton on GPUs of compute capability 8.0 and up where it is installed, else torch."""
+    gemm: Literal["auto", "mm", "onednn"] = "auto"
+    """Float32 matrix product of the torch backend on CPUs; `auto` measures when a run begins and keeps to it."""
+    workspace_mib: float = 256.0
+    """Logits, or their exponentials, that exist at one time on one rank."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -332,6 +342,7 @@ class PrimeConfig:
     model: ModelSection
     parallel: ParallelSection = field(default_factory=ParallelSection)
     micro_batch: MicroBatchSection = field(default_factory=lambda: MicroBatchSection(micro_batch_tokens=8192))
+    head: HeadSection = field(default_factory=HeadSection)
     data: ArithmeticData | FileData
     rollout: RolloutSection
     verifier: VerifierSection = field(default_factory=VerifierSection)
@@ -348,6 +359,20 @@ class PrimeConfig:
         """Whether the process source takes part at all."""
         return self.advantage.process_coef != 0.0
 
+    @property
+    def policy_scores_in_update(self) -> bool:
+        """Whether the policy's update sees the whole batch before anything changes, and nobody else asks for scores."""
+        section = self.policy
+        corrects = section.importance_cap is not None or section.max_sequence_ratio is not None
+        return section.num_minibatches == 1 and not corrects and self.reference.source != "policy"
+
+    @property
+    def prm_scores_in_update(self) -> bool:
+        """Whether the PRM's update sees the whole batch before anything changes, and does not need scores itself."""
+        section = self.prm
+        passes = section.num_minibatches * section.num_window_batches
+        return section.update == "after" and passes == 1 and section.loss == "cross_entropy"
+
 
 @dataclass(kw_only=True, slots=True)
 class SftConfig:
@@ -358,6 +383,7 @@ class SftConfig:
     model: ModelSection
     parallel: ParallelSection = field(default_factory=ParallelSection)
     micro_batch: MicroBatchSection = field(default_factory=lambda: MicroBatchSection(micro_batch_tokens=8192))
+    head: HeadSection = field(default_factory=HeadSection)
     data: ArithmeticData | FileData
     sft: SftSection
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)

@@ -15,6 +15,8 @@ from megatron_prime.weights.architecture import ModelArchitecture
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 FLOAT32 = 4
+LOGIT_TILE_BYTES = 8 * 2**20
+"""Of the log-prob op (`kernels/tiles.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,17 +199,19 @@ def forward_bytes(architecture: ModelArchitecture, layout: Layout, num_tokens: i
 
 
 def head_bytes(
-    architecture: ModelArchitecture, layout: Layout, num_tokens: int, chunk_tokens: int, *, backward: bool
+    architecture: ModelArchitecture, layout: Layout, num_tokens: int, workspace_bytes: float, *, backward: bool
 ) -> int:
-    """Peak of the log-prob head on the last stage: float32 logits of one chunk and its exponentials, the head in
-    float32; backward adds the head's gradient and the hidden states' gradient in float32.
+    """Peak of the log-prob op on the last stage: float32 logits of one tile with their exponentials and hidden states
+    in float32. Backward adds the exponentials that the workspace keeps, the hidden states' gradient, and a gradient
+    of the head that only has the right shape (the real one is in Megatron's buffer).
     """
     rows, hidden = vocabulary_rows(architecture, layout), architecture.hidden_size
-    chunk = 2 * FLOAT32 * min(chunk_tokens, num_tokens) * rows
-    head = FLOAT32 * rows * hidden
+    logits = FLOAT32 * num_tokens * rows
+    tile = int(2 * min(logits, workspace_bytes, LOGIT_TILE_BYTES)) + FLOAT32 * num_tokens * hidden
     if not backward:
-        return chunk + head
-    return chunk + 2 * head + (FLOAT32 + 2 * layout.item_bytes) * num_tokens * hidden
+        return tile
+    kept = int(min(logits, workspace_bytes))
+    return tile + kept + layout.item_bytes * rows * hidden + (FLOAT32 + layout.item_bytes) * num_tokens * hidden
 
 
 def kv_token_bytes(architecture: ModelArchitecture, item_bytes: int, tensor: int) -> float:

@@ -128,7 +128,7 @@ def _phases(
     resident = _resident(config, architecture, layout, hardware, stage)
     tokens = micro_batch_tokens(config, work)
     last = stage == layout.pipeline - 1
-    chunk = config.micro_batch.logprob_chunk_tokens
+    workspace = config.head.workspace_mib * 2**20
 
     def update(name: str, num_rows: int, num_steps: int) -> PhaseMemory:
         num_micro_batches = math.ceil(num_rows * work.row_tokens / max(num_steps, 1) / layout.data / tokens)
@@ -137,14 +137,14 @@ def _phases(
             "layer workspace": memory.backward_bytes(architecture, layout, tokens),
         }
         if last:
-            parts["logits"] = memory.head_bytes(architecture, layout, tokens, chunk, backward=True)
+            parts["logits"] = memory.head_bytes(architecture, layout, tokens, workspace, backward=True)
         return PhaseMemory(name=name, parts=resident | parts)
 
     if not isinstance(config, PrimeConfig):
         return [update("update", work.num_rows, 1)]
     score = {"layer workspace": memory.forward_bytes(architecture, layout, tokens)}
     if last:
-        score["logits"] = memory.head_bytes(architecture, layout, tokens, chunk, backward=False)
+        score["logits"] = memory.head_bytes(architecture, layout, tokens, workspace, backward=False)
     phases = [
         PhaseMemory(name="rollout", parts=resident | _rollout_parts(config, architecture, layout, work)),
         PhaseMemory(name="score", parts=resident | score),

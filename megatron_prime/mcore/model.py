@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prime.config.schema import ModelSection, ParallelSection
 from megatron_prime.errors import ConfigError
-from megatron_prime.kernels.logprob import fused_linear_logprob
+from megatron_prime.kernels import ChunkLoss, HeadOptions, fused_linear_logprob, fused_linear_logprob_loss
 from megatron_prime.mcore.dtypes import DTYPES
 from megatron_prime.mcore.layers import (
     PackedSequences,
@@ -125,20 +127,39 @@ def block_spec(
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadLoss:
+    """A loss that the head evaluates itself, chunk by chunk of response tokens."""
+
+    evaluate: ChunkLoss
+    sequence_lengths: Sequence[int] | None
+    """Response tokens of each sequence, where the loss needs whole sequences."""
+    with_entropy: bool
+
+
 class LogprobModel(GPTModel):
-    """A GPTModel whose last stage returns log-probs of the response tokens instead of logits.
+    """A GPTModel whose last stage returns log-probs of the response tokens, or a loss of them, instead of logits.
 
     Called with ``labels`` and ``loss_mask`` (true on positions that predict a response token), the
-    last stage gives float [2, n]: log-prob and entropy of each response token. Only these n
-    positions reach the head.
+    last stage gives float [n], the log-prob of each response token; with ``head_loss`` a scalar. Only
+    these n positions reach the head.
     """
 
-    logprob_chunk_tokens: int = 1024
+    head_options: HeadOptions
     temperature: float = 1.0
     true_vocab_size: int
+    head_loss: HeadLoss | None = None
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """GPTModel.forward, telling the rotary embedding the positions first."""
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        *args: Any,
+        head_loss: HeadLoss | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """GPTModel.forward, telling the rotary embedding the positions and the head its loss first."""
+        self.head_loss = head_loss
         if isinstance(self.rotary_pos_emb, PositionRotaryEmbedding):
             self.rotary_pos_emb.set_positions(position_ids, kwargs.get("packed_seq_params") is not None)
         return super().forward(input_ids, position_ids, *args, **kwargs)
@@ -146,25 +167,43 @@ class LogprobModel(GPTModel):
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not self.post_process:
             return hidden_states
-        if self.config.sequence_parallel:
-            # The head sums the hidden gradient over tensor-parallel ranks itself, so backward only splits.
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         predicts, labels = kwargs["loss_mask"], kwargs["labels"]
-        selected = hidden_states.transpose(0, 1)[predicts]
+        selected, shards = self._response_states(hidden_states, predicts)
         tied = self.share_embeddings_and_output_weights
         weight: Any = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        result = fused_linear_logprob(
+        arguments: dict[str, Any] = {
+            "vocab_size": self.true_vocab_size,
+            "temperature": self.temperature,
+            "tp_group": self.pg_collection.tp,
+            "sequence_shards": shards,
+            "options": self.head_options,
+        }
+        loss = self.head_loss
+        if loss is None:
+            return fused_linear_logprob(selected, weight, labels[predicts], **arguments).logprobs
+        return fused_linear_logprob_loss(
             selected,
             weight,
             labels[predicts],
-            vocab_size=self.true_vocab_size,
-            temperature=self.temperature,
-            tp_group=self.pg_collection.tp,
-            entropy="metric",
-            chunk_tokens=self.logprob_chunk_tokens,
-        )
-        assert result.entropy is not None
-        return torch.stack((result.logprobs, result.entropy))
+            loss.evaluate,
+            sequence_lengths=loss.sequence_lengths,
+            entropy="metric" if loss.with_entropy else "none",
+            accumulate_main_grad=hasattr(weight, "main_grad"),
+            **arguments,
+        ).loss
+
+    def _response_states(
+        self, hidden_states: torch.Tensor, predicts: torch.Tensor
+    ) -> tuple[torch.Tensor, list[int] | None]:
+        """Hidden states [n, d] that predict response tokens; where each rank has its own, also how many each has."""
+        if not self.config.sequence_parallel:
+            return hidden_states.transpose(0, 1)[predicts], None
+        if predicts.shape[0] > 1:
+            # Rank after rank would not be row after row. The head sums gradients itself, so backward only splits.
+            whole = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+            return whole.transpose(0, 1)[predicts], None
+        shares = predicts.view(-1, hidden_states.shape[0])
+        return hidden_states[shares[self.pg_collection.tp.rank()], 0], shares.sum(dim=1).tolist()
 
 
 def build_model(
@@ -172,7 +211,7 @@ def build_model(
     model: ModelSection,
     parallel: ParallelSection,
     *,
-    logprob_chunk_tokens: int,
+    head_options: HeadOptions,
     device: torch.device,
 ) -> LogprobModel:
     """This rank's part of the model, with Megatron's random initialisation.
@@ -181,7 +220,7 @@ def build_model(
         architecture: shape, from the Hugging Face config.
         model: types and layer implementation.
         parallel: the layout.
-        logprob_chunk_tokens: response tokens whose logits exist at one time.
+        head_options: of the log-prob op.
         device: where the parameters live.
     """
     config = transformer_config(architecture, model, parallel)
@@ -205,7 +244,7 @@ def build_model(
     else:
         result.rotary_pos_emb = PositionRotaryEmbedding(inverse)  # type: ignore[assignment]
     result.true_vocab_size = architecture.vocab_size
-    result.logprob_chunk_tokens = logprob_chunk_tokens
+    result.head_options = head_options
     return result.to(device)
 
 

@@ -48,8 +48,39 @@ class TokenRows:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MicroBatch:
-    """One forward pass. n is the number of its response tokens, flat, row after row."""
+class ResponseTokens:
+    """n response tokens of a batch, flat, row after row."""
+
+    rows: torch.Tensor
+    """int64 [n], row of the whole batch that each token belongs to."""
+    columns: torch.Tensor
+    """int64 [n], its response position."""
+
+    def part(self, tokens: slice) -> ResponseTokens:
+        """Some of the tokens."""
+        return ResponseTokens(rows=self.rows[tokens], columns=self.columns[tokens])
+
+    def take(self, whole: torch.Tensor) -> torch.Tensor:
+        """Flat [n] view of a whole-batch [B, R] tensor."""
+        return whole[self.rows, self.columns]
+
+    def unique_rows(self) -> torch.Tensor:
+        """The rows of the whole batch among these tokens, in order of first appearance."""
+        return torch.unique_consecutive(self.rows)
+
+    def response_lengths(self) -> list[int]:
+        """Tokens of each of `unique_rows`."""
+        return torch.unique_consecutive(self.rows, return_counts=True)[1].tolist()
+
+    def to_rows(self, flat: torch.Tensor, width: int) -> torch.Tensor:
+        """Differentiable inverse of `take` for these tokens: [n] to [num_rows, width], 0 elsewhere."""
+        unique, inverse = torch.unique_consecutive(self.rows, return_inverse=True)
+        return flat.new_zeros(len(unique), width).index_put((inverse, self.columns), flat)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch(ResponseTokens):
+    """One forward pass, and the response tokens that it predicts."""
 
     input_ids: torch.Tensor
     """int64 [1, T] packed, or [b, s]."""
@@ -61,23 +92,6 @@ class MicroBatch:
     lengths: tuple[int, ...]
     """Input tokens of each sequence; with `packed` they sum to T (padding is a sequence of its own)."""
     packed: bool
-    rows: torch.Tensor
-    """int64 [n], row of the whole batch that each flat response token belongs to."""
-    columns: torch.Tensor
-    """int64 [n], its response position."""
-
-    def take(self, whole: torch.Tensor) -> torch.Tensor:
-        """Flat [n] view of a whole-batch [B, R] tensor."""
-        return whole[self.rows, self.columns]
-
-    def unique_rows(self) -> torch.Tensor:
-        """The rows of the whole batch in this micro-batch, in order of first appearance."""
-        return torch.unique_consecutive(self.rows)
-
-    def to_rows(self, flat: torch.Tensor, width: int) -> torch.Tensor:
-        """Differentiable inverse of `take` for this micro-batch: [n] to [num_rows, width], 0 elsewhere."""
-        unique, inverse = torch.unique_consecutive(self.rows, return_inverse=True)
-        return flat.new_zeros(len(unique), width).index_put((inverse, self.columns), flat)
 
 
 def shard_rows(lengths: Sequence[int], rows: Sequence[int], num_shards: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ Each puts the pure functions of `algorithm/` onto one Megatron model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -17,10 +17,10 @@ from megatron_prime.algorithm.prm_loss import (
     pairwise_loss,
     sequence_logits,
 )
-from megatron_prime.batch import RolloutBatch, ScoredBatch, SftExample
+from megatron_prime.batch import RolloutBatch, ScoredBatch, SftExample, UpdateResult
 from megatron_prime.config.schema import PolicySection, PrmSection
-from megatron_prime.mcore.packing import MicroBatch, TokenRows, split_minibatches
-from megatron_prime.mcore.role import ModelRole, RoleSetup, TrainableRole
+from megatron_prime.mcore.packing import ResponseTokens, TokenRows, split_minibatches
+from megatron_prime.mcore.role import ModelRole, RoleSetup, TokenLoss, TrainableRole
 
 Metrics = dict[str, float]
 
@@ -57,62 +57,97 @@ class PolicyRole(TrainableRole):
             num_optimizer_steps=num_steps * section.num_minibatches * section.num_epochs,
         )
         self.section = section
-
-    def score(self, batch: RolloutBatch, *, temperature: float) -> torch.Tensor:
-        """Log-probs at the sampling temperature, float32 [B, R]."""
-        return self.logprobs(TokenRows.from_rollout(batch), temperature=temperature)
-
-    def update(self, batch: ScoredBatch, advantages: torch.Tensor, *, temperature: float, seed: int) -> Metrics:
-        """PPO updates on one scored batch.
-
-        Args:
-            batch: rollouts with log-probs.
-            advantages: float32 [B, R].
-            temperature: of the sampling; ratios are taken at it.
-            seed: of the mini-batch order.
-
-        Returns:
-            Loss, clip fraction, KL estimates, entropy, gradient norm and learning rate: means over the
-            optimizer steps.
-        """
-        rows = TokenRows.from_rollout(batch.rollout)
-        section = self.section
-        options = PolicyLossOptions(
+        self.options = PolicyLossOptions(
             clip_ratio_low=section.clip_ratio_low,
             clip_ratio_high=section.clip_ratio_high,
             dual_clip=section.dual_clip,
             loss_normalization=section.loss_normalization,
             kl_coef=section.kl_coef,
         )
-        reports: list[Metrics] = []
+
+    def score(self, batch: RolloutBatch, *, temperature: float) -> torch.Tensor:
+        """Log-probs at the sampling temperature, float32 [B, R]."""
+        return self.logprobs(TokenRows.from_rollout(batch), temperature=temperature)
+
+    def update(
+        self,
+        batch: ScoredBatch,
+        advantages: torch.Tensor,
+        *,
+        temperature: float,
+        seed: int,
+        check: Callable[[torch.Tensor], None] | None = None,
+    ) -> UpdateResult:
+        """PPO updates on one scored batch.
+
+        Args:
+            batch: rollouts with log-probs. Without those of the policy, the first forward pass of training supplies
+                them: there the policy still is the old one. Only with one mini-batch, which is the whole batch.
+            advantages: float32 [B, R].
+            temperature: of the sampling; ratios are taken at it.
+            seed: of the mini-batch order.
+            check: sees log-probs that the batch came without before any weight changes, and may raise.
+
+        Returns:
+            Loss, clip fraction, KL estimates, entropy, gradient norm and learning rate; the old policy's log-probs
+            where the batch came without.
+        """
+        assert batch.policy_logprobs is not None or self.section.num_minibatches == 1
+        rows = TokenRows.from_rollout(batch.rollout)
+        section = self.section
+        results: list[UpdateResult] = []
+        old = batch.policy_logprobs
         for epoch in range(section.num_epochs):
             for selected in split_minibatches(batch.rollout.group_index, section.num_minibatches, seed + epoch):
                 weights = torch.zeros_like(advantages)
                 weights[selected] = loss_weights(rows.mask[selected], section.loss_normalization).float()
+                loss = _ppo_loss(self.options, weights, advantages, old, batch.reference_logprobs)
+                result = self.optimizer_step(
+                    rows,
+                    selected,
+                    loss,
+                    temperature=temperature,
+                    with_entropy=True,
+                    keep_logprobs=old is None,
+                    check=check,
+                )
+                results.append(result)
+                old = result.logprobs if old is None else old
+        return UpdateResult(metrics=_mean([r.metrics for r in results]), logprobs=results[0].logprobs)
 
-                def loss(
-                    logprobs: torch.Tensor, entropy: torch.Tensor, micro: MicroBatch, weights: torch.Tensor = weights
-                ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-                    device = logprobs.device
-                    weight = micro.take(weights).to(device)
-                    value, metrics = ppo_clip_loss(
-                        logprobs,
-                        micro.take(batch.policy_logprobs).to(device),
-                        micro.take(advantages).to(device),
-                        weight,
-                        options,
-                        reference_logprobs=micro.take(batch.reference_logprobs).to(device),
-                    )
-                    return value, {
-                        "clip_fraction": metrics.clip_fraction,
-                        "kl": metrics.approx_kl,
-                        "reference_kl": metrics.reference_kl,
-                        "max_ratio": metrics.max_ratio,
-                        "entropy": (entropy * weight).sum(),
-                    }
 
-                reports.append(self.optimizer_step(rows, selected, loss, temperature=temperature))
-        return _mean(reports)
+def _ppo_loss(
+    options: PolicyLossOptions,
+    weights: torch.Tensor,
+    advantages: torch.Tensor,
+    old: torch.Tensor | None,
+    reference: torch.Tensor | None,
+) -> TokenLoss:
+    """PPO's loss on whole-batch tensors [B, R]; without old log-probs the policy is the old one."""
+
+    def loss(
+        logprobs: torch.Tensor, entropy: torch.Tensor | None, tokens: ResponseTokens
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        assert entropy is not None
+        device = logprobs.device
+        weight = tokens.take(weights).to(device)
+        value, metrics = ppo_clip_loss(
+            logprobs,
+            logprobs.detach() if old is None else tokens.take(old).to(device),
+            tokens.take(advantages).to(device),
+            weight,
+            options,
+            reference_logprobs=None if reference is None else tokens.take(reference).to(device),
+        )
+        return value, {
+            "clip_fraction": metrics.clip_fraction,
+            "kl": metrics.approx_kl,
+            "reference_kl": metrics.reference_kl,
+            "max_ratio": metrics.max_ratio,
+            "entropy": (entropy * weight).sum(),
+        }
+
+    return loss
 
 
 class PrmRole(TrainableRole):
@@ -136,7 +171,7 @@ class PrmRole(TrainableRole):
         """Log-probs of the response tokens without temperature, float32 [B, R]; never trains."""
         return self.logprobs(TokenRows.from_rollout(batch))
 
-    def update(self, batches: Sequence[ScoredBatch], *, seed: int) -> Metrics:
+    def update(self, batches: Sequence[ScoredBatch], *, seed: int) -> UpdateResult:
         """One pass over the window of batches, oldest first.
 
         Args:
@@ -145,29 +180,32 @@ class PrmRole(TrainableRole):
             seed: of the mini-batch order.
 
         Returns:
-            Loss, gradient norm and learning rate: means over the optimizer steps.
+            Loss, gradient norm and learning rate; where the newest batch came without PRM log-probs, those that
+            this PRM had before the update, which needs a window of one batch and one mini-batch.
         """
-        reports = [
+        results = [
             self._minibatch(batch, selected)
             for number, batch in enumerate(batches)
             for selected in split_minibatches(batch.rollout.group_index, self.section.num_minibatches, seed + number)
         ]
-        return _mean(reports)
+        assert batches[-1].prm_logprobs is not None or len(results) == 1
+        return UpdateResult(metrics=_mean([r.metrics for r in results]), logprobs=results[-1].logprobs)
 
-    def _minibatch(self, batch: ScoredBatch, selected: Sequence[int]) -> Metrics:
-        section, rollout = self.section, batch.rollout
+    def _minibatch(self, batch: ScoredBatch, selected: Sequence[int]) -> UpdateResult:
+        section, rollout, reference = self.section, batch.rollout, batch.reference_logprobs
+        assert reference is not None
         width = rollout.mask.shape[1]
         labels = outcome_labels(rollout.outcomes, soft_labels=section.soft_labels)
         opponents = self._opponents(batch, labels) if section.loss == "pairwise" else None
 
         def loss(
-            logprobs: torch.Tensor, entropy: torch.Tensor, micro: MicroBatch
+            logprobs: torch.Tensor, entropy: torch.Tensor | None, tokens: ResponseTokens
         ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
             device = logprobs.device
-            mine = micro.unique_rows()
+            mine = tokens.unique_rows()
             logits = sequence_logits(
-                micro.to_rows(logprobs, width),
-                batch.reference_logprobs[mine].to(device),
+                tokens.to_rows(logprobs, width),
+                reference[mine].to(device),
                 rollout.mask[mine].to(device),
                 beta=section.beta,
                 aggregation=section.aggregation,
@@ -180,9 +218,16 @@ class PrmRole(TrainableRole):
             correct = ((logits > 0) == (label > 0.5)).float().sum() / len(selected)
             return value, {"train_accuracy": correct}
 
-        return self.optimizer_step(TokenRows.from_rollout(rollout), selected, loss)
+        return self.optimizer_step(
+            TokenRows.from_rollout(rollout),
+            selected,
+            loss,
+            whole_sequences=True,
+            keep_logprobs=batch.prm_logprobs is None,
+        )
 
     def _opponents(self, batch: ScoredBatch, labels: torch.Tensor) -> torch.Tensor:
+        assert batch.prm_logprobs is not None and batch.reference_logprobs is not None
         logits = sequence_logits(
             batch.prm_logprobs,
             batch.reference_logprobs,
@@ -202,8 +247,9 @@ class SftRole(TrainableRole):
         num_tokens = int(rows.mask.sum())
 
         def loss(
-            logprobs: torch.Tensor, entropy: torch.Tensor, micro: MicroBatch
+            logprobs: torch.Tensor, entropy: torch.Tensor | None, tokens: ResponseTokens
         ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+            assert entropy is not None
             return -logprobs.sum() / num_tokens, {"entropy": entropy.sum() / num_tokens}
 
-        return self.optimizer_step(rows, range(len(examples)), loss)
+        return self.optimizer_step(rows, range(len(examples)), loss, with_entropy=True).metrics

@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from megatron_prime.batch import UpdateResult
 from megatron_prime.config.schema import MicroBatchSection, ModelSection, OptimizerSection, ParallelSection
 from megatron_prime.errors import TrainingError
+from megatron_prime.kernels import HeadOptions
 from megatron_prime.mcore.cpu import megatron_platform, on_megatron_platform
-from megatron_prime.mcore.packing import MicroBatch, TokenRows, build_micro_batch, cut_micro_batches, shard_rows
+from megatron_prime.mcore.packing import (
+    MicroBatch,
+    ResponseTokens,
+    TokenRows,
+    build_micro_batch,
+    cut_micro_batches,
+    shard_rows,
+)
 from megatron_prime.mcore.parallel import Layout
 from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.families import WeightSpec, transformer_engine_name, weight_specs
@@ -26,8 +35,10 @@ from megatron_prime.weights.stream import WeightExport, import_weights
 
 logger = logging.getLogger(__name__)
 
-MicroLoss = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
-"""(log-probs [n], entropies [n], micro-batch) -> (loss that sums over micro-batches, metrics that sum)."""
+TokenLoss = Callable[
+    [torch.Tensor, torch.Tensor | None, ResponseTokens], tuple[torch.Tensor, Mapping[str, torch.Tensor]]
+]
+"""(log-probs [n], entropies [n], their tokens) -> (loss that sums over the parts of a mini-batch, metrics that sum)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +50,7 @@ class RoleSetup:
     parallel: ParallelSection
     micro_batch: MicroBatchSection
     layout: Layout
+    head: HeadOptions = field(default_factory=HeadOptions)
 
 
 class ModelRole:
@@ -62,7 +74,7 @@ class ModelRole:
                 setup.architecture,
                 setup.model,
                 setup.parallel,
-                logprob_chunk_tokens=setup.micro_batch.logprob_chunk_tokens,
+                head_options=setup.head,
                 device=setup.layout.device,
             )
             config = self.gpt.config
@@ -137,7 +149,7 @@ class ModelRole:
             for cut in cuts
         ]
 
-    def _forward(self, module: Any, micro_batch: MicroBatch) -> torch.Tensor:
+    def _forward(self, module: Any, micro_batch: MicroBatch, head_loss: Any = None) -> torch.Tensor:
         from megatron_prime.mcore.model import packed_parameters
 
         device = self.layout.device
@@ -148,25 +160,28 @@ class ModelRole:
             labels=micro_batch.labels.to(device),
             loss_mask=micro_batch.predicts.to(device),
             packed_seq_params=packed_parameters(micro_batch, transformer_engine=self.transformer_engine, device=device),
+            head_loss=head_loss,
         )
 
     def _schedule(
-        self, module: Any, micro_batches: Sequence[MicroBatch], of_output: Callable[..., Any], *, forward_only: bool
+        self, module: Any, micro_batches: Sequence[MicroBatch], step: Callable[..., Any], *, forward_only: bool
     ) -> list[Any]:
-        """Runs Megatron's schedule; returns what ``of_output`` gave per micro-batch (last stage only)."""
+        """Runs Megatron's schedule.
+
+        Args:
+            module: the model, wrapped or not.
+            micro_batches: of this rank.
+            step: (module, micro-batch) -> output, and what to make of it on the last stage.
+            forward_only: no backward pass.
+
+        Returns:
+            What was made of each micro-batch's output; nothing before the last stage.
+        """
         from megatron.core.pipeline_parallel import get_forward_backward_func
-
-        def forward_step(iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-            micro_batch = next(iterator)
-
-            def finish(output: torch.Tensor, non_loss_data: bool = False) -> Any:
-                return of_output(output, micro_batch)
-
-            return self._forward(model, micro_batch), finish
 
         longest = max(m.input_ids.shape[1] for m in micro_batches)
         return get_forward_backward_func()(
-            forward_step_func=forward_step,
+            forward_step_func=lambda iterator, model: step(model, next(iterator)),
             data_iterator=iter(micro_batches),
             model=[module],
             num_microbatches=len(micro_batches),
@@ -190,10 +205,12 @@ class ModelRole:
         micro_batches = self._micro_batches(rows, range(rows.mask.shape[0]))
         self.gpt.temperature = temperature
         self.gpt.eval()
+
+        def step(module: Any, micro_batch: MicroBatch) -> tuple[torch.Tensor, Callable[..., Any]]:
+            return self._forward(module, micro_batch), lambda output, non_loss_data: output.float().cpu()
+
         with torch.no_grad():
-            outputs = self._schedule(
-                self.module, micro_batches, lambda output, _: output[0].float().cpu(), forward_only=True
-            )
+            outputs = self._schedule(self.module, micro_batches, step, forward_only=True)
         result = torch.zeros(rows.mask.shape, dtype=torch.float32)
         for micro_batch, output in zip(micro_batches, outputs, strict=False):
             result[micro_batch.rows, micro_batch.columns] = output
@@ -220,46 +237,74 @@ class TrainableRole(ModelRole):
 
     @on_megatron_platform
     def optimizer_step(
-        self, rows: TokenRows, selected: Sequence[int], loss: MicroLoss, *, temperature: float = 1.0
-    ) -> dict[str, float]:
+        self,
+        rows: TokenRows,
+        selected: Sequence[int],
+        loss: TokenLoss,
+        *,
+        temperature: float = 1.0,
+        whole_sequences: bool = False,
+        with_entropy: bool = False,
+        keep_logprobs: bool = False,
+        check: Callable[[torch.Tensor], None] | None = None,
+    ) -> UpdateResult:
         """One optimizer step on the selected rows of the batch.
 
         Args:
             rows: the whole batch.
             selected: rows of this mini-batch, the same on every rank.
-            loss: called per micro-batch on the last stage; losses and metrics sum over micro-batches
-                and ranks, so both must be normalised by the whole mini-batch.
+            loss: called on the last stage for chunks of response tokens; losses and metrics sum over chunks,
+                micro-batches and ranks, so both must be normalised by the whole mini-batch.
             temperature: divides the logits.
+            whole_sequences: the loss needs all tokens of a response at once.
+            with_entropy: the loss is given entropies.
+            keep_logprobs: return the log-probs that the step began with.
+            check: sees these log-probs [B, R] before any weight changes, and may raise.
 
         Returns:
-            The summed metrics (a key starting with ``max_`` is maximised), ``grad_norm`` and ``lr``;
-            the same on every rank.
+            The summed metrics (a key starting with ``max_`` is maximised), ``grad_norm`` and ``lr``; log-probs of
+            the selected rows, 0 elsewhere; the same on every rank.
 
         Raises:
             TrainingError: loss or metrics are not finite (nothing has changed then), or the gradient norm is not,
                 which shows only after the step (the weights are spoiled then); go on from the last checkpoint.
         """
+        from megatron_prime.mcore.model import HeadLoss
+
         micro_batches = self._micro_batches(rows, selected)
         self.gpt.temperature = temperature
         self.gpt.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
+        kept = torch.zeros(rows.mask.shape, dtype=torch.float32) if keep_logprobs else None
 
-        def of_output(output: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, Any]:
-            value, metrics = loss(output[0], output[1].detach(), micro_batch)
-            # Megatron's third value; the token count is unused because the loss is normalised already.
-            return value, torch.ones((), dtype=torch.int), {"loss": value.detach(), **metrics}
+        def step(module: Any, micro_batch: MicroBatch) -> tuple[torch.Tensor, Callable[..., Any]]:
+            reports: list[Mapping[str, torch.Tensor]] = []
+            head_loss = HeadLoss(
+                evaluate=_chunk_loss(loss, micro_batch, reports, kept),
+                sequence_lengths=micro_batch.response_lengths() if whole_sequences else None,
+                with_entropy=with_entropy,
+            )
+            # Megatron's token count (the second value) is unused because the loss is normalised already.
+            return self._forward(module, micro_batch, head_loss), lambda output: (
+                output,
+                torch.ones((), dtype=torch.int),
+                _combined(reports),
+            )
 
-        reports = self._schedule(self.ddp, micro_batches, of_output, forward_only=False)
+        reports = self._schedule(self.ddp, micro_batches, step, forward_only=False)
         metrics = self._reduce_metrics(reports)
         if not all(math.isfinite(v) for v in metrics.values()):
             raise TrainingError(f"non-finite loss or metric: {metrics}; lower the learning rate or check the data")
+        logprobs = None if kept is None else self.layout.sum_over_data(kept)
+        if check is not None and logprobs is not None:
+            check(logprobs)
         succeeded, grad_norm, _ = self.optimizer.step()
         if not succeeded or grad_norm is None or not math.isfinite(grad_norm):
             raise TrainingError(f"optimizer step failed, gradient norm {grad_norm}; lower the learning rate")
         metrics |= {"grad_norm": float(grad_norm), "lr": float(self.optimizer.param_groups[0]["lr"])}
         self.scheduler.step(increment=1)
-        return metrics
+        return UpdateResult(metrics=metrics, logprobs=logprobs)
 
     def _reduce_metrics(self, reports: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
         """Sums (``max_*``: maximises) the micro-batches' metrics over this rank and all others."""
@@ -285,3 +330,28 @@ class TrainableRole(ModelRole):
             maxima = self.layout.max_over_data(stacked(maximised).amax(dim=0))
             result |= dict(zip(maximised, maxima.tolist(), strict=True))
         return result
+
+
+def _chunk_loss(
+    loss: TokenLoss,
+    micro_batch: MicroBatch,
+    reports: list[Mapping[str, torch.Tensor]],
+    kept: torch.Tensor | None,
+) -> Callable[[torch.Tensor, torch.Tensor | None, slice], torch.Tensor]:
+    """The loss as the head calls it; metrics go into `reports` and log-probs [B, R] into `kept`."""
+
+    def evaluate(logprobs: torch.Tensor, entropy: torch.Tensor | None, chunk: slice) -> torch.Tensor:
+        tokens = micro_batch.part(chunk)
+        value, metrics = loss(logprobs, entropy, tokens)
+        reports.append({"loss": value.detach(), **metrics})
+        if kept is not None:
+            kept[tokens.rows, tokens.columns] = logprobs.detach().float().cpu()
+        return value
+
+    return evaluate
+
+
+def _combined(reports: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Metrics of a micro-batch from those of its chunks."""
+    stacked = {name: torch.stack([report[name].detach() for report in reports]) for name in reports[0]}
+    return {name: x.amax(dim=0) if name.startswith("max_") else x.sum(dim=0) for name, x in stacked.items()}

@@ -45,6 +45,7 @@ class RunFolder:
         self.path = Path(directory) / name
         self.config_path = self.path / "config.yaml"
         self.versions_path = self.path / "versions.json"
+        self.head_path = self.path / "head.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.summary_path = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
@@ -103,6 +104,17 @@ class RunFolder:
         """Writes the versions of Python, of the packages that decide results, and of this code."""
         if world.is_main():
             write_atomically(self.versions_path, json.dumps(versions(), indent=2) + "\n")
+
+    def recorded_head(self) -> dict[str, str] | None:
+        """How the log-prob op was computed by the run that is to go on; None where there is none."""
+        if self.has_checkpoint() and self.head_path.exists():
+            return json.loads(self.head_path.read_text(encoding="utf-8"))
+        return None
+
+    def write_head(self, choices: Mapping[str, str]) -> None:
+        """Records how the log-prob op is computed, so that a resumed run computes the same bits."""
+        if world.is_main():
+            write_atomically(self.head_path, json.dumps(dict(choices), indent=2) + "\n")
 
     def truncate_metrics(self, step: int) -> None:
         """Drops the metrics of steps after ``step``, which a resumed run will measure again; collective."""

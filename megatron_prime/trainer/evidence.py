@@ -65,6 +65,7 @@ def measure_evidence(
         step_spans: the true steps of a response, or None.
     """
     rollout = batch.rollout
+    assert batch.prm_logprobs is not None and batch.reference_logprobs is not None
     logits = sequence_logits(
         batch.prm_logprobs,
         batch.reference_logprobs,

@@ -17,7 +17,7 @@ def compare_logprobs(batch: ScoredBatch, weight_version: int, section: RolloutSe
     weights (`rollout/stale`) are expected to differ and are left out.
 
     Args:
-        batch: scored by the policy before its update.
+        batch: with log-probs of the policy before its update.
         weight_version: of that policy.
         section: rollout settings.
 
@@ -25,6 +25,7 @@ def compare_logprobs(batch: ScoredBatch, weight_version: int, section: RolloutSe
         TrainingError: they are so far apart that the engine cannot be sampling from the trainer's weights.
     """
     rollout = batch.rollout
+    assert batch.policy_logprobs is not None
     is_fresh = rollout.weight_versions == weight_version
     metrics = {"rollout/stale": 1.0 - float(is_fresh.double().mean())}
     if not bool(is_fresh.any()):
@@ -34,8 +35,8 @@ def compare_logprobs(batch: ScoredBatch, weight_version: int, section: RolloutSe
     if found.mean > section.max_logprob_gap and section.top_p == 1.0:
         raise TrainingError(
             f"rollout.max_logprob_gap: the engine's log-probs are {found.mean:.3g} nats from the trainer's on average "
-            f"(limit {section.max_logprob_gap:g}); the engine does not compute what the policy does, so nothing was "
-            "trained on its answers"
+            f"(limit {section.max_logprob_gap:g}); the engine does not compute what the policy does, so no weights "
+            "trained on these answers are kept"
         )
     return metrics | {
         "rollout/logprob_gap_mean": found.mean,
@@ -46,6 +47,9 @@ def compare_logprobs(batch: ScoredBatch, weight_version: int, section: RolloutSe
 
 def advantage_weights(batch: ScoredBatch, section: PolicySection) -> torch.Tensor:
     """Factors [B, R] for advantages that correct for the engine's distribution; all 1 unless switched on."""
+    if section.importance_cap is None and section.max_sequence_ratio is None:
+        return torch.ones_like(batch.rollout.rollout_logprobs)
+    assert batch.policy_logprobs is not None
     return importance_weights(
         batch.policy_logprobs,
         batch.rollout.rollout_logprobs,

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -126,7 +126,8 @@ class PrimeTrainer:
         if not groups:
             return metrics
         batch = self.score(groups)
-        metrics |= compare_logprobs(batch, self.weight_version, self.config.rollout)
+        if batch.policy_logprobs is not None:
+            metrics |= compare_logprobs(batch, self.weight_version, self.config.rollout)
         rewards, prm_metrics = self.process_rewards(groups, batch)
         metrics |= prm_metrics
         with self.stages("advantage"):
@@ -134,17 +135,28 @@ class PrimeTrainer:
                 batch.rollout.outcomes, rewards, batch.rollout.mask, batch.rollout.group_index, self._options()
             )
         metrics |= {f"advantage/{name}": value for name, value in result.metrics.items()}
-        if self.num_steps_done >= self.config.prm.warmup_steps or self.parts.prm is None:
-            with self.stages("policy_update"):
-                updated = self.parts.policy.update(
-                    batch,
-                    result.advantages * advantage_weights(batch, self.config.policy),
-                    temperature=self.config.rollout.temperature,
-                    seed=self._seed("policy order"),
-                )
-            metrics |= {f"policy/{name}": value for name, value in updated.items()}
-            self.refit(self.num_steps_done + 1)
+        if not self._policy_waits():
+            metrics |= self.update_policy(batch, result.advantages)
         return metrics
+
+    def update_policy(self, batch: ScoredBatch, advantages: torch.Tensor) -> dict[str, float]:
+        """Trains the policy, refits the engine and returns the metrics of both."""
+        metrics: dict[str, float] = {}
+
+        def check(logprobs: torch.Tensor) -> None:
+            scored = replace(batch, policy_logprobs=logprobs)
+            metrics.update(compare_logprobs(scored, self.weight_version, self.config.rollout))
+
+        with self.stages("policy_update"):
+            updated = self.parts.policy.update(
+                batch,
+                advantages * advantage_weights(batch, self.config.policy),
+                temperature=self.config.rollout.temperature,
+                seed=self._seed("policy order"),
+                check=check if batch.policy_logprobs is None else None,
+            )
+        self.refit(self.num_steps_done + 1)
+        return metrics | {f"policy/{name}": value for name, value in updated.metrics.items()}
 
     def collect_groups(self) -> tuple[list[Group], dict[str, float]]:
         """Samples, verifies and filters until the batch is full or the attempts are used up.
@@ -199,38 +211,45 @@ class PrimeTrainer:
         return groups
 
     def score(self, groups: Sequence[Group]) -> ScoredBatch:
-        """Log-probs of all models for the batch; nothing trains."""
+        """Log-probs of the models for the batch, but for those that its update will compute; nothing trains."""
+        config, parts = self.config, self.parts
         rollout = RolloutBatch.from_groups(groups)
-        temperature = self.config.rollout.temperature
+        temperature = config.rollout.temperature
+        policy = reference = prm = None
         with self.stages("score"):
-            policy = self.parts.policy.score(rollout, temperature=temperature)
-            if self.parts.reference is not None:
-                reference = self.parts.reference.score(rollout)
-            else:
-                reference = policy if temperature == 1.0 else self.parts.policy.score(rollout, temperature=1.0)
-            prm = self.parts.prm.score(rollout) if self.parts.prm is not None else torch.zeros_like(policy)
+            if self._policy_waits() or not config.policy_scores_in_update:
+                policy = parts.policy.score(rollout, temperature=temperature)
+            if parts.reference is not None:
+                reference = parts.reference.score(rollout)
+            elif config.reference.source == "policy":
+                is_policy = policy is not None and temperature == 1.0
+                reference = policy if is_policy else parts.policy.score(rollout, temperature=1.0)
+            if parts.prm is not None and not config.prm_scores_in_update:
+                prm = parts.prm.score(rollout)
         return ScoredBatch(rollout=rollout, policy_logprobs=policy, reference_logprobs=reference, prm_logprobs=prm)
 
     def process_rewards(
         self, groups: Sequence[Group], batch: ScoredBatch
     ) -> tuple[torch.Tensor | None, dict[str, float]]:
-        """Process rewards [B, R] of the batch, measured as evidence before the PRM trains on it."""
+        """Process rewards [B, R] of the batch; the evidence is about the PRM before it trains on the batch."""
         prm, section = self.parts.prm, self.config.prm
         if prm is None:
             return None, {}
-        rewards = self._rewards(batch)
+        self.window = [*self.window, batch][-section.num_window_batches :]
+        with self.stages("prm_update"):
+            updated = prm.update(self.window, seed=self._seed("prm order"))
+        if batch.prm_logprobs is None:
+            batch = self.window[-1] = replace(batch, prm_logprobs=updated.logprobs)
+        rewards = self._rewards(batch, batch.prm_logprobs)
         evidence = measure_evidence(groups, batch, rewards, section, self.parts.prompts.step_spans)
         smoothing = self.config.advantage.gate_smoothing
         self.gate = smoothing * self.gate + (1 - smoothing) * evidence.gate
         self.evidence = [*self.evidence, evidence][-_NUM_EVIDENCE:]
-        self.window = [*self.window, batch][-section.num_window_batches :]
-        with self.stages("prm_update"):
-            updated = prm.update(self.window, seed=self._seed("prm order"))
         if section.update == "before":
             with self.stages("score"):
                 rescored = prm.score(batch.rollout)
-            rewards = implicit_rewards(rescored, batch.reference_logprobs, batch.rollout.mask, beta=section.beta)
-        metrics = {f"prm/{name}": value for name, value in updated.items()}
+            rewards = self._rewards(batch, rescored)
+        metrics = {f"prm/{name}": value for name, value in updated.metrics.items()}
         recent = {"prm/step_auc_recent": recent_step_auc(self.evidence), "prm/gate": self._gate()}
         return rewards, metrics | evidence.metrics() | recent
 
@@ -305,10 +324,13 @@ class PrimeTrainer:
         self.evidence = list(state["evidence"])
         self.seconds_before = state["seconds"]
 
-    def _rewards(self, batch: ScoredBatch) -> torch.Tensor:
-        return implicit_rewards(
-            batch.prm_logprobs, batch.reference_logprobs, batch.rollout.mask, beta=self.config.prm.beta
-        )
+    def _policy_waits(self) -> bool:
+        """Whether only the PRM trains in this step."""
+        return self.parts.prm is not None and self.num_steps_done < self.config.prm.warmup_steps
+
+    def _rewards(self, batch: ScoredBatch, prm_logprobs: torch.Tensor | None) -> torch.Tensor:
+        assert prm_logprobs is not None and batch.reference_logprobs is not None
+        return implicit_rewards(prm_logprobs, batch.reference_logprobs, batch.rollout.mask, beta=self.config.prm.beta)
 
     def _gate(self) -> float:
         return self.gate if self.config.advantage.process_gate == "auc" else 1.0

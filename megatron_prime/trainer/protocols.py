@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from megatron_prime.batch import (
     ScoredBatch,
     SftExample,
     StepSpan,
+    UpdateResult,
     Verdict,
 )
 
@@ -25,8 +26,14 @@ class Policy(Protocol):
     def score(self, batch: RolloutBatch, *, temperature: float) -> torch.Tensor: ...
 
     def update(
-        self, batch: ScoredBatch, advantages: torch.Tensor, *, temperature: float, seed: int
-    ) -> dict[str, float]: ...
+        self,
+        batch: ScoredBatch,
+        advantages: torch.Tensor,
+        *,
+        temperature: float,
+        seed: int,
+        check: Callable[[torch.Tensor], None] | None = None,
+    ) -> UpdateResult: ...
 
     def export_weights(self) -> Iterable[tuple[str, torch.Tensor]]: ...
 
@@ -42,7 +49,7 @@ class RewardModel(Protocol):
 
     def score(self, batch: RolloutBatch) -> torch.Tensor: ...
 
-    def update(self, batches: Sequence[ScoredBatch], *, seed: int) -> dict[str, float]: ...
+    def update(self, batches: Sequence[ScoredBatch], *, seed: int) -> UpdateResult: ...
 
 
 class Imitator(Protocol):

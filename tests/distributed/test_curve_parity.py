@@ -21,7 +21,7 @@ VARIANTS = {
     "size1": {"micro_batch": {"micro_batch_tokens": None, "micro_batch_size": 1}},
     "size2": {"micro_batch": {"micro_batch_tokens": None, "micro_batch_size": 2}},
     "size4_unpacked": {"micro_batch": {"micro_batch_tokens": None, "micro_batch_size": 4, "packed": False}},
-    "small_head_chunks": {"micro_batch": {"micro_batch_tokens": 200, "logprob_chunk_tokens": 7}},
+    "small_head_chunks": {"micro_batch": {"micro_batch_tokens": 200}, "head": {"workspace_mib": 0.004}},
     "recompute": {"model": {"recompute_granularity": "full"}},
 }
 OPTIONS = {
@@ -36,6 +36,8 @@ OPTIONS = {
 TOLERANCE = 1e-5
 # A norm of sums over the whole batch and the extremes of a ratio are larger numbers than a loss.
 RELATIVE = ("policy/grad_norm", "prm/grad_norm", "policy/max_ratio")
+# The largest of some thousand rounding differences between engine and trainer is no function of the layout at all.
+NOISE, LARGEST_NOISE = ("rollout/logprob_gap_max",), 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,8 @@ def assert_same_run(directory: Path, reference: str, name: str) -> None:
         assert wanted.keys() == found.keys()
         for key, value in wanted.items():
             scale = max(1.0, abs(value)) if value is not None and key in RELATIVE else 1.0
-            assert found[key] == pytest.approx(value, abs=TOLERANCE * scale), (step, key)
+            tolerance = LARGEST_NOISE if key in NOISE else TOLERANCE * scale
+            assert found[key] == pytest.approx(value, abs=tolerance), (step, key)
     weights = [load_file(directory / run / "hf" / "model.safetensors") for run in (reference, name)]
     for key, tensor in weights[0].items():
         assert torch.allclose(tensor, weights[1][key], rtol=0, atol=2e-5), key

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_prime.batch import SftExample
 from megatron_prime.config.schema import MicroBatchSection, ModelSection, OptimizerSection, ParallelSection
+from megatron_prime.kernels import HeadOptions
 from megatron_prime.mcore.packing import TokenRows
 from megatron_prime.mcore.parallel import parallel_layout
 from megatron_prime.mcore.prime_roles import SftRole
@@ -82,7 +83,8 @@ def score_and_export(
                     architecture=read_architecture(folder),
                     model=ModelSection(path=str(folder), make_vocab_size_divisible_by=16),
                     parallel=parallel,
-                    micro_batch=MicroBatchSection(packed=packed, micro_batch_tokens=50, logprob_chunk_tokens=16),
+                    micro_batch=MicroBatchSection(packed=packed, micro_batch_tokens=50),
+                    head=HeadOptions(workspace_bytes=4096),
                     layout=layout,
                 )
                 role = ModelRole(setup)

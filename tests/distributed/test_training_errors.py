@@ -12,7 +12,7 @@ from tiny_models import save_tiny_model
 
 from megatron_prime.config.schema import MicroBatchSection, ModelSection, OptimizerSection, ParallelSection
 from megatron_prime.errors import TrainingError
-from megatron_prime.mcore.packing import MicroBatch
+from megatron_prime.mcore.packing import ResponseTokens
 from megatron_prime.mcore.parallel import parallel_layout
 from megatron_prime.mcore.role import RoleSetup, TrainableRole
 from megatron_prime.weights.architecture import read_architecture
@@ -21,9 +21,9 @@ from megatron_prime.weights.hf_folder import HfFolder
 
 def scaled(scale: float) -> Callable[..., tuple[torch.Tensor, Mapping[str, torch.Tensor]]]:
     def loss(
-        logprobs: torch.Tensor, entropy: torch.Tensor, micro: MicroBatch
+        logprobs: torch.Tensor, entropy: torch.Tensor | None, tokens: ResponseTokens
     ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        return logprobs.sum() * scale, {"entropy": entropy.sum()}
+        return logprobs.sum() * scale, {"mean": logprobs.mean()}
 
     return loss
 

@@ -81,7 +81,7 @@ def test_bytes_per_parameter_are_those_of_mixed_precision() -> None:
         (("advantage.process_coef=0",), "score", "PRM weights"),
         (("rollout.engine=vllm", "rollout.vllm.kv_cache_gib=2"), "rollout", "engine KV cache"),
         (("model.recompute_granularity=full",), "policy_update", "activations"),
-        (("micro_batch.logprob_chunk_tokens=64",), "score", "logits"),
+        (("head.workspace_mib=1",), "policy_update", "logits"),
         (("micro_batch.micro_batch_tokens=4096",), "policy_update", "activations"),
     ],
 )

@@ -103,3 +103,12 @@ def test_commit_is_the_one_git_names():
     result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     expected = result.stdout.strip() if result.returncode == 0 else None
     assert (commit() or "").removesuffix("-dirty") == (expected or "")
+
+
+def test_a_resumed_run_finds_how_its_head_was_computed(tmp_path, config):
+    folder = RunFolder(tmp_path, "a")
+    folder.prepare(config, "auto")
+    folder.write_head({"gemm": "onednn"})
+    assert folder.recorded_head() is None  # without a checkpoint the run starts over
+    (folder.checkpoints / "step_00000001").mkdir()
+    assert folder.recorded_head() == {"gemm": "onednn"}

@@ -7,12 +7,21 @@ tests/integration.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from megatron_prime.batch import Prompt, Response, RolloutBatch, SamplingParams, ScoredBatch, StepSpan, Verdict
+from megatron_prime.batch import (
+    Prompt,
+    Response,
+    RolloutBatch,
+    SamplingParams,
+    ScoredBatch,
+    StepSpan,
+    UpdateResult,
+    Verdict,
+)
 from megatron_prime.config.schema import (
     AdvantageSection,
     ArithmeticData,
@@ -113,15 +122,29 @@ class CountingPolicy:
 
     def score(self, batch: RolloutBatch, *, temperature: float) -> torch.Tensor:
         self.events.append(f"policy scores at {temperature:g}")
+        return self.logprobs(batch, temperature)
+
+    def logprobs(self, batch: RolloutBatch, temperature: float) -> torch.Tensor:
         return batch.mask * -(self.weight + 1) / temperature
 
     def update(
-        self, batch: ScoredBatch, advantages: torch.Tensor, *, temperature: float, seed: int
-    ) -> dict[str, float]:
+        self,
+        batch: ScoredBatch,
+        advantages: torch.Tensor,
+        *,
+        temperature: float,
+        seed: int,
+        check: Callable[[torch.Tensor], None] | None = None,
+    ) -> UpdateResult:
+        before = None
+        if batch.policy_logprobs is None:
+            before = self.logprobs(batch.rollout, temperature)
+            assert check is not None
+            check(before)
         self.events.append("policy trains")
         self.batches.append((batch, advantages))
         self.weight += 1
-        return {"loss": 0.0}
+        return UpdateResult(metrics={"loss": 0.0}, logprobs=before)
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield "w", self.weight
@@ -148,14 +171,18 @@ class CountingPrm:
 
     def score(self, batch: RolloutBatch) -> torch.Tensor:
         self.events.append("prm scores")
+        return self.logprobs(batch)
+
+    def logprobs(self, batch: RolloutBatch) -> torch.Tensor:
         sign = (2 * batch.outcomes - 1)[:, None]
         return batch.mask * (-1 + sign * (1 + self.num_updates))
 
-    def update(self, batches: Sequence[ScoredBatch], *, seed: int) -> dict[str, float]:
+    def update(self, batches: Sequence[ScoredBatch], *, seed: int) -> UpdateResult:
         self.events.append("prm trains")
         self.windows.append(list(batches))
+        before = self.logprobs(batches[-1].rollout) if batches[-1].prm_logprobs is None else None
         self.num_updates += 1
-        return {"loss": 0.0}
+        return UpdateResult(metrics={"loss": 0.0}, logprobs=before)
 
 
 class MemoryCheckpoints:

@@ -12,14 +12,16 @@ from megatron_prime.errors import TrainingError
 KEPT = "1100"
 
 
-def test_an_engine_with_other_weights_stops_the_run_before_it_trains() -> None:
+@pytest.mark.parametrize(("policy", "trained"), [(PolicySection(num_minibatches=2), []), (PolicySection(), ["prm"])])
+def test_an_engine_with_other_weights_stops_the_run_before_the_policy_trains(policy, trained) -> None:
+    """Where the policy's own update computes its log-probs, the PRM has trained by then, for nothing."""
     engine = ScriptedEngine([KEPT])
-    trainer, events = make_trainer(make_config(), engine)
+    trainer, events = make_trainer(make_config(policy=policy), engine)
     trainer.refit(0)
     engine.weights["w"] += 0.5
     with pytest.raises(TrainingError, match=r"rollout.max_logprob_gap: the engine's log-probs are 0.5 nats"):
         trainer.step()
-    assert "policy trains" not in events and "prm trains" not in events
+    assert [event for event in events if event.endswith("trains")] == [f"{name} trains" for name in trained]
 
 
 def test_answers_of_older_weights_are_counted_and_not_compared() -> None:

@@ -14,7 +14,9 @@ from megatron_prime.config.schema import (
     CheckpointSection,
     EvaluationSection,
     FilterSection,
+    PolicySection,
     PrmSection,
+    ReferenceSection,
     RolloutSection,
     RunSection,
 )
@@ -130,15 +132,22 @@ def test_every_round_has_its_own_seed_and_prompts() -> None:
     assert all((s.num_responses, s.temperature, s.max_response_tokens) == (4, 1.0, 8) for _, s in engine.requests)
 
 
-AFTER = ["policy scores at 1", "reference scores", "prm scores", "prm trains", "policy trains"]
-BEFORE = [*AFTER[:-1], "prm scores", "policy trains"]
+# One optimizer step on the whole batch brings along the scores of the model before it.
+AFTER = ["reference scores", "prm trains", "policy trains"]
+BEFORE = ["reference scores", "prm scores", "prm trains", "prm scores", "policy trains"]
+SEPARATE = ["policy scores at 1", "reference scores", "prm scores", "prm trains", "policy trains"]
 
 
-@pytest.mark.parametrize(("update", "order", "margin"), [("after", AFTER, 1), ("before", BEFORE, 2)])
-def test_rewards_come_from_the_snapshot_that_prm_update_names(update, order, margin) -> None:
-    trainer, events = make_trainer(
-        make_config(prm=PrmSection(beta=0.1, update=update)), ScriptedEngine([KEPT]), min_groups=1
-    )
+@pytest.mark.parametrize(
+    ("prm", "order", "margin"),
+    [
+        ({"update": "after"}, AFTER, 1),
+        ({"update": "after", "num_window_batches": 2}, [*BEFORE[:3], "policy trains"], 1),
+        ({"update": "before"}, BEFORE, 2),
+    ],
+)
+def test_rewards_come_from_the_snapshot_that_prm_update_names(prm, order, margin) -> None:
+    trainer, events = make_trainer(make_config(prm=PrmSection(beta=0.1, **prm)), ScriptedEngine([KEPT]), min_groups=1)
     groups, _ = trainer.collect_groups()
     batch = trainer.score(groups)
     rewards, metrics = trainer.process_rewards(groups, batch)
@@ -158,7 +167,32 @@ def test_a_step_trains_the_prm_before_the_policy_and_refits_after() -> None:
     metrics = trainer.step()
     assert events == AFTER
     assert engine.weights["w"].item() == 1
+    # From the log-probs that the update brought along.
+    assert metrics["rollout/logprob_gap_mean"] == 0
     assert {"policy/loss", "prm/loss", "prm/gate", "advantage/outcome_share"} <= metrics.keys()
+
+
+@pytest.mark.parametrize(
+    ("prm", "policy"),
+    [
+        (PrmSection(num_minibatches=2), PolicySection(num_minibatches=2)),
+        (PrmSection(loss="pairwise"), PolicySection(num_minibatches=2, num_epochs=2)),
+    ],
+)
+def test_models_are_scored_apart_where_an_update_does_not_see_the_batch_as_it_was(prm, policy) -> None:
+    trainer, events = make_trainer(make_config(prm=prm, policy=policy), ScriptedEngine([KEPT]))
+    trainer.refit(0)
+    metrics = trainer.step()
+    assert events == SEPARATE
+    assert metrics["rollout/logprob_gap_mean"] == 0
+
+
+def test_scores_that_an_update_brought_along_are_in_the_window() -> None:
+    trainer, _ = make_trainer(make_config(), ScriptedEngine([KEPT]))
+    trainer.step()
+    (batch,) = trainer.window
+    sign = (2 * batch.rollout.outcomes - 1)[:, None]
+    assert torch.equal(batch.prm_logprobs, batch.rollout.mask * (-1 + sign))
 
 
 def test_the_prm_trains_on_the_latest_batches() -> None:
@@ -175,6 +209,7 @@ def test_only_the_prm_trains_while_it_warms_up() -> None:
     trainer, events = make_trainer(make_config(prm=PrmSection(warmup_steps=2)), ScriptedEngine([KEPT]))
     trainer.train()
     assert events.count("prm trains") == 3 and events.count("policy trains") == 1
+    assert events.count("policy scores at 1") == 2  # while it waits, for the gap to the engine
 
 
 def test_the_gate_is_a_moving_average_of_evidence() -> None:
@@ -196,10 +231,9 @@ def test_the_frozen_reference_is_scored_when_there_is_one() -> None:
     trainer, events = make_trainer(make_config(), ScriptedEngine([KEPT]), prm=False)
     trainer.step()
     batch = trainer.score(trainer.collect_groups()[0])  # after an update: the policy has moved away
-    assert events[-2:] == ["policy scores at 1", "reference scores"]
+    assert events[-1] == "reference scores"
     assert torch.equal(batch.reference_logprobs, -batch.rollout.mask.float())
-    assert torch.equal(batch.policy_logprobs, -2.0 * batch.rollout.mask)
-    assert not batch.prm_logprobs.any()
+    assert batch.policy_logprobs is None and batch.prm_logprobs is None
 
 
 @pytest.mark.parametrize(
@@ -208,7 +242,8 @@ def test_the_frozen_reference_is_scored_when_there_is_one() -> None:
 )
 def test_without_a_reference_the_policy_before_its_update_is_it(temperature, expected) -> None:
     rollout = RolloutSection(num_prompts=4, num_responses=4, temperature=temperature)
-    trainer, events = make_trainer(make_config(rollout=rollout), ScriptedEngine([KEPT]), reference=False, prm=False)
+    config = make_config(rollout=rollout, reference=ReferenceSection(source="policy"))
+    trainer, events = make_trainer(config, ScriptedEngine([KEPT]), reference=False, prm=False)
     batch = trainer.score(trainer.collect_groups()[0])
     assert events == expected
     assert torch.equal(batch.reference_logprobs, -1.0 * batch.rollout.mask)
