@@ -105,7 +105,6 @@ def _statistics_kernel(
     maxima,
     num_tokens,
     num_rows,
-    num_token_tiles,
     num_splits,
     SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -119,10 +118,9 @@ def _statistics_kernel(
     """Statistics of TOKENS tokens over one split of TILES tiles; grid: token tiles x splits, grouped."""
     program = tl.program_id(0)
     first = program // (GROUP * num_splits) * GROUP
-    width = tl.minimum(num_token_tiles - first, GROUP)
-    inner = program % (GROUP * num_splits)
-    split = inner // width
-    tokens = (first + inner % width) * TOKENS + tl.arange(0, TOKENS)
+    width = tl.minimum(tl.cdiv(num_tokens, TOKENS) - first, GROUP)
+    split = program % (GROUP * num_splits) // width
+    tokens = (first + program % (GROUP * num_splits) % width) * TOKENS + tl.arange(0, TOKENS)
     inside = tokens < num_tokens
     target = tl.load(rows + tokens, mask=inside, other=-1)
     maximum = tl.full((TOKENS,), -float("inf"), tl.float32)
@@ -146,8 +144,7 @@ def _statistics_kernel(
             UPCAST,
         )
         valid = columns[None, :] < num_rows
-        is_target = valid & (columns[None, :] == target[:, None])
-        target_logit += tl.sum(tl.where(is_target, logits, 0.0), axis=1)
+        target_logit += tl.sum(tl.where(valid & (columns[None, :] == target[:, None]), logits, 0.0), axis=1)
         tile_maximum = tl.max(tl.where(valid, logits, -float("inf")), axis=1)
         common = tl.maximum(maximum, tile_maximum)
         # A tile behind the shard's last row has -inf on both sides where nothing came before it.
@@ -159,9 +156,9 @@ def _statistics_kernel(
         total = total * tl.exp(before) + tl.sum(powers, axis=1)
         maximum = common
         if exponentials is not None:
-            own = tl.where(valid, tl.exp(logits - tile_maximum[:, None]), 0.0)
+            own = tl.exp(logits - tile_maximum[:, None]).to(exponentials.dtype.element_ty)
             place = exponentials + tokens[:, None].to(tl.int64) * num_rows + columns[None, :]
-            tl.store(place, own.to(exponentials.dtype.element_ty), mask=inside[:, None] & valid)
+            tl.store(place, own, mask=inside[:, None] & valid)
             tl.store(maxima + (split * TILES + tile).to(tl.int64) * num_tokens + tokens, tile_maximum, mask=inside)
     result = partials + (split.to(tl.int64) * num_tokens + tokens) * 4
     tl.store(result, maximum, mask=inside)
@@ -283,7 +280,6 @@ class TritonKernels:
             None if kept is None else kept.maxima,
             num_tokens,
             num_rows,
-            num_token_tiles,
             num_splits,
             TILES=shape.tiles_per_split,
             GROUP=_GROUP,
