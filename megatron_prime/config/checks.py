@@ -319,35 +319,7 @@ def _check_architecture(config: AnyConfig, architecture: Architecture) -> list[s
             for token in config.rollout.stop_token_ids
             if token >= architecture.vocab_size
         ]
-        problems += _check_engine(config, architecture)
     return problems + _check_length(config, architecture.max_position_embeddings)
-
-
-def _check_engine(config: PrimeConfig, architecture: Architecture) -> list[str]:
-    """The vLLM engine against the model and against the ranks beside which it runs."""
-    if config.rollout.engine != "vllm":
-        return []
-    section, parallel = config.rollout.vllm, config.parallel
-    size, problems = section.tensor_parallel_size, []
-    if architecture.num_attention_heads % size:
-        problems.append(
-            f"rollout.vllm.tensor_parallel_size: the model's {architecture.num_attention_heads} attention heads are not"
-            f" divisible by {size}; use a divisor"
-        )
-    replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if size > replica:
-        problems.append(
-            f"rollout.vllm.tensor_parallel_size: {size} is more than the {replica} ranks of a replica, beside which an"
-            f" engine runs; use {replica} or less"
-        )
-    prompt = config.data.max_prompt_tokens if isinstance(config.data, FileData) else 0
-    needed = prompt + config.rollout.max_response_tokens
-    if section.max_model_len is not None and section.max_model_len < needed:
-        problems.append(
-            f"rollout.vllm.max_model_len: {section.max_model_len} has no room for a prompt and"
-            f" rollout.max_response_tokens; use {needed} or more, or null"
-        )
-    return problems
 
 
 def _check_length(config: AnyConfig, max_position_embeddings: int) -> list[str]:

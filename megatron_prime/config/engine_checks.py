@@ -49,6 +49,7 @@ def check_engine(config: PrimeConfig, architecture: EngineArchitecture | None, c
     section = config.rollout.vllm
     problems += _check_length(config, architecture)
     problems += _check_heads(section, architecture)
+    problems += _check_width(config)
     return problems + _check_cache(config, architecture)
 
 
@@ -78,6 +79,17 @@ def _check_heads(section: VllmSection, architecture: EngineArchitecture) -> list
     if architecture.num_query_groups % size and size % architecture.num_query_groups:
         return [f"{key} and the model's {architecture.num_query_groups} key-value heads do not divide each other"]
     return []
+
+
+def _check_width(config: PrimeConfig) -> list[str]:
+    size, parallel = config.rollout.vllm.tensor_parallel_size, config.parallel
+    replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if size <= replica:
+        return []
+    return [
+        f"rollout.vllm.tensor_parallel_size: {size} is more than the {replica} ranks of a replica, beside which an"
+        f" engine runs; use {replica} or less"
+    ]
 
 
 def _check_cache(config: PrimeConfig, architecture: EngineArchitecture) -> list[str]:

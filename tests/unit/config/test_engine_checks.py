@@ -23,6 +23,7 @@ def load(root: Path, *overrides: str) -> PrimeConfig:
         "run": {"name": "test", "num_steps": 1},
         "model": {"path": "none", "dtype": "bfloat16"},
         "data": {"kind": "files", "train": ["a.jsonl"], "evaluation": [], "max_prompt_tokens": 1024},
+        "parallel": {"world_size": 16, "tensor_model_parallel_size": 16},
         "rollout": {"engine": "vllm", "num_prompts": 8, "max_response_tokens": 3072},
     }
     path.write_text(json.dumps(content))
@@ -50,6 +51,12 @@ def test_each_problem_names_its_key(tmp_path: Path, override: str, problem: str)
     (found,) = check_engine(load(tmp_path, override), SHAPE, check_files=False)
     assert found.startswith(f"rollout.vllm.{problem}")
     assert check_engine(load(tmp_path, override, "rollout.engine=transformers"), SHAPE, check_files=False) == []
+
+
+def test_an_engine_is_no_wider_than_its_replica(tmp_path: Path) -> None:
+    narrow = ("parallel.world_size=2", "parallel.tensor_model_parallel_size=1", "rollout.vllm.tensor_parallel_size=2")
+    (found,) = check_engine(load(tmp_path, *narrow), SHAPE, check_files=False)
+    assert found.startswith("rollout.vllm.tensor_parallel_size: 2 is more than the 1 ranks of a replica")
 
 
 def test_vllm_is_looked_for_only_where_the_run_shall_be(tmp_path: Path) -> None:
