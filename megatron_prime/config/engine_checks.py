@@ -66,7 +66,7 @@ def _check_length(config: PrimeConfig, architecture: EngineArchitecture) -> list
     if prompt + config.rollout.max_response_tokens > limit:
         return [
             f"rollout.vllm.max_model_len: {prompt} prompt + {config.rollout.max_response_tokens} response tokens do "
-            f"not fit into {limit}; raise it, or lower rollout.max_response_tokens"
+            f"not fit into {limit}; use {prompt + config.rollout.max_response_tokens} or more, or null"
         ]
     return []
 
