@@ -105,12 +105,12 @@ class VllmEngine:
             self._version = version
             try:
                 self._begin_load()
-                writer.write()
+                writer.write(weights)
                 self._with_restarts(self._finish_load)
             except RolloutError as error:
                 problem = str(error)
         else:
-            writer.write()
+            writer.write(weights)
         _raise_for(world.all_gather(problem))
         self.weight_version = version
         return writer.checksum()

@@ -31,7 +31,7 @@ class WeightWriter:
     the ranks are on several hosts, whole tensors are gathered one at a time and the leader writes them.
 
     Args:
-        weights: of this rank's model; all ranks of the copy construct their writers together.
+        weights: of this rank's model, for their layout; all ranks of the copy construct their writers together.
         is_leader: the rank beside the engine; one per copy.
         with_digests: also write checksums of the trainer's values.
 
@@ -41,7 +41,6 @@ class WeightWriter:
     """
 
     def __init__(self, weights: ExportedWeights, *, is_leader: bool, with_digests: bool) -> None:
-        self._weights = weights
         self._with_digests = with_digests
         tensors = weights.tensors()
         entries = lay_out(tensors)
@@ -70,19 +69,23 @@ class WeightWriter:
         """Takes back what was said of the last refit; `write` of any rank must come after all ranks' `begin`."""
         self._say(0)
 
-    def write(self) -> None:
-        """Writes this rank's part, telling the engine how far it is; a collective where tensors are gathered."""
+    def write(self, weights: ExportedWeights) -> None:
+        """Writes this rank's part, telling the engine how far it is; a collective where tensors are gathered.
+
+        Args:
+            weights: of the layout that the writer was constructed with.
+        """
         if self._gathers:
-            self._write_gathered()
+            self._write_gathered(weights)
             return
         assert self.memory is not None
-        for part in self._weights.slices():
+        for part in weights.slices():
             self._say(self._position[part.name])
             cut(self.memory.tensors[part.name], part.ranges).copy_(part.values)
         self._say(len(self._position))
         if self._with_digests:
             # After the values: the engine needs them first, and computes its own checksums meanwhile.
-            for number, part in enumerate(self._weights.slices(), start=self._first_slice):
+            for number, part in enumerate(weights.slices(), start=self._first_slice):
                 self._write_digest(number, part.values)
         self._say(len(self._position) + 1)
 
@@ -95,8 +98,8 @@ class WeightWriter:
         if self.memory is not None:
             self.memory.close()
 
-    def _write_gathered(self) -> None:
-        for number, (name, tensor) in enumerate(self._weights):
+    def _write_gathered(self, weights: ExportedWeights) -> None:
+        for number, (name, tensor) in enumerate(weights):
             if self.memory is not None:
                 self.memory.tensors[name].copy_(tensor)
                 if self._with_digests:
