@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_prime.observe.files import write_atomically
-from megatron_prime.observe.plots import draw_all
 from megatron_prime.observe.run_folder import RunFolder
 
 Series = tuple[list[int], list[float]]
@@ -46,6 +45,9 @@ def draw_plots(run_folder: RunFolder) -> list[Path]:
     Returns:
         The PNG files written to the run's plots folder.
     """
+    # Half a second of imports that only the rank that draws should pay.
+    from megatron_prime.observe.plots import draw_all
+
     run_folder.plots.mkdir(parents=True, exist_ok=True)
     return draw_all(read_metrics(run_folder.metrics_path), run_folder.plots)
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import socket
+import sys
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import pytest
 import torch.multiprocessing as mp
+
+_PATIENCE_SECONDS = 150
 
 
 def _serve(connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
     while True:
         job = connection.recv()
         if job is None:
@@ -52,17 +59,28 @@ class GlooPool:
         common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         for rank, (_, connection) in enumerate(self._workers[:world_size]):
             connection.send((function, args, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
-        replies = []
-        for _, connection in self._workers[:world_size]:
-            if not connection.poll(300):
+        replies: dict[int, Any] = {}
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        waiting = {connection: rank for rank, (_, connection) in enumerate(self._workers[:world_size])}
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            for connection in ready:
+                succeeded, reply = connection.recv()
+                if not succeeded:
+                    self.close(kill=True)  # the others may wait in a collective
+                    pytest.fail(reply)
+                replies[waiting.pop(connection)] = reply
+            if not ready:
+                self._show_where_they_are()
                 self.close(kill=True)
-                pytest.fail(f"{function.__name__} hangs on {world_size} processes")
-            replies.append(connection.recv())
-        failures = [text for succeeded, text in replies if not succeeded]
-        if failures:
-            self.close(kill=True)  # the others may wait in a collective
-            pytest.fail("\n".join(failures))
-        return [value for _, value in replies]
+                pytest.fail(f"{function.__name__} hangs on {world_size} processes, ranks {sorted(waiting.values())}")
+        return [replies[rank] for rank in range(world_size)]
+
+    def _show_where_they_are(self) -> None:
+        """Every process writes its Python stacks to its standard error."""
+        for process, _ in self._workers:
+            os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(2)
 
     def close(self, kill: bool = False) -> None:
         for process, connection in self._workers:
