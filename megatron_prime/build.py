@@ -127,8 +127,8 @@ def evaluate(config: PrimeConfig) -> Mapping[str, Any]:
     raise_for_problems(check_config(config))
     torch.set_num_threads(config.run.num_threads)
     section = config.evaluation
-    loaded = _loaded_engine(config.model.path, config.model.dtype, config.rollout, config.run.num_threads)
-    with loaded as engine, _verifier(config) as verifier:
+    loaded = loaded_engine(config.model.path, config.model.dtype, config.rollout, config.run.num_threads)
+    with loaded as (engine, _), _verifier(config) as verifier:
         prompts = _prompts(config).evaluation(section.num_prompts)
         sampling = evaluation_sampling(config)
         answers = sample_and_verify(engine, verifier, prompts, sampling)
@@ -162,12 +162,12 @@ def generate(
         sampling: how to sample.
         engine: which engine samples.
     """
-    with _as_hf_folder(folder) as readable:
+    with as_hf_folder(folder) as readable:
         return _generate(readable, questions, ability=ability, raw=raw, sampling=sampling, engine=engine)
 
 
 @contextmanager
-def _as_hf_folder(path: str) -> Iterator[str]:
+def as_hf_folder(path: str) -> Iterator[str]:
     """The folder itself, or the Megatron checkpoint converted for as long as it is needed."""
     if not (Path(path) / convert.SIDE_FOLDER / "config.json").is_file():
         yield path
@@ -202,7 +202,7 @@ def _generate(
     section = RolloutSection(
         engine=engine, num_prompts=1, max_batch_size=64, vllm=VllmSection(max_model_len=longest, max_num_seqs=64)
     )
-    with _loaded_engine(folder, "float32", section, torch.get_num_threads()) as loaded:
+    with loaded_engine(folder, "float32", section, torch.get_num_threads()) as (loaded, _):
         return loaded.generate(prompts, sampling)
 
 
@@ -341,13 +341,13 @@ def vllm_setup(
 
 
 @contextmanager
-def _loaded_engine(path: str, dtype: str, section: RolloutSection, num_threads: int) -> Iterator[Engine]:
-    """An engine with the folder's own weights, no Megatron involved."""
+def loaded_engine(path: str, dtype: str, section: RolloutSection, num_threads: int) -> Iterator[tuple[Engine, str]]:
+    """An engine with the folder's own weights, no Megatron involved, and the checksum of these weights."""
     folder, architecture = HfFolder(path), read_architecture(path)
     folder.validate(architecture)
     with _engine(path, dtype, section, architecture, None, num_threads) as engine:
-        engine.load_weights(FolderExport(folder, architecture, DTYPES[dtype]), version=0)
-        yield engine
+        checksum = engine.load_weights(FolderExport(folder, architecture, DTYPES[dtype]), version=0)
+        yield engine, checksum
 
 
 def _finish(folder: RunFolder, summary: Mapping[str, Any], metrics: MetricsLogger) -> Mapping[str, Any]:

@@ -122,6 +122,8 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
+    if options.benchmarks:
+        return _evaluate_benchmarks(options)
     from megatron_prime import build
 
     alone = [
@@ -131,6 +133,24 @@ def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
     if not isinstance(config, PrimeConfig):
         raise ConfigError(f"kind: {options.config} is no PRIME configuration; evaluate needs its data and rollout")
     print(json.dumps(build.evaluate(config), indent=1))
+    return 0
+
+
+def _evaluate_benchmarks(options: argparse.Namespace) -> int:
+    from megatron_prime.evaluate import EvaluationOptions, evaluate_benchmarks
+    from megatron_prime.observe.report import benchmark_table
+
+    if options.overrides:
+        raise ConfigError(f"{options.overrides[0]}: --benchmarks takes a model and no configuration or overrides")
+    given = {name: getattr(options, name) for name in EvaluationOptions.__slots__ if hasattr(options, name)}
+    name = Path(os.path.normpath(options.config)).name
+    given |= {
+        "model": options.config,
+        "benchmarks": tuple(name.strip() for name in options.benchmarks.split(",")),
+        "output": options.output or str(Path("evaluations") / name),
+    }
+    print(benchmark_table(evaluate_benchmarks(EvaluationOptions(**given))), end="")
+    print(f"everything is in {given['output']}/")
     return 0
 
 
@@ -200,7 +220,6 @@ def _parser() -> argparse.ArgumentParser:
         ("train", _train, "train by PRIME"),
         ("sft", _train, "make the starting model by supervised fine-tuning"),
         ("check", _check, "resolve and validate a configuration and print the plan; starts nothing"),
-        ("evaluate", _evaluate, "avg@k of model.path on the evaluation prompts; prints JSON"),
     ):
         sub = add(name, function, text)
         sub.add_argument("config", help="YAML file")
@@ -213,6 +232,8 @@ def _parser() -> argparse.ArgumentParser:
             text = "expected length of answers (default: a third of the limit)"
             sub.add_argument("--mean-response-tokens", type=_at_least_one, help=text)
     command.add_arguments(add("launch", _launch, "start a run here, on Slurm or with NeMo-Run; watch and end jobs"))
+    text = "avg@k of a configuration's model.path on its evaluation prompts (JSON), or a model on published benchmarks"
+    _add_evaluate(add("evaluate", _evaluate, text), overrides)
     _add_generate(add("generate", _generate, "sample answers of a model; prints one JSON row each"))
     _add_convert(add("convert", _convert, "Hugging Face folder <-> Megatron distributed checkpoint"))
     return parser
@@ -237,6 +258,28 @@ def _probability(text: str) -> float:
     if not 0 < number <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
     return number
+
+
+def _add_evaluate(parser: argparse.ArgumentParser, overrides: dict[str, Any]) -> None:
+    parser.add_argument("config", help="YAML file; with --benchmarks a Hugging Face folder or Megatron checkpoint")
+    parser.add_argument("overrides", **overrides)
+    group = parser.add_argument_group("benchmarks (docs/evaluation.md)", "defaults are each benchmark's own protocol")
+    group.add_argument("--benchmarks", metavar="NAME,NAME", help="aime24, math500, gsm8k, humaneval, ...")
+    group.add_argument("--data", default="data", help="folder with one folder per benchmark (default: data)")
+    group.add_argument("--output", help="answers, results.json, results.txt (default: evaluations/MODEL)")
+    group.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
+    group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    group.add_argument("--num-samples", type=_at_least_one, help="answers per problem")
+    group.add_argument("--temperature", type=_temperature, help="0 = greedy")
+    group.add_argument("--top-p", type=_probability)
+    group.add_argument("--max-tokens", type=_at_least_one, help="longest answer")
+    group.add_argument("--num-problems", type=_at_least_one, help="only the first ones")
+    group.add_argument("--system-prompt", choices=["prime", "none"], default="prime")
+    group.add_argument("--template", choices=["chat", "raw"], default="chat", help="raw: no chat template")
+    group.add_argument("--seed", type=int, default=1)
+    group.add_argument("--num-workers", type=_at_least_one, default=os.cpu_count() or 1, help="processes that grade")
+    text = "answers after which they are kept, for an interrupted evaluation to go on from (default: 256)"
+    group.add_argument("--save-every", type=_at_least_one, default=256, metavar="N", help=text)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:

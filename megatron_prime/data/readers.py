@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ def read_rows(source: str) -> Iterator[tuple[str, Row]]:
     """Reads a data source row by row.
 
     Args:
-        source: a `.jsonl`, `.json` (list of rows, or a dict of pandas columns) or `.parquet` file, or
-            `hf:NAME[:CONFIG]:SPLIT`, where NAME may be a folder written by `datasets.save_to_disk`.
+        source: a `.jsonl`, `.jsonl.gz`, `.json` (list of rows, dict of pandas columns, or one row per line) or
+            `.parquet` file, or `hf:NAME[:CONFIG]:SPLIT`, where NAME may be a folder written by
+            `datasets.save_to_disk`.
 
     Yields:
         (`source`, row number) as text for messages and ids, and the row.
@@ -30,12 +33,11 @@ def read_rows(source: str) -> Iterator[tuple[str, Row]]:
         path = Path(source)
         if not path.is_file():
             raise DataError(f"{source}: no such file; check data.train and data.evaluation")
-        readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
-        if path.suffix not in readers:
-            raise DataError(
-                f"{source}: unknown kind of file; expected .jsonl, .json, .parquet or hf:NAME[:CONFIG]:SPLIT"
-            )
-        rows = readers[path.suffix](path)
+        readers = {".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+        kind = next((kind for kind in readers if path.name.endswith(kind)), None)
+        if kind is None:
+            raise DataError(f"{source}: unknown kind of file; expected {', '.join(readers)} or hf:NAME[:CONFIG]:SPLIT")
+        rows = readers[kind](path)
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise DataError(f"{source}, row {number}: expected an object with columns, found {type(row).__name__}")
@@ -43,19 +45,27 @@ def read_rows(source: str) -> Iterator[tuple[str, Row]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number}: not JSON: {error}") from error
+    num_lines = 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            for line in file:
+                num_lines += 1
+                if line.strip():
+                    yield json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}, line {num_lines}: not JSON: {error}") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged gzip file: {error}") from error
 
 
 def _read_json(path: Path) -> Iterator[Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise DataError(f"{path}: not JSON: {error}") from error
+        yield from _read_jsonl(path)
+        return
     except ValueError as error:
         raise DataError(f"{path}: not JSON: {error}") from error
     if isinstance(content, list):

@@ -73,6 +73,40 @@ def final_table(summary: Mapping[str, Any], width: int = 100) -> str:
     table.add_column("value")
     for key, value in summary.items():
         table.add_row(key.replace("_", " "), _value_text(key, value))
+    return _plain_text(table, width)
+
+
+def benchmark_table(results: Mapping[str, Any], width: int = 120) -> str:
+    """The result of an evaluation as a plain-text table.
+
+    Args:
+        results: what `evaluate` writes to results.json.
+        width: columns of the terminal.
+
+    Returns:
+        Lines ready to print; shares are in percent, intervals hold 95%.
+    """
+    table = Table(title=f"{results['model']}", title_justify="left")
+    for heading in ("benchmark", "problems", "answers", "average", "", "passed", "", "cut off", "no verdict"):
+        table.add_column(heading, justify="left" if heading == "benchmark" else "right", no_wrap=True)
+    for row in results["benchmarks"].values():
+        (average, first), *others = row["scores"].items()
+        passed = _score_cells(*others[-1]) if others else ("", "")
+        problems = f"{row['num_problems']}" + (f" of {row['num_published']}" if row["num_published"] else "")
+        cut_off = f"{100 * row['share_cut_off']:.1f}%"
+        cells = (problems, f"{row['num_answers']}", *_score_cells(average, first), *passed, cut_off)
+        table.add_row(row["title"], *cells, f"{row['num_missing']}")
+    if results["average"] is not None:
+        table.add_section()
+        table.add_row("average", "", "", *_score_cells("", results["average"]))
+    return _plain_text(table, width)
+
+
+def _score_cells(name: str, score: Mapping[str, float]) -> tuple[str, str]:
+    return f"{name} {100 * score['value']:.1f}%".strip(), f"{100 * score['low']:.1f}-{100 * score['high']:.1f}"
+
+
+def _plain_text(table: Table, width: int) -> str:
     console = Console(width=width, no_color=True, force_terminal=False)
     with console.capture() as capture:
         console.print(table)

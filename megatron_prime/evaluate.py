@@ -1,0 +1,288 @@
+"""`megatron-prime evaluate MODEL --benchmarks ...`: a finished model on published test sets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from megatron_prime.batch import Prompt, SamplingParams
+from megatron_prime.build import as_hf_folder, loaded_engine
+from megatron_prime.config.schema import RolloutSection, VerifierSection, VllmSection
+from megatron_prime.data.benchmarks.registry import BENCHMARKS, Benchmark, load_benchmarks
+from megatron_prime.data.layouts import Question
+from megatron_prime.data.templates import complete_messages, render
+from megatron_prime.data.tokenizer import encode, load_tokenizer
+from megatron_prime.errors import ConfigError, DataError
+from megatron_prime.launch.interrupt import stop_requests
+from megatron_prime.observe.files import write_atomically
+from megatron_prime.observe.report import benchmark_table
+from megatron_prime.observe.rows import RowFile
+from megatron_prime.rollout.protocol import Engine
+from megatron_prime.trainer.benchmark import Answer, answer_problems, problem_means, summarize
+from megatron_prime.trainer.scores import mean_of_benchmarks
+from megatron_prime.verify.verifier import MathVerifier
+from megatron_prime.weights.architecture import read_architecture
+
+_MAX_ROWS = 64
+_MAX_VLLM_ROWS = 256
+_CPU_CACHE_GIB = 2.0
+_GPU_SHARE = 0.85
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationOptions:
+    """What the command line says; None means the benchmark's own protocol."""
+
+    model: str
+    """Hugging Face folder with tokenizer, or a Megatron checkpoint of `convert`."""
+    benchmarks: tuple[str, ...]
+    data: str
+    """Folder with one folder per benchmark."""
+    output: str
+    """Folder for answers and results; where it has some, the evaluation goes on."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    dtype: str = "float32"
+    num_samples: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    num_problems: int | None = None
+    """The first ones only, for a try."""
+    system_prompt: Literal["prime", "none"] = "prime"
+    template: Literal["chat", "raw"] = "chat"
+    seed: int = 1
+    num_workers: int = 1
+    """Processes that grade."""
+    save_every: int = 256
+    """Answers after which they are on the disk."""
+
+    def sampling(self, benchmark: Benchmark) -> SamplingParams:
+        """How a benchmark is answered."""
+
+        def chosen(given: Any, published: Any) -> Any:
+            return published if given is None else given
+
+        return SamplingParams(
+            num_responses=chosen(self.num_samples, benchmark.num_responses),
+            temperature=chosen(self.temperature, benchmark.temperature),
+            top_p=chosen(self.top_p, benchmark.top_p),
+            max_response_tokens=chosen(self.max_tokens, benchmark.max_response_tokens),
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Task:
+    """A benchmark ready to be answered."""
+
+    benchmark: Benchmark
+    prompts: list[Prompt]
+    sampling: SamplingParams
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(prompt.token_ids) for prompt in self.prompts)
+
+
+def evaluate_benchmarks(options: EvaluationOptions) -> Mapping[str, Any]:
+    """Answers and grades benchmarks, in this process alone, and writes results.json and results.txt.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        ConfigError: options that contradict each other, the model, or what the output folder already holds.
+        DataError: see `load_benchmarks`.
+        RunInterrupted: a stop signal came; the answers so far are kept and the same call goes on.
+    """
+    questions = load_benchmarks(options.data, options.benchmarks)
+    _check_sampling(options, list(questions))
+    with as_hf_folder(options.model) as folder, stop_requests() as should_stop:
+        tokenizer, architecture = load_tokenizer(folder), read_architecture(folder)
+        tasks = [_task(options, tokenizer, name, rows) for name, rows in questions.items()]
+        _check_lengths(tasks, architecture.max_position_embeddings)
+        section = _engine_section(options, tasks)
+        graders = VerifierSection(num_workers=options.num_workers)
+        loaded = loaded_engine(folder, options.dtype, section, torch.get_num_threads())
+        with (
+            MathVerifier(graders.num_workers, graders.timeout_seconds, graders.memory_gib) as verifier,
+            loaded as (engine, checksum),
+        ):
+            answers = {
+                task.benchmark.name: _answer(options, task, engine, verifier, checksum, should_stop) for task in tasks
+            }
+    return _write_results(options, tasks, answers)
+
+
+def _check_sampling(options: EvaluationOptions, names: Sequence[str]) -> None:
+    problems = []
+    for name in names:
+        sampling = options.sampling(BENCHMARKS[name])
+        if sampling.temperature == 0 and sampling.num_responses > 1:
+            problems.append(f"{name}: {sampling.num_responses} greedy answers are all the same; give --temperature")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _task(
+    options: EvaluationOptions, tokenizer: PreTrainedTokenizerBase, name: str, rows: list[tuple[str, Question]]
+) -> _Task:
+    chosen = rows[: options.num_problems]
+    texts = []
+    for _, question in chosen:
+        messages = complete_messages(
+            question.messages, ability=question.ability, system_prompt=options.system_prompt, task_suffix=True
+        )
+        texts.append(render(tokenizer, messages, options.template))
+    prompts = [
+        Prompt(
+            prompt_id=prompt_id,
+            text=text,
+            token_ids=ids,
+            ground_truth=question.ground_truth,
+            ability=question.ability,
+            data_source=name,
+            extra_info=question.extra_info,
+        )
+        for (prompt_id, question), text, ids in zip(
+            chosen, texts, encode(tokenizer, texts, special_tokens=options.template == "raw"), strict=True
+        )
+    ]
+    return _Task(benchmark=BENCHMARKS[name], prompts=prompts, sampling=options.sampling(BENCHMARKS[name]))
+
+
+def _check_lengths(tasks: Sequence[_Task], limit: int) -> None:
+    problems = []
+    for task in tasks:
+        room = limit - task.longest
+        if task.sampling.max_response_tokens > room:
+            problems.append(
+                f"{task.benchmark.name}: answers of {task.sampling.max_response_tokens} tokens after a prompt of "
+                f"{task.longest} exceed the model's {limit} positions; "
+                + (f"--max-tokens {room} fits" if room > 0 else "the prompt alone is too long")
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _engine_section(options: EvaluationOptions, tasks: Sequence[_Task]) -> RolloutSection:
+    on_gpu = torch.cuda.is_available()
+    vllm = VllmSection(
+        max_model_len=max(task.longest + task.sampling.max_response_tokens for task in tasks),
+        max_num_seqs=_MAX_VLLM_ROWS,
+        kv_cache_gib=None if on_gpu else _CPU_CACHE_GIB,
+        gpu_memory_utilization=_GPU_SHARE,
+    )
+    return RolloutSection(engine=options.engine, num_prompts=1, max_batch_size=_MAX_ROWS, vllm=vllm)
+
+
+def _answer(
+    options: EvaluationOptions,
+    task: _Task,
+    engine: Engine,
+    verifier: MathVerifier,
+    checksum: str,
+    should_stop: Callable[[], bool],
+) -> list[Answer]:
+    """All answers to a benchmark's problems, those of earlier calls among them."""
+    name, count = task.benchmark.name, task.sampling.num_responses
+    file = RowFile(Path(options.output) / f"{name}.jsonl")
+    _claim(Path(options.output) / f"{name}.settings.json", _settings(options, task, checksum))
+    kept: dict[tuple[str, int], Answer] = {}
+
+    def take(answers: list[Answer]) -> None:
+        kept.update({(answer.prompt_id, answer.number): answer for answer in answers})
+
+    def keep(answers: list[Answer]) -> None:
+        file.append(answer.row() for answer in answers)
+        take(answers)
+        _log.info("%s: %d of %d answers", name, len(kept), len(task.prompts) * count)
+
+    take([Answer.from_row(row, str(file.path)) for row in file.read()])
+    done = {p.prompt_id for p in task.prompts if all((p.prompt_id, number) in kept for number in range(count))}
+    if done:
+        _log.info("%s: %d of %d problems are answered already", name, len(done), len(task.prompts))
+    answer_problems(
+        engine,
+        verifier,
+        task.prompts,
+        task.sampling,
+        done=done,
+        keep=keep,
+        chunk_size=max(1, options.save_every // count),
+        should_stop=should_stop,
+    )
+    return [kept[prompt.prompt_id, number] for prompt in task.prompts for number in range(count)]
+
+
+def _settings(options: EvaluationOptions, task: _Task, checksum: str) -> dict[str, Any]:
+    """What all answers of a benchmark must have in common."""
+    digest = hashlib.blake2b(digest_size=16)
+    for prompt in task.prompts:
+        digest.update(repr((prompt.prompt_id, prompt.text, prompt.ground_truth)).encode(errors="surrogatepass"))
+    return {
+        "weights": checksum,
+        "problems": digest.hexdigest(),
+        "num_problems": len(task.prompts),
+        "engine": options.engine,
+        "dtype": options.dtype,
+        "template": options.template,
+        "system_prompt": options.system_prompt,
+        "num_samples": task.sampling.num_responses,
+        "temperature": task.sampling.temperature,
+        "top_p": task.sampling.top_p,
+        "max_tokens": task.sampling.max_response_tokens,
+        "seed": task.sampling.seed,
+    }
+
+
+def _claim(path: Path, settings: Mapping[str, Any]) -> None:
+    """Writes the settings of a benchmark, or finds them there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(dict(settings), indent=1) + "\n")
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        differing = [
+            f"{key} (was {before[key]!r}, now {settings[key]!r})" for key in settings if before[key] != settings[key]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not the settings of an evaluation; move the folder away") from error
+    if differing:
+        raise ConfigError(f"{path}: holds answers given otherwise: {', '.join(differing)}; choose another --output")
+
+
+def _write_results(
+    options: EvaluationOptions, tasks: Sequence[_Task], answers: Mapping[str, list[Answer]]
+) -> Mapping[str, Any]:
+    output = Path(options.output)
+    benchmarks = {
+        task.benchmark.name: {
+            "title": task.benchmark.title,
+            "num_published": task.benchmark.num_problems,
+            **summarize(answers[task.benchmark.name]),
+            "settings": json.loads((output / f"{task.benchmark.name}.settings.json").read_text(encoding="utf-8")),
+        }
+        for task in tasks
+    }
+    means = {name: problem_means(rows) for name, rows in answers.items()}
+    results = {
+        "model": os.path.normpath(options.model),
+        "average": mean_of_benchmarks(means).row() if len(means) > 1 else None,
+        "benchmarks": benchmarks,
+    }
+    write_atomically(output / "results.json", json.dumps(results, indent=1) + "\n")
+    write_atomically(output / "results.txt", benchmark_table(results))
+    return results

