@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def read_curve(directory: str, name: str) -> list[dict[str, float | None]]:
 
 def run_prime(config: dict[str, Any]) -> None:
     """Runs a configuration in the started processes."""
-    path = Path(config["run"]["directory"]) / f"{config['run']['name']}.yaml"
-    if not path.exists():
-        write_yaml(path, config)
+    # A file of each process: another one could read it half written.
+    path = Path(config["run"]["directory"]) / f"{config['run']['name']}.{os.getpid()}.yaml"
+    write_yaml(path, config)
     build.run(load_config(path))
