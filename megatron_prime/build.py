@@ -39,7 +39,7 @@ from megatron_prime.rollout.vllm.messages import EngineOptions
 from megatron_prime.trainer.evaluation import accuracy, evaluation_sampling, sample_and_verify
 from megatron_prime.trainer.prime import PrimeParts, PrimeTrainer
 from megatron_prime.trainer.sft import SftTrainer
-from megatron_prime.verify.verifier import MathVerifier
+from megatron_prime.verify.verifier import RoutingVerifier, build_verifier
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
 from megatron_prime.weights.folder_export import FolderExport
 from megatron_prime.weights.hf_folder import HfFolder
@@ -257,9 +257,9 @@ def _prepared(
         metrics.close()
 
 
-def _verifier(config: PrimeConfig) -> MathVerifier:
-    section = config.verifier
-    return MathVerifier(section.num_workers, section.timeout_seconds, section.memory_gib)
+def _verifier(config: PrimeConfig) -> RoutingVerifier:
+    abilities = config.data.abilities if isinstance(config.data, FileData) else ["math"]
+    return build_verifier(config.verifier, abilities)
 
 
 def _prompts(config: PrimeConfig) -> PromptSource:

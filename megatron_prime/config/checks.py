@@ -24,7 +24,7 @@ from megatron_prime.config.schema import (
 from megatron_prime.errors import ConfigError
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
-ABILITIES = ("math",)
+ABILITIES = ("math", "code")
 """What there is a verifier for."""
 _COUNTS = ("run.num_", "parallel.", "rollout.num_", "policy.num_", "prm.num_", "sft.batch_size")
 """Where a number is out of range here, the arithmetic of batches and layouts means nothing."""
@@ -129,7 +129,8 @@ def _check_data(config: AnyConfig, check_files: bool) -> list[str]:
                 "; lower it"
             ]
         return []
-    problems = _check_abilities(data)
+    factory = config.verifier.factory if isinstance(config, PrimeConfig) else None
+    problems = _check_abilities(data, factory)
     if not data.train:
         problems.append("data.train: no files; name at least one")
     if isinstance(config, PrimeConfig) and config.evaluation.num_prompts and not data.evaluation:
@@ -143,13 +144,14 @@ def _check_data(config: AnyConfig, check_files: bool) -> list[str]:
     return problems
 
 
-def _check_abilities(data: FileData) -> list[str]:
+def _check_abilities(data: FileData, factory: str | None) -> list[str]:
     if not data.abilities:
         return [f"data.abilities: none, which leaves no prompt; name some of {', '.join(ABILITIES)}"]
     return [
-        f"data.abilities: {ability!r} has no verifier yet and comes with it; use only {', '.join(ABILITIES)}"
+        f"data.abilities: {ability!r} has no verifier; use only {', '.join(ABILITIES)}, or name your own verifier as"
+        " verifier.factory"
         for ability in data.abilities
-        if ability not in ABILITIES
+        if ability not in ABILITIES and factory is None
     ]
 
 

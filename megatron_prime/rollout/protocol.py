@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.weights.shards import ShardSlice
+
+
+OnAnswer = Callable[[int, int, Response], None]
+"""Takes the number of the prompt, the number of the answer, and the answer."""
 
 
 class ExportedWeights(Protocol):
@@ -32,12 +36,16 @@ class Engine(Protocol):
     weight_version: int
     """Version of the loaded weights, -1 while there are none."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Response]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, on_answer: OnAnswer | None = None
+    ) -> list[list[Response]]:
         """Samples ``sampling.num_responses`` answers for each prompt.
 
         Args:
             prompts: the same ones, in the same order, on every rank.
             sampling: how to sample.
+            on_answer: called on one rank for an answer as soon as it has ended, where the engine knows that before
+                all have; must return quickly.
 
         Returns:
             On every rank, for each prompt in order, its answers in order.

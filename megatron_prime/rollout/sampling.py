@@ -7,7 +7,7 @@ tokens of each depend on nothing but its own prompt, its key and the weights.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +96,9 @@ class Sampler:
         max_tokens: int,
         stop_token_ids: Sequence[int],
         max_rows: int,
+        on_ended: Callable[[int, Sample], None],
     ) -> None:
+        self.on_ended = on_ended
         self.model = model
         self.requests = requests
         self.temperature = temperature
@@ -119,14 +121,14 @@ class Sampler:
         self.is_stop = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
         self.is_stop[[token for token in stop_token_ids if token < model.config.vocab_size]] = True
 
-    def run(self) -> list[Sample]:
+    def run(self) -> None:
         """Samples until every request has ended."""
         while True:
             num_free = self.max_rows - self.num_rows
             if self.waiting and num_free >= _MIN_FREE_SHARE * self.max_rows:
                 self._admit(min(num_free, len(self.waiting)))
             if self.num_rows == 0:
-                return self._results()
+                return
             self._step()
             self._drop_ended()
 
@@ -191,6 +193,7 @@ class Sampler:
         num_alive = int(alive.sum())
         if self.num_rows - num_alive < max(1, _MIN_ENDED_SHARE * self.num_rows):
             return
+        self._report(self.state[0, : self.num_rows][~alive])
         gaps = (~alive[:num_alive]).nonzero()[:, 0]
         movers = alive[num_alive:].nonzero()[:, 0] + num_alive
         self.state[:, gaps] = self.state[:, movers]
@@ -198,16 +201,16 @@ class Sampler:
         self.num_rows = num_alive
         self.longest = int(self.state[3, :num_alive].max()) + 1 if num_alive else 0
 
-    def _results(self) -> list[Sample]:
-        """Cuts each answer after its first stop token."""
-        hits = self.is_stop[self.tokens[:, : self.max_tokens]]
+    def _report(self, requests: torch.Tensor) -> None:
+        """Hands out the answers of requests that have ended, each cut after its first stop token."""
+        tokens, logprobs = self.tokens[requests, : self.max_tokens], self.logprobs[requests, : self.max_tokens]
+        hits = self.is_stop[tokens]
         stopped = hits.any(dim=1)
-        lengths = torch.where(stopped, hits.byte().argmax(dim=1) + 1, self.max_tokens).tolist()
-        columns = zip(self.tokens.cpu(), self.logprobs.cpu(), lengths, stopped.tolist(), strict=True)
-        return [
-            Sample(token_ids=tuple(tokens[:n].tolist()), logprobs=tuple(logprobs[:n].tolist()), stopped=stop)
-            for tokens, logprobs, n, stop in columns
-        ]
+        lengths = torch.where(stopped, hits.byte().argmax(dim=1) + 1, self.max_tokens)
+        columns = zip(requests.tolist(), tokens.cpu(), logprobs.cpu(), lengths.tolist(), stopped.tolist(), strict=True)
+        for request, ids, values, n, stop in columns:
+            answer = Sample(token_ids=tuple(ids[:n].tolist()), logprobs=tuple(values[:n].tolist()), stopped=stop)
+            self.on_ended(request, answer)
 
 
 @torch.inference_mode()
@@ -220,6 +223,7 @@ def sample(
     max_tokens: int,
     stop_token_ids: Sequence[int],
     max_rows: int,
+    on_ended: Callable[[int, Sample], None] | None = None,
 ) -> list[Sample]:
     """Samples one answer per request.
 
@@ -231,12 +235,20 @@ def sample(
         max_tokens: of each answer.
         stop_token_ids: an answer ends after the first of these.
         max_rows: answers that are sampled at the same time.
+        on_ended: takes the number of a request and its answer soon after it has ended, while others are sampled.
 
     Returns:
         The answers in the order of the requests.
     """
     if not requests:
         return []
+    samples: dict[int, Sample] = {}
+
+    def take(request: int, answer: Sample) -> None:
+        samples[request] = answer
+        if on_ended is not None:
+            on_ended(request, answer)
+
     sampler = Sampler(
         model,
         requests,
@@ -245,5 +257,7 @@ def sample(
         max_tokens=max_tokens,
         stop_token_ids=stop_token_ids,
         max_rows=max_rows,
+        on_ended=take,
     )
-    return sampler.run()
+    sampler.run()
+    return [samples[request] for request in range(len(requests))]

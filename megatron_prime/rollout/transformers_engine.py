@@ -14,6 +14,7 @@ from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.kv_cache import ATTENTION_NAME
 from megatron_prime.rollout.prompts import check_prompts
+from megatron_prime.rollout.protocol import OnAnswer
 from megatron_prime.rollout.randomness import answer_key
 from megatron_prime.rollout.sampling import Request, Sample, sample
 from megatron_prime.weights.checksum import WeightChecksum
@@ -53,7 +54,9 @@ class TransformersEngine:
         self._asleep = False
         self._model: PreTrainedModel | None = _build_model(Path(folder), dtype, self._device)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Response]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, on_answer: OnAnswer | None = None
+    ) -> list[list[Response]]:
         """See `protocol.Engine.generate`; a prompt's answers are all sampled by the same rank."""
         model = self._open_model()
         if self._unusable is not None:
@@ -66,13 +69,20 @@ class TransformersEngine:
             max_length=model.config.max_position_embeddings,
             vocab_size=model.config.vocab_size,
         )
-        mine = world.my_share(prompts)
+        count = sampling.num_responses
+        places = [(prompt, answer) for prompt in world.my_share(range(len(prompts))) for answer in range(count)]
         requests = [
-            Request(prompt=prompt.token_ids, key=answer_key(sampling.seed, prompt.prompt_id, answer))
-            for prompt in mine
-            for answer in range(sampling.num_responses)
+            Request(prompt=prompts[i].token_ids, key=answer_key(sampling.seed, prompts[i].prompt_id, answer))
+            for i, answer in places
         ]
-        samples = sample(
+        responses: dict[int, Response] = {}
+
+        def take(request: int, answer: Sample) -> None:
+            responses[request] = self._response(answer)
+            if on_answer is not None:
+                on_answer(*places[request], responses[request])
+
+        sample(
             model,
             requests,
             temperature=sampling.temperature,
@@ -80,10 +90,9 @@ class TransformersEngine:
             max_tokens=sampling.max_response_tokens,
             stop_token_ids=(*self._end_token_ids, *sampling.stop_token_ids),
             max_rows=self._max_batch_size,
+            on_ended=take,
         )
-        responses = [self._response(answer) for answer in samples]
-        count = sampling.num_responses
-        groups = [responses[start : start + count] for start in range(0, len(responses), count)]
+        groups = [[responses[start + i] for i in range(count)] for start in range(0, len(responses), count)]
         return world.interleave(world.all_gather(groups))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from megatron_prime import world
@@ -56,11 +57,25 @@ def evaluation_sampling(config: PrimeConfig) -> SamplingParams:
 def sample_and_verify(
     engine: Engine, verifier: Verifier, prompts: Sequence[Prompt], sampling: SamplingParams
 ) -> list[list[tuple[Response, Verdict]]]:
-    """Answers with verdicts, per prompt; every rank grades its share and gets all verdicts."""
-    responses = engine.generate(prompts, sampling)
-    items = [(prompt, r) for prompt, answers in zip(prompts, responses, strict=True) for r in answers]
-    verdicts = iter(world.interleave(world.all_gather(verifier.verify(world.my_share(items)))))
-    return [[(response, next(verdicts)) for response in answers] for answers in responses]
+    """Answers with verdicts, per prompt.
+
+    What the engine hands out early is graded by the rank that it ended on, while the others are still sampled; the
+    rest is shared out. Every rank gets all verdicts.
+    """
+    pending: dict[tuple[int, int], Future[Verdict]] = {}
+
+    def grade(prompt: int, answer: int, response: Response) -> None:
+        pending[prompt, answer] = verifier.submit(prompts[prompt], response)
+
+    responses = engine.generate(prompts, sampling, grade)
+    early = set().union(*world.all_gather(set(pending)))
+    places = [(prompt, answer) for prompt, answers in enumerate(responses) for answer in range(len(answers))]
+    for prompt, answer in world.my_share([place for place in places if place not in early]):
+        grade(prompt, answer, responses[prompt][answer])
+    verdicts: dict[tuple[int, int], Verdict] = {}
+    for graded in world.all_gather({place: future.result() for place, future in pending.items()}):
+        verdicts |= graded
+    return [[(response, verdicts[i, j]) for j, response in enumerate(row)] for i, row in enumerate(responses)]
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:

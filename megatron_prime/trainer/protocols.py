@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import torch
@@ -61,7 +62,12 @@ class Imitator(Protocol):
 class Engine(Protocol):
     """The rollout engine; every rank calls it with the same arguments."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Response]]: ...
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        on_answer: Callable[[int, int, Response], None] | None = None,
+    ) -> list[list[Response]]: ...
 
     def load_weights(self, weights: Any, version: int) -> str: ...
 
@@ -69,7 +75,7 @@ class Engine(Protocol):
 class Verifier(Protocol):
     """Outcome labels for this process's share of the answers."""
 
-    def verify(self, items: Sequence[tuple[Prompt, Response]]) -> list[Verdict]: ...
+    def submit(self, prompt: Prompt, response: Response) -> Future[Verdict]: ...
 
 
 class Prompts(Protocol):

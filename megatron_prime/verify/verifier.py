@@ -1,90 +1,77 @@
-"""Outcome labels of math responses."""
+"""The verifier of a configuration: one pool, a verifier per ability, or the user's own."""
 
 from __future__ import annotations
 
-import time
+import importlib
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from types import TracebackType
+from typing import cast
 
 from megatron_prime.batch import Prompt, Response, Verdict
+from megatron_prime.config.schema import VerifierSection
 from megatron_prime.errors import VerifierError
-from megatron_prime.verify.math_answer import decide, extract_answer
-from megatron_prime.verify.normalize import clean_unicode
-from megatron_prime.verify.pool import GraderPool
-
-_REWARDS: Mapping[str, float | None] = {
-    "correct": 1.0,
-    "wrong": 0.0,
-    "no_answer": 0.0,
-    "malformed": 0.0,
-    "too_long": 0.0,
-    # The verifier's failures say nothing about the response: its outcome is missing, neither 0 nor 1.
-    "timeout": None,
-    "grader_error": None,
-}
+from megatron_prime.verify.code.verifier import CodeVerifier, choose_isolation, code_worker_kind
+from megatron_prime.verify.math_verifier import MathVerifier, math_worker_kind
+from megatron_prime.verify.pool import WorkerPool
+from megatron_prime.verify.protocol import Verifier, verify
 
 
-class MathVerifier:
-    """Compares the last boxed answer of each response with the ground truth.
-
-    Exact rules decide nearly all cases in microseconds; the rest goes to math-verify in worker processes that
-    start on first need and are killed at their limits. Model text is never evaluated as code.
+class RoutingVerifier:
+    """Gives each prompt to the verifier of its ability (`protocol.Verifier`). Use as a context manager.
 
     Args:
-        num_workers: grader processes at the most.
-        timeout_seconds: wall-clock limit of a symbolic comparison.
-        memory_gib: address space of a grader process.
+        verifiers: by ability; one for ``*`` takes all that have none of their own.
+        pool: closed with this verifier.
     """
 
-    def __init__(self, num_workers: int, timeout_seconds: float, memory_gib: float) -> None:
-        self._pool = GraderPool(num_workers, timeout_seconds, memory_gib)
+    def __init__(self, verifiers: Mapping[str, Verifier], pool: WorkerPool | None = None) -> None:
+        self._verifiers = dict(verifiers)
+        self._pool = pool
         self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
 
     @property
     def counts(self) -> Mapping[str, int]:
         """How often each status was given since the start."""
-        return dict(self._counts)
+        with self._lock:
+            return dict(self._counts)
 
-    def verify(self, items: Sequence[tuple[Prompt, Response]]) -> list[Verdict]:
-        """Judges responses, on this process alone.
-
-        Args:
-            items: prompts, each with one of its responses.
-
-        Returns:
-            One verdict per item, in the same order.
+    def submit(self, prompt: Prompt, response: Response) -> Future[Verdict]:
+        """See `protocol.Verifier.submit`.
 
         Raises:
-            VerifierError: a prompt that is no math problem, or workers that cannot start.
+            VerifierError: no verifier knows the prompt's ability.
         """
-        verdicts: list[Verdict | None] = []
-        open_cases: dict[tuple[str, str], list[int]] = {}
-        for index, (prompt, response) in enumerate(items):
-            if prompt.ability != "math":
-                raise VerifierError(
-                    f"prompt {prompt.prompt_id}: the math verifier cannot judge ability '{prompt.ability}'; "
-                    "leave such rows out of data.train and data.evaluation"
-                )
-            gold = clean_unicode(prompt.ground_truth).strip()
-            verdict, answer = _judge_exactly(gold, response.text)
-            verdicts.append(verdict)
-            if verdict is None:
-                # Equal answers to one problem are common; each is worth one comparison.
-                open_cases.setdefault((gold, answer), []).append(index)
-        for case, outcome in zip(open_cases, self._pool.run(list(open_cases)), strict=True):
-            for index in open_cases[case]:
-                verdicts[index] = _verdict(outcome.status, case[1], outcome.seconds)
-        result = [verdict for verdict in verdicts if verdict is not None]
-        assert len(result) == len(items)
-        self._counts.update(verdict.status for verdict in result)
-        return result
+        verifier = self._verifiers.get(prompt.ability) or self._verifiers.get("*")
+        if verifier is None:
+            raise VerifierError(
+                f"prompt {prompt.prompt_id}: no verifier for ability '{prompt.ability}' (there are: "
+                f"{', '.join(self._verifiers)}); name it in data.abilities, or leave such rows out"
+            )
+        future = verifier.submit(prompt, response)
+        future.add_done_callback(self._count)
+        return future
+
+    def _count(self, future: Future[Verdict]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            with self._lock:
+                self._counts[future.result().status] += 1
+
+    def verify(self, items: Sequence[tuple[Prompt, Response]]) -> list[Verdict]:
+        """One verdict per item, in the same order; see `protocol.verify`."""
+        return verify(self, items)
 
     def close(self) -> None:
-        """Ends the grader processes."""
-        self._pool.close()
+        """Ends all verifiers and their workers."""
+        for verifier in self._verifiers.values():
+            verifier.close()
+        if self._pool is not None:
+            self._pool.close()
 
-    def __enter__(self) -> MathVerifier:
+    def __enter__(self) -> RoutingVerifier:
         return self
 
     def __exit__(
@@ -93,17 +80,38 @@ class MathVerifier:
         self.close()
 
 
-def _judge_exactly(gold: str, text: str) -> tuple[Verdict | None, str]:
-    """The verdict where exact rules suffice, and the answer found."""
-    start = time.perf_counter()
-    found = extract_answer(text)
-    if found.status != "found":
-        return _verdict(found.status, found.answer or None, time.perf_counter() - start), found.answer
-    equal = decide(gold, found.answer)
-    if equal is None:
-        return None, found.answer
-    return _verdict("correct" if equal else "wrong", found.answer, time.perf_counter() - start), found.answer
+def build_verifier(section: VerifierSection, abilities: Sequence[str]) -> RoutingVerifier:
+    """The verifier of a configuration.
+
+    Args:
+        section: the configuration.
+        abilities: that will occur; what runs programs is only set up for ``code``.
+
+    Raises:
+        VerifierError: the user's own cannot be made, or programs cannot be run safely on this machine.
+    """
+    if section.factory is not None:
+        return RoutingVerifier({"*": _own_verifier(section)})
+    kinds = [math_worker_kind(section.timeout_seconds, section.memory_gib)]
+    if "code" in abilities:
+        kinds.append(code_worker_kind(section.code, choose_isolation(section.code)))
+    pool = WorkerPool(kinds, section.num_workers, section.cache_size)
+    verifiers: dict[str, Verifier] = {"math": MathVerifier(pool, section.timeout_seconds)}
+    if "code" in abilities:
+        verifiers["code"] = CodeVerifier(pool, section.code)
+    return RoutingVerifier(verifiers, pool)
 
 
-def _verdict(status: str, extracted: str | None, seconds: float) -> Verdict:
-    return Verdict(status=status, reward=_REWARDS[status], extracted=extracted, seconds=seconds)
+def _own_verifier(section: VerifierSection) -> Verifier:
+    module_name, colon, function_name = str(section.factory).partition(":")
+    if not colon:
+        raise VerifierError(f"verifier.factory: {section.factory!r} must be package.module:function")
+    try:
+        factory = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise VerifierError(f"verifier.factory: {section.factory!r} cannot be imported: {error}") from error
+    verifier = factory(section)
+    missing = [name for name in ("submit", "close") if not callable(getattr(verifier, name, None))]
+    if missing:
+        raise VerifierError(f"verifier.factory: what {section.factory} returned has no {' and no '.join(missing)}")
+    return cast(Verifier, verifier)

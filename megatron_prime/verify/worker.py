@@ -86,6 +86,8 @@ def main(descriptor: int, memory_bytes: int, timeout_seconds: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, timeout_seconds)
         try:
             status = grade(gold, answer)
+        except MemoryError:
+            status = "resource"
         except Exception:
             # Whatever sympy raises on the answers of a model is a case without a verdict, not the end of the worker.
             status = "grader_error"

@@ -10,7 +10,7 @@ from megatron_prime import world
 from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.prompts import check_prompts
-from megatron_prime.rollout.protocol import ExportedWeights
+from megatron_prime.rollout.protocol import ExportedWeights, OnAnswer
 from megatron_prime.rollout.randomness import answer_key
 from megatron_prime.rollout.vllm.messages import EngineOptions, EngineRequest, Finished, SharedUpdate
 from megatron_prime.rollout.vllm.process import EngineLost, EngineParent, EngineProcess
@@ -67,7 +67,9 @@ class VllmEngine:
         if setup.is_leader and parent is None:
             self._parent = self._new_parent()
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Response]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, on_answer: OnAnswer | None = None
+    ) -> list[list[Response]]:
         """See `protocol.Engine.generate`; a prompt's answers are all sampled by the same engine."""
         setup = self._setup
         if self.weight_version < 0:
@@ -82,7 +84,7 @@ class VllmEngine:
         problem = None
         if setup.is_leader:
             try:
-                groups = self._sample(prompts[setup.engine_index :: setup.num_engines], sampling)
+                groups = self._sample(prompts[setup.engine_index :: setup.num_engines], sampling, on_answer)
             except RolloutError as error:
                 problem = str(error)
         answers = world.all_gather((setup.engine_index, groups, problem) if setup.is_leader else None)
@@ -164,7 +166,9 @@ class VllmEngine:
         if self._process.loading == self._version:
             self._process.finish_load()
 
-    def _sample(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Response]]:
+    def _sample(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, on_answer: OnAnswer | None
+    ) -> list[list[Response]]:
         waiting = {
             f"{index}/{answer}": _request(f"{index}/{answer}", prompt, answer, sampling, self._setup.end_token_ids)
             for index, prompt in enumerate(prompts)
@@ -176,7 +180,10 @@ class VllmEngine:
             assert self._process is not None
             for finished in self._process.generate(list(waiting.values())):
                 del waiting[finished.request_id]
-                done[finished.request_id] = self._response(finished)
+                response = done[finished.request_id] = self._response(finished)
+                if on_answer is not None:
+                    index, answer = map(int, finished.request_id.split("/"))
+                    on_answer(self._setup.engine_index + index * self._setup.num_engines, answer, response)
 
         if waiting:
             self._with_restarts(sample_the_rest)

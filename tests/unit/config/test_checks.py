@@ -93,8 +93,8 @@ ONE_PROBLEM = [
     (["data={kind: files, train: [a.csv]}", "evaluation.num_prompts=0"], "data.train: 'a.csv' has an unknown format"),
     (["data={kind: files, train: ['hf:a']}", "evaluation.num_prompts=0"], "data.train: 'hf:a' is not a dataset"),
     (
-        ["data={kind: files, train: ['hf:a:b'], abilities: [math, code]}", "evaluation.num_prompts=0"],
-        "data.abilities: 'code' has no verifier yet",
+        ["data={kind: files, train: ['hf:a:b'], abilities: [math, law]}", "evaluation.num_prompts=0"],
+        "data.abilities: 'law' has no verifier",
     ),
     (["data={kind: files, train: ['hf:a:b'], abilities: []}", "evaluation.num_prompts=0"], "data.abilities: none"),
     # Groups and their filter.

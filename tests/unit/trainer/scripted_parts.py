@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -77,7 +78,12 @@ class ScriptedEngine:
         """Prompts of each call."""
         return [len(prompts) for prompts, _ in self.requests]
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Response]]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        on_answer: Callable[[int, int, Response], None] | None = None,
+    ) -> list[list[Response]]:
         self.requests.append(([prompt.prompt_id for prompt in prompts], sampling))
         logprob = -(float(self.weights.get("w", torch.zeros(1))) + 1) / (sampling.temperature or 1.0)
         return [
@@ -108,8 +114,10 @@ def _response(text: str, logprob: float, version: int) -> Response:
 class ScriptVerifier:
     """Reads the verdict off the answer."""
 
-    def verify(self, items: Sequence[tuple[Prompt, Response]]) -> list[Verdict]:
-        return [VERDICTS.get(response.text, MISSING) for _, response in items]
+    def submit(self, prompt: Prompt, response: Response) -> Future[Verdict]:
+        future: Future[Verdict] = Future()
+        future.set_result(VERDICTS.get(response.text, MISSING))
+        return future
 
 
 class CountingPolicy:

@@ -7,7 +7,8 @@ import pytest
 
 from megatron_prime.batch import Prompt, Response
 from megatron_prime.errors import VerifierError
-from megatron_prime.verify.verifier import MathVerifier
+from megatron_prime.config.schema import VerifierSection
+from megatron_prime.verify.verifier import build_verifier
 
 CASES = Path(__file__).parents[2] / "data" / "grader_cases" / "cases.jsonl"
 MISSED = {
@@ -21,7 +22,7 @@ MISSED = {
 
 @pytest.fixture(scope="module")
 def verifier():
-    with MathVerifier(num_workers=2, timeout_seconds=5.0, memory_gib=2.0) as math_verifier:
+    with build_verifier(VerifierSection(num_workers=2, timeout_seconds=5.0), ["math"]) as math_verifier:
         yield math_verifier
 
 
@@ -77,7 +78,7 @@ def test_never_runs_the_text_of_an_answer(verifier, tmp_path):
 
 
 def test_rewards_follow_the_status_and_failures_are_missing():
-    with MathVerifier(num_workers=1, timeout_seconds=1.0, memory_gib=2.0) as verifier:
+    with build_verifier(VerifierSection(timeout_seconds=1.0), ["math"]) as verifier:
         verdicts = verifier.verify(
             [
                 _item("7", r"\boxed{7}"),

@@ -105,7 +105,8 @@ def _walls() -> list[str]:
     arguments = ["bwrap", "--unshare-all", "--die-with-parent", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]
     for path in dict.fromkeys(readable):
         arguments += ["--dev-bind" if path.startswith("/dev/") else "--ro-bind", path, path]
-    return [*arguments, "--size", str(lockdown.SCRATCH_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    scratch = ["--size", str(lockdown.SCRATCH_BYTES), "--tmpfs", namespaces.SCRATCH, "--chdir", namespaces.SCRATCH]
+    return [*arguments, *scratch, "--remount-ro", "/"]
 
 
 def main() -> None:
