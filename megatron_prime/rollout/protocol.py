@@ -10,7 +10,6 @@ import torch
 from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.weights.shards import ShardSlice
 
-
 OnAnswer = Callable[[int, int, Response], None]
 """Takes the number of the prompt, the number of the answer, and the answer."""
 

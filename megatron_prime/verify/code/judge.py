@@ -26,7 +26,8 @@ MAX_TIME_LIMITS = 2
 MAX_OUTPUT_BYTES = 2**20
 """Of standard output, beyond twice the length of what is expected."""
 CALL_PRELUDE = "import collections, functools, heapq, itertools, math, string\n" + "".join(
-    f"from {module} import *\n" for module in ("typing", "collections", "functools", "itertools", "math", "heapq", "bisect")
+    f"from {module} import *\n"
+    for module in ("typing", "collections", "functools", "itertools", "math", "heapq", "bisect")
 )
 """Function-style problems are written for graders that have these names defined (APPS, LeetCode)."""
 _PROGRAM, _TESTS = 0, 1

@@ -119,12 +119,14 @@ def _read_pairs(content: Mapping[str, Any]) -> OutputTests | CallTests:
         if not isinstance(name, str):
             raise ProblemError("fn_name must be text")
         return CallTests(name, [_arguments(value) for value in inputs], [_from_text(value) for value in outputs])
-    checker, code = content.get("checker") or "tokens", ""
+    checker, code = content.get("checker"), ""
+    if checker is None:
+        checker = "tokens"
     if isinstance(checker, Mapping) and isinstance(checker.get("code"), str):
         checker, code = "", checker["code"]
-    elif checker not in CHECKERS:
+    elif not isinstance(checker, str) or checker not in CHECKERS:
         raise ProblemError(f'checker must be one of {", ".join(CHECKERS)}, or {{"code": ...}}')
-    return OutputTests([_text(v) for v in inputs], [_text(v) for v in outputs], str(checker), code)
+    return OutputTests([_text(v) for v in inputs], [_text(v) for v in outputs], checker, code)
 
 
 def _text(value: Any) -> str:

@@ -82,9 +82,7 @@ def make_launcher(isolation: str, memory_bytes: int) -> Launcher:
 
 def _prove(launcher: Launcher, forbidden: tuple[str, ...] | list[str]) -> None:
     limits = Limits(test_seconds=10.0, total_seconds=20.0)
-    attempts = "".join(
-        f"try:\n  {attempt}\n  print({attempt!r})\nexcept OSError:\n  pass\n" for attempt in forbidden
-    )
+    attempts = "".join(f"try:\n  {attempt}\n  print({attempt!r})\nexcept OSError:\n  pass\n" for attempt in forbidden)
     status = judge(launcher, limits, OutputTests(["41"], ["42"]), f"print(int(input()) + 1)\n{attempts}")[0]
     if status == "wrong_answer":
         raise SandboxError("a test program could do what it must not")

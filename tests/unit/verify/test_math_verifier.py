@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_prime.batch import Prompt, Response
-from megatron_prime.errors import VerifierError
 from megatron_prime.config.schema import VerifierSection
+from megatron_prime.errors import VerifierError
 from megatron_prime.verify.verifier import build_verifier
 
 CASES = Path(__file__).parents[2] / "data" / "grader_cases" / "cases.jsonl"

@@ -57,7 +57,9 @@ class Program:
         if not isinstance(reply, dict) or reply.get("nonce") != nonce:
             raise ProgramGone("an answer to something else")
         if "error" in reply:
-            raise _RaisedByProgram(str(reply["error"])) from _exception(str(reply.get("builtin")), str(reply.get("text")))
+            raise _RaisedByProgram(str(reply["error"])) from _exception(
+                str(reply.get("builtin")), str(reply.get("text"))
+            )
         changed = reply.get("args")
         if not isinstance(changed, list) or len(changed) != len(arguments):
             raise ProgramGone("an answer without its arguments")
@@ -163,7 +165,7 @@ def run_tests(request: dict[str, Any], descriptor: int, report: Callable[..., No
 
     Args:
         request: ``setup`` (code before all tests), ``tests`` (numbered pieces of code), ``entry_point`` (or null),
-            ``variables`` (plain values that the tests may use) and the ``nonce`` of the reports.
+            ``variables`` (plain values for a checker; there is then no program to call) and ``nonce`` (of the reports).
         descriptor: pipe to the program's process.
         report: sends an event to the worker.
     """
@@ -178,7 +180,8 @@ def run_tests(request: dict[str, Any], descriptor: int, report: Callable[..., No
     namespace: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins, **request["variables"]}
     entry_point = request["entry_point"]
     texts = [request["setup"], *[text for _, text in request["tests"]]]
-    _bind(namespace, "\n".join(texts), program, entry_point)
+    if not request["variables"]:
+        _bind(namespace, "\n".join(texts), program, entry_point)
     candidate = None if entry_point is None else Name(program, entry_point)
     status, error = _attempt(lambda: exec(setup, namespace))
     for (number, _), piece in zip(request["tests"], pieces, strict=True):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_prime.verify.code.sandbox import lockdown, namespaces, program
 from megatron_prime.verify.code.sandbox.launch import (
@@ -28,7 +29,7 @@ _INTERPRETER_BYTES = 256 * 2**20
 
 
 class _Wrapped:
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[Any]) -> None:
         self._process = process
         self._handle = os.pidfd_open(process.pid)
 

@@ -103,6 +103,8 @@ class Child:
     def end(self) -> int:
         """Kills the process if it still runs; its exit status."""
         if self._status is None:
+            # Should the launcher itself fail now, there is nothing left to end.
+            self._status = CANNOT_ENTER
             self._process.kill()
             self._status = self._process.reap()
             self.take_events()

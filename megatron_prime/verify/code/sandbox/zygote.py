@@ -22,11 +22,11 @@ from megatron_prime.verify.code.sandbox.libc import PR_SET_PDEATHSIG, set_proces
 
 CANNOT_ENTER = 97
 """Exit status of a child that could not lock itself in; nothing of the program has run."""
-PRELOADED = (
-    "abc array ast base64 bisect calendar cmath collections collections.abc contextlib copy csv dataclasses datetime "
-    "decimal enum fractions functools hashlib heapq io itertools json math numbers operator os pprint queue random re "
-    "statistics string struct sys textwrap threading time traceback types typing unicodedata uuid numpy sortedcontainers"
-).split()
+_PRELOADED = """
+abc array ast base64 bisect calendar cmath collections.abc contextlib copy csv dataclasses datetime decimal enum
+fractions functools hashlib heapq io itertools json math numbers operator os pprint queue random re statistics string
+struct sys textwrap threading time traceback types typing unicodedata uuid numpy sortedcontainers
+"""
 """Modules that programs import all the time; those that are not installed are left out."""
 
 
@@ -53,8 +53,8 @@ def main() -> None:
 
 
 def preload() -> None:
-    """Imports `PRELOADED`."""
-    for name in PRELOADED:
+    """Imports the usual modules."""
+    for name in _PRELOADED.split():
         try:
             importlib.import_module(name)
         except ImportError:
