@@ -258,7 +258,7 @@ def _prepared(
 
 
 def _verifier(config: PrimeConfig) -> RoutingVerifier:
-    abilities = config.data.abilities if isinstance(config.data, FileData) else ["math"]
+    abilities = config.data.abilities if config.data.kind == "files" else ["math"]
     return build_verifier(config.verifier, abilities)
 
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prime.batch import Prompt, Response
+from megatron_prime.config.schema_verifier import VerifierSection
 from megatron_prime.verify.math_answer import extract_answer
-from megatron_prime.verify.verifier import MathVerifier
+from megatron_prime.verify.verifier import RoutingVerifier, build_verifier
 
 SAMPLE = Path(__file__).resolve().parents[1] / "tests" / "data" / "grader_cases"
 NUM_REAL, NUM_BOMBS = 1024, 20
@@ -76,7 +77,7 @@ def item(text: str, gold: str, number: int) -> tuple[Prompt, Response]:
     return prompt, Response(text=text, token_ids=(1,), logprobs=(0.0,), finish_reason="stop", weight_version=0)
 
 
-def grade_ours(verifier: MathVerifier, cases: Sequence[Case]) -> tuple[list[str], float]:
+def grade_ours(verifier: RoutingVerifier, cases: Sequence[Case]) -> tuple[list[str], float]:
     items = [item(response_text(case), gold_text(case), number) for number, case in enumerate(cases)]
     begun = time.perf_counter()
     verdicts = verifier.verify(items)
@@ -123,7 +124,7 @@ def score(cases: Sequence[Case], statuses: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def mixed_with_bombs(sets: dict[str, list[Case]], verifier: MathVerifier) -> dict[str, Any] | None:
+def mixed_with_bombs(sets: dict[str, list[Case]], verifier: RoutingVerifier) -> dict[str, Any] | None:
     """Real outputs with bombs among them, and how long one verdict took at the most."""
     real = [c for name, cases in sets.items() if name.startswith("model_outputs") for c in cases]
     bombs = [c for name, cases in sets.items() if name.endswith(" bomb") for c in cases]
@@ -163,7 +164,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     print(f"{'set':34}{'variant':14}{'cases':>6}{'agree':>9}{'FP':>5}{'FN':>5}{'ms/case':>10}")
     graders: dict[str, Callable[[Sequence[Case]], tuple[list[str], float]]] = {}
-    with MathVerifier(num_workers=2, timeout_seconds=1.5, memory_gib=2.0) as verifier:
+    section = VerifierSection(num_workers=2, timeout_seconds=1.5, cache_size=0)
+    with build_verifier(section, ["math"]) as verifier:
         graders["ours"] = lambda cases: grade_ours(verifier, cases)
         if not options.alone:
             graders["math-verify"] = grade_theirs

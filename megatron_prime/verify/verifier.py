@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import cast
 
 from megatron_prime.batch import Prompt, Response, Verdict
-from megatron_prime.config.schema import VerifierSection
+from megatron_prime.config.schema_verifier import VerifierSection
 from megatron_prime.errors import VerifierError
 from megatron_prime.verify.code.verifier import CodeVerifier, choose_isolation, code_worker_kind
 from megatron_prime.verify.math_verifier import MathVerifier, math_worker_kind

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from megatron_prime.batch import Prompt, Response, Verdict
-from megatron_prime.config.schema import CodeVerifierSection
+from megatron_prime.config.schema_verifier import CodeVerifierSection
 from megatron_prime.errors import VerifierError
 from megatron_prime.verify.code.extract import MAX_CODE_CHARS, extract_code
 from megatron_prime.verify.code.sandbox.launch import environment, python_command

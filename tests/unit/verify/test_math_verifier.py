@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prime.batch import Prompt, Response
-from megatron_prime.config.schema import VerifierSection
+from megatron_prime.config.schema_verifier import VerifierSection
 from megatron_prime.errors import VerifierError
 from megatron_prime.verify.verifier import build_verifier
 

@@ -167,7 +167,7 @@ rules = [ins(seccomp._LOAD, 0), *seccomp._when(unshare, [eperm]),
     ins(seccomp._RETURN, seccomp._ALLOW)]
 set_process_option(PR_SET_NO_NEW_PRIVS, 1)
 seccomp.install_filter(b"".join(rules))
-from megatron_prime.config.schema import VerifierSection, CodeVerifierSection
+from megatron_prime.config.schema_verifier import CodeVerifierSection, VerifierSection
 from megatron_prime.errors import VerifierError
 from megatron_prime.verify.verifier import build_verifier
 from megatron_prime.batch import Prompt, Response

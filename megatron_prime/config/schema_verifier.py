@@ -1,0 +1,38 @@
+"""The `verifier` section of a configuration; see `schema`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(kw_only=True, slots=True)
+class CodeVerifierSection:
+    """Programs against unit tests (docs/verifiers.md)."""
+
+    isolation: Literal["auto", "fork_server", "bubblewrap", "rlimits_unsafe"] = "auto"
+    """`auto`: the best safe one that the machine offers, tried out at the start. `rlimits_unsafe` lets programs see
+    the machine's files and is never chosen by itself."""
+    mode: Literal["all_or_nothing", "fraction_all", "prime_fraction"] = "all_or_nothing"
+    """Reward: 1 where every test passes; the share of all tests; or the released PRIME code's, of the first 10."""
+    test_seconds: float = 5.0
+    """CPU time of one test; it may last twice as long by the clock on the wall."""
+    total_seconds: float = 30.0
+    """Wall-clock time of all tests of one program; the tests left then have failed."""
+    memory_gib: float = 1.0
+    """Address space of a program."""
+
+
+@dataclass(kw_only=True, slots=True)
+class VerifierSection:
+    """Outcome labels, of math answers and of code by each prompt's ability."""
+
+    factory: str | None = None
+    """`package.module:function` that makes your own verifier for all abilities, given this section."""
+    num_workers: int = 1
+    """Processes per rank that compare answers and run programs at the same time."""
+    timeout_seconds: float = 3.0
+    """Math: a comparison that takes longer is killed; the response is missing."""
+    memory_gib: float = 2.0
+    """Math: address space of a process that compares."""
+    cache_size: int = 100_000
+    """Verdicts that each rank remembers, by answer, tests and limits; 0 for none."""
+    code: CodeVerifierSection = field(default_factory=CodeVerifierSection)
