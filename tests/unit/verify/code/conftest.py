@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from megatron_prime.verify.code.sandbox.launch import SandboxError
@@ -17,9 +19,11 @@ def fork_server():
 
 @pytest.fixture(scope="session")
 def bubblewrap():
+    if shutil.which("bwrap") is None:
+        pytest.skip("no bubblewrap: install the package bubblewrap")
     try:
         launcher = make_launcher("bubblewrap", 2**30)
     except SandboxError as error:
-        pytest.skip(f"no bubblewrap on this machine: {error}")
+        pytest.skip(f"bubblewrap cannot wall programs in here: {error}")
     yield launcher
     launcher.close()
