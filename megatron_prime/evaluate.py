@@ -29,7 +29,7 @@ from megatron_prime.observe.rows import RowFile
 from megatron_prime.rollout.protocol import Engine
 from megatron_prime.trainer.benchmark import Answer, answer_problems, problem_means, summarize
 from megatron_prime.trainer.scores import mean_of_benchmarks
-from megatron_prime.verify.verifier import MathVerifier
+from megatron_prime.verify.verifier import RoutingVerifier, build_verifier
 from megatron_prime.weights.architecture import read_architecture
 
 _MAX_ROWS = 64
@@ -114,9 +114,10 @@ def evaluate_benchmarks(options: EvaluationOptions) -> Mapping[str, Any]:
         _check_lengths(tasks, architecture.max_position_embeddings)
         section = _engine_section(options, tasks)
         graders = VerifierSection(num_workers=options.num_workers)
+        abilities = {prompt.ability for task in tasks for prompt in task.prompts}
         loaded = loaded_engine(folder, options.dtype, section, torch.get_num_threads())
         with (
-            MathVerifier(graders.num_workers, graders.timeout_seconds, graders.memory_gib) as verifier,
+            build_verifier(graders, abilities) as verifier,
             loaded as (engine, checksum),
         ):
             answers = {
@@ -191,7 +192,7 @@ def _answer(
     options: EvaluationOptions,
     task: _Task,
     engine: Engine,
-    verifier: MathVerifier,
+    verifier: RoutingVerifier,
     checksum: str,
     should_stop: Callable[[], bool],
 ) -> list[Answer]:

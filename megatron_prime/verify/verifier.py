@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import cast
@@ -80,7 +80,7 @@ class RoutingVerifier:
         self.close()
 
 
-def build_verifier(section: VerifierSection, abilities: Sequence[str]) -> RoutingVerifier:
+def build_verifier(section: VerifierSection, abilities: Collection[str]) -> RoutingVerifier:
     """The verifier of a configuration.
 
     Args:

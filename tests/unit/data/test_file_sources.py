@@ -148,10 +148,13 @@ def test_raw_template_and_options(tmp_path, tokenizer):
 
 
 def test_code_questions_get_the_code_suffix(tmp_path, tokenizer):
+    tests = '{"inputs": ["####"], "outputs": ["#### 1"]}'
     row = EURUS | {"ability": "code", "prompt": [{"role": "user", "content": "Add."}]}
+    row |= {"reward_model": {"style": "rule", "ground_truth": tests}}
     config = FileData(train=[_write(tmp_path / "t.jsonl", [row])], abilities=["math", "code"])
     prompt = build_prompt_source(config, tokenizer, seed=1).take(0, 1)[0]
     assert prompt.ability == "code" and "Add." + TASK_SUFFIXES["code"] in prompt.text
+    assert prompt.ground_truth == tests
 
 
 def test_rows_of_other_abilities_are_left_out_and_counted(tmp_path, tokenizer):
