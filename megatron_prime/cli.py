@@ -154,6 +154,28 @@ def _evaluate_benchmarks(options: argparse.Namespace) -> int:
     return 0
 
 
+def _prepare(options: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_prime.data.prepare.pipeline import CleaningOptions
+    from megatron_prime.observe.report import cleaning_table
+    from megatron_prime.prepare import PrepareOptions, prepare
+
+    cleaning = CleaningOptions(
+        multiple_choice=options.multiple_choice, similarity=options.similarity, references=options.references
+    )
+    report = prepare(
+        PrepareOptions(
+            sources=tuple(options.sources),
+            output=options.output,
+            benchmarks=options.benchmarks,
+            split=options.split,
+            num_workers=options.num_workers,
+            cleaning=cleaning,
+        )
+    )
+    print(cleaning_table(report), end="")
+    return 0
+
+
 def _generate(options: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_prime import build
     from megatron_prime.batch import SamplingParams
@@ -235,6 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "avg@k of a configuration's model.path on its evaluation prompts (JSON), or a model on published benchmarks"
     _add_evaluate(add("evaluate", _evaluate, text), overrides)
     _add_generate(add("generate", _generate, "sample answers of a model; prints one JSON row each"))
+    _add_prepare(add("prepare", _prepare, "clean data sets for training: PRIME's steps that need no model"))
     _add_convert(add("convert", _convert, "Hugging Face folder <-> Megatron distributed checkpoint"))
     return parser
 
@@ -280,6 +303,20 @@ def _add_evaluate(parser: argparse.ArgumentParser, overrides: dict[str, Any]) ->
     group.add_argument("--num-workers", type=_at_least_one, default=os.cpu_count() or 1, help="processes that grade")
     text = "answers after which they are kept, for an interrupted evaluation to go on from (default: 256)"
     group.add_argument("--save-every", type=_at_least_one, default=256, metavar="N", help=text)
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sources", nargs="+", metavar="in", help=".jsonl, .json, .parquet or hf:NAME[:CONFIG]:SPLIT")
+    parser.add_argument("output", metavar="out", help="new .jsonl or .parquet file; the report lies beside it")
+    parser.add_argument("--benchmarks", metavar="FOLDER", help="leave out what is in these benchmarks")
+    text = "open: ask without the choices where a rule can; drop: leave such questions out (default: open)"
+    parser.add_argument("--multiple-choice", choices=["open", "drop"], default="open", help=text)
+    text = "share of common three-word runs that makes two problems the same; above 1: none (default: 0.8)"
+    parser.add_argument("--similarity", type=float, default=0.8, help=text)
+    text = "reference programs: run those there are, require one, or ignore them (default: run)"
+    parser.add_argument("--references", choices=["run", "require", "ignore"], default="run", help=text)
+    parser.add_argument("--split", default="train", help="name in extra_info (default: train)")
+    parser.add_argument("--num-workers", type=_at_least_one, default=os.cpu_count() or 1, help="run programs at once")
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:

@@ -66,10 +66,10 @@ def read_question(row: Row, where: str) -> Question:
         raise _unknown(where, PROMPT_LAYOUTS, row)
     answer = row.get("answer", row.get("expected_answer"))
     if answer is None:
-        solution = row.get("solution")
-        if not isinstance(solution, str):
+        solution = row.get("solution", "")
+        if not isinstance(solution, str | None) or not {"answer", "expected_answer", "solution"} & row.keys():
             raise _unknown(where, PROMPT_LAYOUTS, row)
-        answer = last_boxed(solution)
+        answer = last_boxed(solution or "")
     elif not isinstance(answer, (str, int, float)):
         raise _unknown(where, PROMPT_LAYOUTS, row)
     return Question(messages=({"role": "user", "content": asked},), ground_truth=_final_answer(answer))

@@ -102,6 +102,30 @@ def benchmark_table(results: Mapping[str, Any], width: int = 120) -> str:
     return _plain_text(table, width)
 
 
+def cleaning_table(report: Mapping[str, Any], width: int = 100) -> str:
+    """What `prepare` kept and left out, as a plain-text table.
+
+    Args:
+        report: what it writes to OUT.report.json.
+        width: columns of the terminal.
+
+    Returns:
+        Lines ready to print.
+    """
+    table = Table(title=report["output"], title_justify="left")
+    table.add_column("rows", min_width=17)
+    table.add_column("", min_width=7, justify="right")
+    table.add_column("the first of them", overflow="fold")
+    table.add_row("read", f"{report['num_rows']}")
+    for reason, count in report["dropped"].items():
+        table.add_row(reason.replace("_", " "), f"{count}", report["examples"][reason][0])
+    table.add_section()
+    table.add_row("kept", f"{report['num_kept']}")
+    for key in ("num_choices_opened", "num_references_passed"):
+        table.add_row(f"  {key.removeprefix('num_').replace('_', ' ')}", f"{report[key]}")
+    return _plain_text(table, width)
+
+
 def _score_cells(name: str, score: Mapping[str, float]) -> tuple[str, str]:
     return f"{name} {100 * score['value']:.1f}%".strip(), f"{100 * score['low']:.1f}-{100 * score['high']:.1f}"
 

@@ -11,7 +11,7 @@ import zlib
 from datetime import date, datetime
 from typing import Any
 
-from megatron_prime.data.benchmarks.rows import livecodebench_wording
+from megatron_prime.data.benchmarks.rows import code_question, livecodebench_wording
 from megatron_prime.data.layouts import Question, Row
 from megatron_prime.errors import DataError
 
@@ -36,8 +36,7 @@ def read_livecodebench(row: Row, where: str) -> Question | None:
         raise DataError(f"{where}: no problem of LiveCodeBench's code_generation_lite: {error!r}") from error
     if metadata.get("func_name"):
         truth["fn_name"] = metadata["func_name"]
-    messages = ({"role": "user", "content": content},)
-    return Question(messages=messages, ground_truth=json.dumps(truth), ability="code")
+    return code_question(content, truth, statement=row["question_content"])
 
 
 class _TextOnly(pickle.Unpickler):

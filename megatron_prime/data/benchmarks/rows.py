@@ -64,7 +64,7 @@ def read_humaneval(row: Row, where: str) -> Question:
         f"```python\n{prompt}\n```\n"
     )
     tests = {"assert_code": _text(row, "test", where), "entry_point": entry_point, "prefix_code": prompt}
-    return _code(content, tests)
+    return code_question(content, tests, statement=prompt)
 
 
 def read_mbpp(row: Row, where: str) -> Question:
@@ -81,13 +81,15 @@ def read_mbpp(row: Row, where: str) -> Question:
         "Present code in ```python and ```\n"
         f"{description}\nThe code should pass the following test cases:>>> {tests[0]}\n\n Let's coding step by step.\n"
     )
-    return _code(content, {"assert_code": tests, "setup_code": "\n".join(row.get("test_imports") or ())})
+    truth = {"assert_code": tests, "setup_code": "\n".join(row.get("test_imports") or ())}
+    return code_question(content, truth, statement=description)
 
 
 def read_leetcode(row: Row, where: str) -> Question:
     """`prompt_sft` and `test`, a script of assertions."""
     tests = {"assert_code": _text(row, "test", where), "prefix_code": _LEETCODE_IMPORTS}
-    return _code(_text(row, "prompt_sft", where), tests)
+    statement = _text(row, "prompt_sft", where)
+    return code_question(statement, tests, statement=statement)
 
 
 def livecodebench_wording(question: str, starter_code: str) -> str:
@@ -103,9 +105,17 @@ def livecodebench_wording(question: str, starter_code: str) -> str:
     return f"### Question:\n{question}\n\n### Format: {how}### Answer: (use the provided format with backticks)\n\n"
 
 
-def _code(content: str, tests: Mapping[str, Any]) -> Question:
+def code_question(content: str, tests: Mapping[str, Any], *, statement: str) -> Question:
+    """A question for a program.
+
+    Args:
+        content: what is asked.
+        tests: in a form of the code verifier.
+        statement: the problem without the benchmark's wording, by which training data is told to hold it.
+    """
     messages = ({"role": "user", "content": content},)
-    return Question(messages=messages, ground_truth=json.dumps(tests), ability="code")
+    extra_info = {"statement": statement}
+    return Question(messages=messages, ground_truth=json.dumps(tests), ability="code", extra_info=extra_info)
 
 
 def _text(row: Row, key: str, where: str) -> str:
