@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_prime.batch import Prompt, SamplingParams
 from megatron_prime.build import as_hf_folder, loaded_engine
 from megatron_prime.config.schema import RolloutSection, VerifierSection, VllmSection
+from megatron_prime.config.schema_verifier import CodeVerifierSection
 from megatron_prime.data.benchmarks.registry import BENCHMARKS, Benchmark, load_benchmarks
 from megatron_prime.data.layouts import Question
 from megatron_prime.data.templates import complete_messages, render
@@ -36,6 +37,8 @@ _MAX_ROWS = 64
 _MAX_VLLM_ROWS = 256
 _CPU_CACHE_GIB = 2.0
 _GPU_SHARE = 0.85
+_TEST_SECONDS = 6.0
+_PROGRAM_SECONDS = 120.0
 _log = logging.getLogger(__name__)
 
 
@@ -113,8 +116,9 @@ def evaluate_benchmarks(options: EvaluationOptions) -> Mapping[str, Any]:
         tasks = [_task(options, tokenizer, name, rows) for name, rows in questions.items()]
         _check_lengths(tasks, architecture.max_position_embeddings)
         section = _engine_section(options, tasks)
-        graders = VerifierSection(num_workers=options.num_workers)
         abilities = {prompt.ability for task in tasks for prompt in task.prompts}
+        limits = CodeVerifierSection(test_seconds=_TEST_SECONDS, total_seconds=_PROGRAM_SECONDS)
+        graders = VerifierSection(num_workers=options.num_workers, code=limits)
         loaded = loaded_engine(folder, options.dtype, section, torch.get_num_threads())
         with (
             build_verifier(graders, abilities) as verifier,

@@ -14,11 +14,20 @@ from typing import Any
 import pytest
 from real_configs import make_start
 
+from megatron_prime.batch import Prompt, Response
 from megatron_prime.cli import main
+from megatron_prime.config.schema import VerifierSection
+from megatron_prime.data.benchmarks.registry import load_benchmarks
+from megatron_prime.data.readers import read_rows
 from megatron_prime.launch.interrupt import INTERRUPTED
+from megatron_prime.verify.verifier import build_verifier
 
+ADD = "print(sum(map(int, input().split())))"
+TOTAL = "class Solution:\n    def total(self, nums: List[int], extra: int) -> int:\n        return sum(nums) + extra"
+WRONG = "class Solution:\n    def __getattr__(self, name):\n        return lambda **arguments: None"
+NOTHING: Any = {"token_ids": (), "logprobs": (), "finish_reason": "stop", "weight_version": 0}
 DATA = Path(__file__).resolve().parents[1] / "data" / "benchmarks"
-ASKED = ("--data", str(DATA), "--benchmarks", "aime24,math500", "--max-tokens", "5", "--num-samples", "3")
+ASKED = ("--data", str(DATA), "--benchmarks", "aime24,mbpp", "--max-tokens", "5", "--num-samples", "3")
 SAMPLED = (*ASKED, "--temperature", "1.0", "--save-every", "3")
 
 
@@ -69,8 +78,8 @@ def fails(capfd: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
 
 def test_answers_results_and_table(whole: Path) -> None:
     results = json.loads((whole / "results.json").read_text())
-    assert list(results["benchmarks"]) == ["aime24", "math500"] and results["average"]["num_problems"] == 5
-    for name, count in (("aime24", 2), ("math500", 3)):
+    assert list(results["benchmarks"]) == ["aime24", "mbpp"] and results["average"]["num_problems"] == 6
+    for name, count in (("aime24", 2), ("mbpp", 4)):
         rows = answers(whole, name)
         assert [(r["prompt_id"], r["number"]) for r in rows] == [
             (f"{name}/{p}", n) for p in range(count) for n in range(3)
@@ -81,7 +90,8 @@ def test_answers_results_and_table(whole: Path) -> None:
         assert sum(result["statuses"].values()) == 3 * count and 1 <= result["mean_tokens"] <= 5
         assert result["settings"]["temperature"] == 1.0 and len({row["text"] for row in rows}) > count
     table = (whole / "results.txt").read_text()
-    assert "MATH-500" in table and "3 of 500" in table and "avg@3" in table
+    assert "MBPP" in table and "4 of 399" in table and "avg@3" in table
+    assert results["benchmarks"]["mbpp"]["statuses"] == {"no_code": 12}
 
 
 def test_an_interrupted_evaluation_goes_on(start, whole, tmp_path, capfd, stop_after_some_answers) -> None:
@@ -89,14 +99,14 @@ def test_an_interrupted_evaluation_goes_on(start, whole, tmp_path, capfd, stop_a
     assert main(command) == INTERRUPTED
     assert "stopped with 1 of 2 problems to go; the same command goes on" in capfd.readouterr().err
     assert answers(tmp_path, "aime24") == answers(whole, "aime24")[:3]
-    assert not (tmp_path / "results.json").exists() and not (tmp_path / "math500.jsonl").exists()
+    assert not (tmp_path / "results.json").exists() and not (tmp_path / "mbpp.jsonl").exists()
     # And once more, as a process leaves it that was killed while it wrote.
     file = tmp_path / "aime24.jsonl"
     file.write_bytes(file.read_bytes()[:-30])
     assert main(command) == 0
     again = {(row["prompt_id"], row["number"]): row for row in answers(tmp_path, "aime24")}
     assert list(again.values()) == answers(whole, "aime24")
-    assert answers(tmp_path, "math500") == answers(whole, "math500")
+    assert answers(tmp_path, "mbpp") == answers(whole, "mbpp")
     assert (tmp_path / "results.json").read_text() == (whole / "results.json").read_text()
 
 
@@ -132,7 +142,30 @@ def test_a_megatron_checkpoint_answers_like_its_folder(start: Path, whole: Path,
     megatron = tmp_path / "megatron"
     assert main(["convert", "to-megatron", str(start), str(megatron)]) == 0
     assert main(["evaluate", str(megatron), *SAMPLED, "--output", str(tmp_path / "out")]) == 0
-    assert answers(tmp_path / "out", "math500") == answers(whole, "math500")
+    assert answers(tmp_path / "out", "mbpp") == answers(whole, "mbpp")
+
+
+def test_right_programs_and_answers_are_right() -> None:
+    """What each benchmark's own files say is right, graded as an answer would be."""
+    folder = DATA / "humaneval" / "HumanEval.jsonl.gz"
+    right = {
+        "humaneval": [row["prompt"] + row["canonical_solution"] for _, row in read_rows(str(folder))],
+        "mbpp": [row["code"] for _, row in read_rows(str(DATA / "mbpp" / "new_mbpp.json"))],
+        "livecodebench": [ADD, TOTAL],
+    }
+    found = load_benchmarks(DATA, [*right, "math500", "minerva_math", "olympiadbench", "amc", "gsm8k", "leetcode"])
+    items = []
+    for name, rows in found.items():
+        for number, (prompt_id, question) in enumerate(rows):
+            truth, ability = question.ground_truth, question.ability
+            answer = f"\\boxed{{{truth}}}" if ability == "math" else right.get(name, [WRONG] * len(rows))[number]
+            text = answer if ability == "math" else f"Like this:\n```python\n{answer}\n```\nDone."
+            prompt = Prompt(prompt_id=prompt_id, text="", token_ids=(), ground_truth=truth, ability=ability)
+            items.append((prompt, Response(text=text, **NOTHING)))
+    with build_verifier(VerifierSection(), ["math", "code"]) as verifier:
+        verdicts = verifier.verify(items)
+    failed = [prompt.prompt_id for (prompt, _), verdict in zip(items, verdicts, strict=True) if verdict.reward != 1.0]
+    assert failed == ["leetcode/0", "leetcode/1"]
 
 
 def test_vllm_answers_greedily_as_transformers_does(start: Path, tmp_path: Path) -> None:

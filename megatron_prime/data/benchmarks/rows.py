@@ -15,14 +15,11 @@ from megatron_prime.data.layouts import Question, Row, read_question
 from megatron_prime.errors import DataError
 
 _LEETCODE_IMPORTS = """\
-import bisect, collections, copy, datetime, functools, heapq, itertools, math, operator, random, re, string, sys
-from bisect import *
+import math, re, sys, copy, datetime, itertools, collections, heapq, functools, hashlib, string
+import numpy, numpy as np
+from typing import *
 from collections import *
 from functools import *
-from heapq import *
-from itertools import *
-from math import *
-from typing import *
 """
 _DEFINITION = re.compile(r"^[ \t]*def[ \t]+(.*?)[ \t]*:?[ \t]*(?:#.*)?$", re.MULTILINE)
 

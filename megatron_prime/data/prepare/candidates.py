@@ -13,8 +13,8 @@ from megatron_prime.data.templates import TASK_SUFFIXES, complete_messages
 from megatron_prime.errors import DataError
 
 LAYOUTS = (
-    f"{PROMPT_LAYOUTS}; or code: APPS and TACO (question, input_output, solutions), problem + tests + solutions, or MBPP "
-    "(prompt, test_list, code)"
+    f"{PROMPT_LAYOUTS}; or code: APPS and TACO (question, input_output, solutions), problem + tests + solutions, or "
+    "MBPP (prompt, test_list, code)"
 )
 _REFERENCES = ("solutions", "solution", "code", "canonical_solution", "completion")
 

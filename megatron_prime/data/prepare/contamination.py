@@ -14,9 +14,9 @@ MIN_SHARE = 0.5
 class Contamination:
     """Finds benchmark problems in texts by common runs of words.
 
-    A text is contaminated if it holds at least half of a problem's runs of 8 words. A single common run, the usual rule,
-    would take every AIME problem for known that ends in "m and n are relatively prime positive integers, find m + n".
-    Of a problem shorter than that the text must have exactly the words.
+    A text is contaminated if it holds at least half of a problem's runs of 8 words. A single common run, the usual
+    rule, would take every AIME problem for known that ends in "m and n are relatively prime positive integers, find
+    m + n". Of a problem shorter than that the text must have exactly the words.
 
     Args:
         problems: (id, text) of each benchmark problem.

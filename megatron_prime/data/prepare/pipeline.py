@@ -58,6 +58,7 @@ class CleaningReport:
     examples: dict[str, list[str]] = field(default_factory=dict)
     """By reason, where the first rows stand, with what they were taken for."""
     num_choices_opened: int = 0
+    """Multiple-choice questions that became open ones (what comes later may still drop them)."""
     num_references_passed: int = 0
     by_source: dict[str, list[int]] = field(default_factory=dict)
     """Data source -> rows, and rows kept."""
@@ -83,7 +84,7 @@ class CleaningReport:
 
 
 class Cleaner:
-    """Cleans rows in their order; memory grows by about 2 KB per row that is kept, whatever its length.
+    """Cleans rows in their order; of earlier ones it keeps no text (`similarity.NearDuplicates` says what).
 
     Args:
         options: how strictly.

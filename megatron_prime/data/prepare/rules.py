@@ -18,7 +18,7 @@ _BLANK = re.compile(r"\\underline\s*\{")
 _DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
 # A question with one of these asks about its choices.
 _ABOUT_CHOICES = re.compile(
-    r"\b(?:following|statements?|options?|choices?|which (?:of|one)|closest|nearest|correct|incorrect|false|letters?)\b",
+    r"\b(?:following|statements?|options?|choices?|which (?:of|one)|closest|nearest|(?:in)?correct|false|letters?)\b",
     re.IGNORECASE,
 )
 _NO_VALUE = re.compile(

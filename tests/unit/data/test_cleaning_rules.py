@@ -10,7 +10,10 @@ import pytest
 from megatron_prime.data.prepare.rules import OpenQuestion, open_choices, reason_to_drop
 
 SOCKS = "What is the smallest number of socks that must be selected to guarantee at least $10$ pairs?"
-AMC = "\n$\\textbf{(A)}\\ 21\\qquad \\textbf{(B)}\\ 23\\qquad \\textbf{(C)}\\ 24\\qquad \\textbf{(D)}\\ 30\\qquad \\textbf{(E)}\\ 50$\n"
+AMC = (
+    "\n$\\textbf{(A)}\\ 21\\qquad \\textbf{(B)}\\ 23\\qquad \\textbf{(C)}\\ 24\\qquad "
+    "\\textbf{(D)}\\ 30\\qquad \\textbf{(E)}\\ 50$\n"
+)
 CURVE = "Find the curve defined by the equation\n\\[r = \\frac{1}{1 - \\cos \\theta}.\\]"
 LETTERS = (
     "\n\n(A) Line\n(B) Circle\n(C) Parabola\n(D) Ellipse\n(E) Hyperbola\n\nEnter the letter of the correct option."
