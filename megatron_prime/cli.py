@@ -301,8 +301,6 @@ def _add_evaluate(parser: argparse.ArgumentParser, overrides: dict[str, Any]) ->
     group.add_argument("--template", choices=["chat", "raw"], default="chat", help="raw: no chat template")
     group.add_argument("--seed", type=int, default=1)
     group.add_argument("--num-workers", type=_at_least_one, default=os.cpu_count() or 1, help="processes that grade")
-    text = "answers after which they are kept, for an interrupted evaluation to go on from (default: 256)"
-    group.add_argument("--save-every", type=_at_least_one, default=256, metavar="N", help=text)
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,7 @@ _CPU_CACHE_GIB = 2.0
 _GPU_SHARE = 0.85
 _TEST_SECONDS = 6.0
 _PROGRAM_SECONDS = 120.0
+_LINE_SECONDS = 10.0
 _log = logging.getLogger(__name__)
 
 
@@ -66,8 +69,6 @@ class EvaluationOptions:
     seed: int = 1
     num_workers: int = 1
     """Processes that grade."""
-    save_every: int = 256
-    """Answers after which they are on the disk."""
 
     def sampling(self, benchmark: Benchmark) -> SamplingParams:
         """How a benchmark is answered."""
@@ -204,29 +205,20 @@ def _answer(
     name, count = task.benchmark.name, task.sampling.num_responses
     file = RowFile(Path(options.output) / f"{name}.jsonl")
     _claim(Path(options.output) / f"{name}.settings.json", _settings(options, task, checksum))
-    kept: dict[tuple[str, int], Answer] = {}
-
-    def take(answers: list[Answer]) -> None:
-        kept.update({(answer.prompt_id, answer.number): answer for answer in answers})
+    before = [Answer.from_row(row, str(file.path)) for row in file.read()]
+    kept = {(answer.prompt_id, answer.number): answer for answer in before}
+    total, last_line = len(task.prompts) * count, -math.inf
 
     def keep(answers: list[Answer]) -> None:
+        nonlocal last_line
         file.append(answer.row() for answer in answers)
-        take(answers)
-        _log.info("%s: %d of %d answers", name, len(kept), len(task.prompts) * count)
+        kept.update({(answer.prompt_id, answer.number): answer for answer in answers})
+        if time.monotonic() - last_line > _LINE_SECONDS or len(kept) == total:
+            last_line = time.monotonic()
+            _log.info("%s: %d of %d answers", name, len(kept), total)
 
-    take([Answer.from_row(row, str(file.path)) for row in file.read()])
-    done = {p.prompt_id for p in task.prompts if all((p.prompt_id, number) in kept for number in range(count))}
-    if done:
-        _log.info("%s: %d of %d problems are answered already", name, len(done), len(task.prompts))
     answer_problems(
-        engine,
-        verifier,
-        task.prompts,
-        task.sampling,
-        done=done,
-        keep=keep,
-        chunk_size=max(1, options.save_every // count),
-        should_stop=should_stop,
+        engine, verifier, task.prompts, task.sampling, kept=frozenset(kept), keep=keep, should_stop=should_stop
     )
     return [kept[prompt.prompt_id, number] for prompt in task.prompts for number in range(count)]
 

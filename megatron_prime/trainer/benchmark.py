@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_prime.batch import Prompt, Response, SamplingParams, Verdict
 from megatron_prime.errors import DataError, RunInterrupted
-from megatron_prime.trainer.evaluation import sample_and_verify
 from megatron_prime.trainer.protocols import Engine, Verifier
 from megatron_prime.trainer.scores import score_answers
 
@@ -68,12 +68,11 @@ def answer_problems(
     prompts: Sequence[Prompt],
     sampling: SamplingParams,
     *,
-    done: Collection[str],
+    kept: Collection[tuple[str, int]],
     keep: Callable[[list[Answer]], None],
-    chunk_size: int,
     should_stop: Callable[[], bool],
 ) -> None:
-    """Answers and grades the problems that are not done yet.
+    """Answers and grades what is missing, in this process alone.
 
     What an answer is drawn from depends on the seed, the problem and the answer's number only, so it does not matter
     where an earlier call has stopped.
@@ -83,21 +82,44 @@ def answer_problems(
         verifier: for all abilities of the prompts.
         prompts: all problems.
         sampling: how to answer.
-        done: ids of problems that have all their answers.
-        keep: takes the answers of some problems, all of each.
-        chunk_size: problems sampled together; as many are lost at the most when the process is killed.
-        should_stop: asked between chunks.
+        kept: (prompt id, number) of the answers that are there already. A problem is asked again as long as one of its
+            answers is missing.
+        keep: takes new answers as soon as they are graded, while others are still sampled.
+        should_stop: asked whenever an answer has ended.
 
     Raises:
-        RunInterrupted: `should_stop` said so.
+        RunInterrupted: `should_stop` said so; what had ended is graded and kept.
     """
-    left = [prompt for prompt in prompts if prompt.prompt_id not in done]
-    for start in range(0, len(left), chunk_size):
+    numbers = range(sampling.num_responses)
+    left = [prompt for prompt in prompts if any((prompt.prompt_id, number) not in kept for number in numbers)]
+    submitted = set(kept)
+    pending: list[tuple[Prompt, int, Response, Future[Verdict]]] = []
+
+    def keep_graded(*, wait: bool) -> None:
+        graded, waiting = [], []
+        for item in pending:
+            (graded if wait or item[3].done() else waiting).append(item)
+        pending[:] = waiting
+        if graded:
+            keep([Answer.of(prompt, number, response, future.result()) for prompt, number, response, future in graded])
+
+    def grade(place: int, number: int, response: Response) -> None:
+        prompt = left[place]
+        if (prompt.prompt_id, number) not in submitted:
+            submitted.add((prompt.prompt_id, number))
+            pending.append((prompt, number, response, verifier.submit(prompt, response)))
+        keep_graded(wait=False)
         if should_stop():
-            raise RunInterrupted(f"stopped with {len(left) - start} of {len(prompts)} problems to go")
-        chunk = left[start : start + chunk_size]
-        rows = sample_and_verify(engine, verifier, chunk, sampling)
-        keep([Answer.of(p, i, *pair) for p, row in zip(chunk, rows, strict=True) for i, pair in enumerate(row)])
+            raise RunInterrupted(f"{prompt.data_source}: stopped on request")
+
+    try:
+        responses = engine.generate(left, sampling, grade) if left else []
+        # An engine need not hand out its answers one by one.
+        for place, row in enumerate(responses):
+            for number, response in enumerate(row):
+                grade(place, number, response)
+    finally:
+        keep_graded(wait=True)
 
 
 def summarize(answers: Sequence[Answer]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from megatron_prime.verify.normalize import Answer, clean_unicode, exact_value, normalize
@@ -84,17 +85,20 @@ def extract_answer(text: str) -> Extraction:
     return Extraction("found" if normalize(answer).text else "malformed", answer)
 
 
-def decide(gold: str, answer: str) -> bool | None:
+def decide(gold: str, answer: str, tolerance: Fraction | None = None) -> bool | None:
     """Compares two answers by exact rules.
 
     Args:
         gold: ground truth.
         answer: what `extract_answer` found.
+        tolerance: by how much a number may be off, where its problem says so.
 
     Returns:
         Whether they are equal, or None where exact rules cannot tell.
     """
     truth, given = normalize(gold), normalize(answer)
+    if tolerance is not None and truth.value is not None and given.value is not None:
+        return abs(truth.value - given.value) <= tolerance and _units_agree(truth, given)
     for rule in (_equal_angles, _equal_values, _equal_words, _equal_assignments, _equal_bases, _equal_collections):
         verdict = rule(truth, given)
         if verdict is not None:

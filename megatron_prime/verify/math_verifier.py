@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
+from fractions import Fraction
 from pathlib import Path
 
 from megatron_prime.batch import Prompt, Response, Verdict
@@ -56,7 +58,7 @@ class MathVerifier:
     """Compares the last boxed answer of each response with the ground truth (`protocol.Verifier`).
 
     Exact rules decide nearly all cases in microseconds; the rest goes to math-verify in worker processes. Model text
-    is never evaluated as code.
+    is never evaluated as code. Where a prompt's `extra_info` has a number under `tolerance`, numbers may be that far off.
 
     Args:
         pool: with workers of `math_worker_kind`.
@@ -74,7 +76,7 @@ class MathVerifier:
         found = extract_answer(response.text)
         if found.status != "found":
             return known(_verdict(found.status, found.answer or None, time.perf_counter() - start))
-        equal = decide(gold, found.answer)
+        equal = decide(gold, found.answer, _tolerance(prompt))
         if equal is not None:
             return known(_verdict("correct" if equal else "wrong", found.answer, time.perf_counter() - start))
         outcome = self._pool.submit(KIND, [gold, found.answer], self._timeout_seconds)
@@ -82,6 +84,11 @@ class MathVerifier:
 
     def close(self) -> None:
         """The pool belongs to whoever made it."""
+
+
+def _tolerance(prompt: Prompt) -> Fraction | None:
+    value = prompt.extra_info.get("tolerance")
+    return Fraction(str(value)) if type(value) in (int, float) and math.isfinite(value) else None
 
 
 def _status(outcome: Outcome) -> str:

@@ -38,15 +38,16 @@ def read_aime24(row: Row, where: str) -> Question | None:
 
 
 def read_olympiadbench(row: Row, where: str) -> Question:
-    """`question` with a list `final_answer`; unit and tolerance are handed on in `extra_info`."""
+    """`question` with a list `final_answer`; one problem states a tolerance, which goes to `extra_info`."""
     answers = row.get("final_answer")
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
         raise DataError(f"{where}: final_answer must be a list of texts; is this OlympiadBench (OE_TO_maths_en_COMP)?")
-    return Question(
-        messages=({"role": "user", "content": _text(row, "question", where)},),
-        ground_truth=", ".join(answers),
-        extra_info={"unit": row.get("unit"), "error": row.get("error")},
-    )
+    try:
+        extra_info = {"tolerance": float(row["error"])} if row.get("error") else {}
+    except ValueError as error:
+        raise DataError(f"{where}: error must be a number or null, found {row['error']!r}") from error
+    messages = ({"role": "user", "content": _text(row, "question", where)},)
+    return Question(messages=messages, ground_truth=", ".join(answers), extra_info=extra_info)
 
 
 def read_humaneval(row: Row, where: str) -> Question:

@@ -1,5 +1,6 @@
 """The verifier on real model outputs, hostile answers, and its accounting."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -106,3 +107,23 @@ def test_refuses_problems_of_another_kind(verifier):
 
 def test_no_items_give_no_verdicts(verifier):
     assert verifier.verify([]) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "tolerance", "status"),
+    [
+        ("4.2", 0.1, "correct"),
+        ("4.25", 0.1, "correct"),
+        ("\\frac{41}{10}", 0.1, "correct"),
+        ("4.31", 0.1, "wrong"),
+        ("420", 0.1, "wrong"),
+        ("x", 0.1, "wrong"),
+        ("4.25", None, "wrong"),
+        ("4.25", "0.1", "wrong"),
+        ("4.25", float("nan"), "wrong"),
+    ],
+)
+def test_numbers_may_be_off_where_the_problem_says_so(verifier, answer, tolerance, status):
+    prompt, response = _item("4.2", f"\\boxed{{{answer}}}")
+    prompt = dataclasses.replace(prompt, extra_info={"tolerance": tolerance})
+    assert [verdict.status for verdict in verifier.verify([(prompt, response)])] == [status]
