@@ -58,7 +58,7 @@ class MathVerifier:
     """Compares the last boxed answer of each response with the ground truth (`protocol.Verifier`).
 
     Exact rules decide nearly all cases in microseconds; the rest goes to math-verify in worker processes. Model text
-    is never evaluated as code. Where a prompt's `extra_info` has a number under `tolerance`, numbers may be that far off.
+    is never evaluated as code. Where a prompt's `extra_info` has a number under `tolerance`, answers may be so far off.
 
     Args:
         pool: with workers of `math_worker_kind`.
@@ -88,7 +88,8 @@ class MathVerifier:
 
 def _tolerance(prompt: Prompt) -> Fraction | None:
     value = prompt.extra_info.get("tolerance")
-    return Fraction(str(value)) if type(value) in (int, float) and math.isfinite(value) else None
+    # As decimal text: the nearest float of 0.1 is not 1/10.
+    return Fraction(str(value)) if isinstance(value, float) and math.isfinite(value) else None
 
 
 def _status(outcome: Outcome) -> str:
