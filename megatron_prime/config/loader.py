@@ -13,7 +13,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_prime.config.decode import decode
+from megatron_prime.config.ranges import out_of_range
 from megatron_prime.config.schema import AnyConfig
+from megatron_prime.config.schema_verifier import VerifierSection
 from megatron_prime.errors import ConfigError
 
 
@@ -42,6 +44,32 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def load_verifier_section(path: str | Path | None, overrides: Sequence[str] = ()) -> VerifierSection:
+    """Reads section `verifier` alone, from a configuration that may lack all others.
+
+    Args:
+        path: YAML file as in `load_config`; None: only what the overrides say.
+        overrides: ``verifier.key=value``.
+
+    Raises:
+        ConfigError: overrides of other sections, unknown keys, wrong types and numbers out of range.
+    """
+    foreign = [item for item in overrides if not item.startswith("verifier.")]
+    if foreign:
+        raise ConfigError([f"{item}: only verifier.key=value has an effect here" for item in foreign])
+    merged = _merge({} if path is None else _read(Path(path), ()), _parse_overrides(overrides))
+    problems: list[str] = []
+    holder = decode(_VerifierOnly, {"verifier": merged.get("verifier", {})}, problems)
+    if problems or (problems := out_of_range(holder)):
+        raise ConfigError(problems)
+    return holder.verifier
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class _VerifierOnly:
+    verifier: VerifierSection = dataclasses.field(default_factory=VerifierSection)
 
 
 def to_dict(config: AnyConfig) -> dict[str, Any]:

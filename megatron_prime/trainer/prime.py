@@ -14,7 +14,7 @@ import torch
 from megatron_prime.algorithm.advantage import AdvantageOptions, compute_advantages
 from megatron_prime.algorithm.filtering import GroupCollector
 from megatron_prime.algorithm.implicit_reward import implicit_rewards
-from megatron_prime.batch import Group, RolloutBatch, SamplingParams, ScoredBatch
+from megatron_prime.batch import Group, RolloutBatch, SamplingParams, ScoredBatch, Verdict
 from megatron_prime.config.schema import PrimeConfig
 from megatron_prime.errors import RunInterrupted, TrainingError
 from megatron_prime.trainer.evaluation import Accuracy, accuracy, derive_seed, evaluation_sampling, sample_and_verify
@@ -31,6 +31,7 @@ from megatron_prime.trainer.protocols import (
     Verifier,
 )
 from megatron_prime.trainer.stages import Stages
+from megatron_prime.trainer.verdicts import verdict_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +172,7 @@ class PrimeTrainer:
         """
         wanted = self.config.rollout.num_prompts
         sampled: list[Group] = []
+        verdicts: list[Verdict] = []
         for _ in range(self.config.filter.max_attempts):
             if self.collector.is_full:
                 break
@@ -178,11 +180,13 @@ class PrimeTrainer:
             if counts.num_seen > 0:
                 self.acceptance = counts.num_kept / counts.num_seen
             missing = wanted - len(self.collector)
-            fresh = self.sample(min(wanted, math.ceil(missing / max(self.acceptance, _MIN_ACCEPTANCE))))
+            fresh, judged = self.sample(min(wanted, math.ceil(missing / max(self.acceptance, _MIN_ACCEPTANCE))))
             sampled += fresh
+            verdicts += judged
             self.collector.add(fresh)
         counts = self.collector.take_counts()
-        metrics = _rollout_metrics(sampled) | {f"filter/{name}": float(n) for name, n in asdict(counts).items()}
+        metrics = _rollout_metrics(sampled) | verdict_metrics(verdicts)
+        metrics |= {f"filter/{name}": float(n) for name, n in asdict(counts).items()}
         metrics["filter/kept"] = counts.num_kept / max(counts.num_seen, 1)
         if len(self.collector) >= self.parts.min_groups:
             self.num_empty_steps = 0
@@ -195,8 +199,8 @@ class PrimeTrainer:
             )
         return [], metrics
 
-    def sample(self, num_prompts: int) -> list[Group]:
-        """Fresh groups of the next prompts; answers without a verdict are left out."""
+    def sample(self, num_prompts: int) -> tuple[list[Group], list[Verdict]]:
+        """Fresh groups of the next prompts, and all verdicts; answers without one are left out of their groups."""
         prompts = self.parts.prompts.take(self.position, num_prompts)
         sampling = self._sampling(derive_seed(self.config.run.seed, "rollout", self.position))
         self.position += num_prompts
@@ -208,7 +212,7 @@ class PrimeTrainer:
             groups.append(
                 Group(prompt=prompt, responses=tuple(r for r, _ in graded), rewards=tuple(x for _, x in graded))
             )
-        return groups
+        return groups, [verdict for row in answers for _, verdict in row]
 
     def score(self, groups: Sequence[Group]) -> ScoredBatch:
         """Log-probs of the models for the batch, but for those that its update will compute; nothing trains."""

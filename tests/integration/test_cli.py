@@ -22,7 +22,7 @@ from megatron_prime.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "megatron_prime.cli"]
-COMMANDS = ("demo", "train", "sft", "check", "evaluate", "launch", "generate", "prepare", "convert")
+COMMANDS = ("demo", "train", "sft", "check", "evaluate", "launch", "generate", "prepare", "verify", "convert")
 SHAPES = {
     "arithmetic": "arithmetic",
     "arithmetic_sft": "arithmetic",

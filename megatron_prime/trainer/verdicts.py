@@ -1,0 +1,36 @@
+"""What a step's log says of its verdicts."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+from megatron_prime.batch import Verdict
+
+_MAX_MISSING = 0.01
+"""Share of answers that may be left without a verdict before the log says so."""
+_PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "longest": 1.0}
+
+logger = logging.getLogger(__name__)
+
+
+def verdict_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Shares of the statuses and of missing rewards, and percentiles of the seconds that verdicts took.
+
+    More than 1% of missing rewards is logged as a warning.
+
+    Args:
+        verdicts: of all answers that were sampled in the step.
+    """
+    if not verdicts:
+        return {}
+    count = len(verdicts)
+    missing = Counter(verdict.status for verdict in verdicts if verdict.reward is None)
+    if missing.total() > _MAX_MISSING * count:
+        logger.warning("%d of %d answers have no verdict: %s", missing.total(), count, dict(missing))
+    metrics = {f"verdict/{status}": n / count for status, n in Counter(v.status for v in verdicts).items()}
+    seconds = sorted(verdict.seconds for verdict in verdicts)
+    for name, share in _PERCENTILES.items():
+        metrics[f"time/verdict_seconds/{name}"] = seconds[min(count - 1, int(share * count))]
+    return metrics | {"verdict/missing": missing.total() / count}
