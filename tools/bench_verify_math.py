@@ -2,7 +2,8 @@
 
 The cases are the files grader_cases/*.jsonl of the folder --data, of rows {"pred", "gold", "expected", "form", ..}:
 `bare` and `text` answers are put into a box, `boxed` and `output` are taken as they are; prose without a box is left
-out, as the verifier wants a box. Without --data the small sample in tests/data is used. Prints a table and writes build/bench/verify_math.json.
+out, as the verifier wants a box. Without --data the small sample in tests/data is used. Prints a table and
+writes build/bench/verify_math.json.
 """
 
 from __future__ import annotations
