@@ -307,6 +307,13 @@ def _probability(text: str) -> float:
     return number
 
 
+def _similarity(text: str) -> float:
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
 def _add_evaluate(parser: argparse.ArgumentParser, overrides: dict[str, Any]) -> None:
     parser.add_argument("config", help="YAML file; with --benchmarks a Hugging Face folder or Megatron checkpoint")
     parser.add_argument("overrides", **overrides)
@@ -315,6 +322,7 @@ def _add_evaluate(parser: argparse.ArgumentParser, overrides: dict[str, Any]) ->
     group.add_argument("--data", default="data", help="folder with one folder per benchmark (default: data)")
     group.add_argument("--output", help="answers, results.json, results.txt (default: evaluations/MODEL)")
     group.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
+    group.add_argument("--tensor-parallel-size", type=_at_least_one, default=1, help="GPUs of a vLLM engine")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     group.add_argument("--num-samples", type=_at_least_one, help="answers per problem")
     group.add_argument("--temperature", type=_temperature, help="0 = greedy")
@@ -334,7 +342,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     text = "open: ask without the choices where a rule can; drop: leave such questions out (default: open)"
     parser.add_argument("--multiple-choice", choices=["open", "drop"], default="open", help=text)
     text = "share of common three-word runs that makes two problems the same; above 1: none (default: 0.8)"
-    parser.add_argument("--similarity", type=float, default=0.8, help=text)
+    parser.add_argument("--similarity", type=_similarity, default=0.8, help=text)
     text = "reference programs: run those there are, require one, or ignore them (default: run)"
     parser.add_argument("--references", choices=["run", "require", "ignore"], default="run", help=text)
     parser.add_argument("--split", default="train", help="name in extra_info (default: train)")

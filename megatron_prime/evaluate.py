@@ -57,6 +57,8 @@ class EvaluationOptions:
     output: str
     """Folder for answers and results; where it has some, the evaluation goes on."""
     engine: Literal["transformers", "vllm"] = "transformers"
+    tensor_parallel_size: int = 1
+    """Of a vLLM engine."""
     dtype: str = "float32"
     num_samples: int | None = None
     temperature: float | None = None
@@ -185,6 +187,7 @@ def _check_lengths(tasks: Sequence[_Task], limit: int) -> None:
 def _engine_section(options: EvaluationOptions, tasks: Sequence[_Task]) -> RolloutSection:
     on_gpu = torch.cuda.is_available()
     vllm = VllmSection(
+        tensor_parallel_size=options.tensor_parallel_size,
         max_model_len=max(task.longest + task.sampling.max_response_tokens for task in tasks),
         max_num_seqs=_MAX_VLLM_ROWS,
         kv_cache_gib=None if on_gpu else _CPU_CACHE_GIB,

@@ -87,11 +87,13 @@ def benchmark_table(results: Mapping[str, Any], width: int = 120) -> str:
         Lines ready to print; shares are in percent, intervals hold 95%.
     """
     table = Table(title=f"{results['model']}", title_justify="left")
-    for heading in ("benchmark", "problems", "answers", "average", "", "passed", "", "cut off", "no verdict"):
+    several = any(len(row["scores"]) > 1 for row in results["benchmarks"].values())
+    columns = ["benchmark", "problems", "answers", "average", "", *(["passed", ""] * several), "cut off", "no verdict"]
+    for heading in columns:
         table.add_column(heading, justify="left" if heading == "benchmark" else "right", no_wrap=True)
     for row in results["benchmarks"].values():
         (average, first), *others = row["scores"].items()
-        passed = _score_cells(*others[-1]) if others else ("", "")
+        passed = _score_cells(*others[-1]) if others else ("", "") * several
         problems = f"{row['num_problems']}" + (f" of {row['num_published']}" if row["num_published"] else "")
         cut_off = f"{100 * row['share_cut_off']:.1f}%"
         cells = (problems, f"{row['num_answers']}", *_score_cells(average, first), *passed, cut_off)

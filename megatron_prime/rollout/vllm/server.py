@@ -22,6 +22,9 @@ from megatron_prime.rollout.vllm.transfer import SHARED_MEMORY
 
 logger = logging.getLogger(__name__)
 
+_STEP_TOKENS = 8192
+"""Prompt tokens that a CPU engine reads in one step, where no prompt is longer."""
+
 
 def serve(connection: Connection, options: EngineOptions) -> None:
     """Builds an engine and does what the trainer says until it hangs up.
@@ -55,7 +58,10 @@ def build(options: EngineOptions) -> Any:
     limits: dict[str, Any] = {}
     if options.kv_cache_bytes is not None:
         limits["kv_cache_memory_bytes"] = options.kv_cache_bytes
-    if not current_platform.is_cpu():
+    if current_platform.is_cpu():
+        # vLLM takes the draw of a half-read prompt back by the generator's offset, which CPU generators do not have.
+        limits |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(options.max_model_len, _STEP_TOKENS)}
+    else:
         limits["gpu_memory_utilization"] = options.gpu_memory_utilization
     llm = LLM(
         model=options.folder,

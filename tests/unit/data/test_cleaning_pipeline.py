@@ -88,10 +88,11 @@ def test_choices_can_be_left_out() -> None:
 )
 def test_reference_programs_must_pass(mode: Any, kept: list[str], dropped: dict[str, int]) -> None:
     def run(programs: Any) -> list[str]:
+        assert all(program != "never run" for _, program in programs)
         return ["pass" if program == PROGRAM else "wrong_answer" for _, program in programs]
 
     rows = [
-        ADD | {"solutions": [PROGRAM, "never run"]},
+        ADD | {"solutions": ["print(4)", PROGRAM, "never run"]},
         ADD | {"problem": "Print their product.", "solutions": ["print(3)"]},
         ADD | {"problem": "Print something else."},
     ]
