@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_prime
+from megatron_prime.arguments import build_parser
 from megatron_prime.config.loader import load_config, load_verifier_section
 from megatron_prime.config.plan import batch_plan
 from megatron_prime.config.schema import AnyConfig, ParallelSection, PrimeConfig, SftConfig
@@ -250,135 +251,20 @@ def _convert(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatron-prime", description="PRIME reinforcement learning on Megatron-Core")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    overrides = {"nargs": "*", "metavar": "KEY=VALUE", "help": "override a key of the configuration, a.b=c"}
-
-    def add(name: str, function: Any, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=function, name=name)
-        return sub
-
-    demo = add("demo", _demo, "the whole story in minutes on a CPU: SFT, then PRIME, in runs/demo/")
-    demo.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="run.seed=N, rollout.engine=vllm")
-    for name, function, text in (
-        ("train", _train, "train by PRIME"),
-        ("sft", _train, "make the starting model by supervised fine-tuning"),
-        ("check", _check, "resolve and validate a configuration and print the plan; starts nothing"),
-    ):
-        sub = add(name, function, text)
-        sub.add_argument("config", help="YAML file")
-        sub.add_argument("overrides", **overrides)  # type: ignore[arg-type]
-        if name == "check":
-            text = "plan for another machine: no weights or data files, of model.path only config.json"
-            sub.add_argument("--shapes-only", action="store_true", help=text)
-            sub.add_argument("--hardware", choices=sorted(PROFILES), help="default: h100, for float32 models cpu")
-            sub.add_argument("--gpus", metavar="NxMGB", help="search layouts, e.g. 8x80GB, or 4x8x80GB for 4 nodes")
-            text = "expected length of answers (default: a third of the limit)"
-            sub.add_argument("--mean-response-tokens", type=_at_least_one, help=text)
-    command.add_arguments(add("launch", _launch, "start a run here, on Slurm or with NeMo-Run; watch and end jobs"))
-    text = "avg@k of a configuration's model.path on its evaluation prompts (JSON), or a model on published benchmarks"
-    _add_evaluate(add("evaluate", _evaluate, text), overrides)
-    _add_generate(add("generate", _generate, "sample answers of a model; prints one JSON row each"))
-    _add_prepare(add("prepare", _prepare, "clean data sets for training: PRIME's steps that need no model"))
-    _add_verify(add("verify", _verify, "grade a file of answers, math or code"))
-    _add_convert(add("convert", _convert, "Hugging Face folder <-> Megatron distributed checkpoint"))
-    return parser
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
-
-
-def _temperature(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
-    return number
-
-
-def _probability(text: str) -> float:
-    number = float(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
-    return number
-
-
-def _similarity(text: str) -> float:
-    number = float(text)
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
-def _add_evaluate(parser: argparse.ArgumentParser, overrides: dict[str, Any]) -> None:
-    parser.add_argument("config", help="YAML file; with --benchmarks a Hugging Face folder or Megatron checkpoint")
-    parser.add_argument("overrides", **overrides)
-    group = parser.add_argument_group("benchmarks (docs/evaluation.md)", "defaults are each benchmark's own protocol")
-    group.add_argument("--benchmarks", metavar="NAME,NAME", help="aime24, math500, gsm8k, humaneval, ...")
-    group.add_argument("--data", default="data", help="folder with one folder per benchmark (default: data)")
-    group.add_argument("--output", help="answers, results.json, results.txt (default: evaluations/MODEL)")
-    group.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
-    group.add_argument("--tensor-parallel-size", type=_at_least_one, default=1, help="GPUs of a vLLM engine")
-    group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    group.add_argument("--num-samples", type=_at_least_one, help="answers per problem")
-    group.add_argument("--temperature", type=_temperature, help="0 = greedy")
-    group.add_argument("--top-p", type=_probability)
-    group.add_argument("--max-tokens", type=_at_least_one, help="longest answer")
-    group.add_argument("--num-problems", type=_at_least_one, help="only the first ones")
-    group.add_argument("--system-prompt", choices=["prime", "none"], default="prime")
-    group.add_argument("--template", choices=["chat", "raw"], default="chat", help="raw: no chat template")
-    group.add_argument("--seed", type=int, default=1)
-    group.add_argument("--num-workers", type=_at_least_one, default=os.cpu_count() or 1, help="processes that grade")
-
-
-def _add_prepare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("sources", nargs="+", metavar="in", help=".jsonl, .json, .parquet or hf:NAME[:CONFIG]:SPLIT")
-    parser.add_argument("output", metavar="out", help="new .jsonl or .parquet file; the report lies beside it")
-    parser.add_argument("--benchmarks", metavar="FOLDER", help="leave out what is in these benchmarks")
-    text = "open: ask without the choices where a rule can; drop: leave such questions out (default: open)"
-    parser.add_argument("--multiple-choice", choices=["open", "drop"], default="open", help=text)
-    text = "share of common three-word runs that makes two problems the same; above 1: none (default: 0.8)"
-    parser.add_argument("--similarity", type=_similarity, default=0.8, help=text)
-    text = "reference programs: run those there are, require one, or ignore them (default: run)"
-    parser.add_argument("--references", choices=["run", "require", "ignore"], default="run", help=text)
-    parser.add_argument("--split", default="train", help="name in extra_info (default: train)")
-    parser.add_argument("--num-workers", type=_at_least_one, default=os.cpu_count() or 1, help="run programs at once")
-
-
-def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="Hugging Face folder, or Megatron checkpoint of `convert`")
-    parser.add_argument("questions", nargs="+", help="questions, taken as they are")
-    parser.add_argument("--ability", choices=["math", "code"], default="math", help="which of PRIME's suffixes")
-    parser.add_argument("--raw", action="store_true", help="no system prompt, suffix or chat template")
-    parser.add_argument("--max-tokens", type=_at_least_one, default=1024)
-    parser.add_argument("--num-responses", type=_at_least_one, default=1)
-    parser.add_argument("--temperature", type=_temperature, default=0.0, help="0 = greedy (default)")
-    parser.add_argument("--top-p", type=_probability, default=1.0)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
-
-
-def _add_verify(parser: argparse.ArgumentParser) -> None:
-    text = "JSONL: response, ground_truth, ability (math, code), optionally data_source, extra_info"
-    parser.add_argument("source", metavar="IN.jsonl", help=text)
-    text = "the same rows with status, reward and seconds; goes on where an earlier call has stopped"
-    parser.add_argument("target", metavar="OUT.jsonl", help=text)
-    parser.add_argument("overrides", nargs="*", metavar="verifier.KEY=VALUE", help="docs/configuration.md")
-    parser.add_argument("--config", help="YAML file whose section `verifier` says how to grade")
-
-
-def _add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("direction", choices=["to-megatron", "to-hf"])
-    parser.add_argument("source", help="Hugging Face folder, or Megatron checkpoint")
-    parser.add_argument("target", help="new folder")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as the source is stored")
-    parser.add_argument("--like", help="to-hf: Hugging Face folder with config.json and tokenizer (default: kept copy)")
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
-    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    return build_parser(
+        {
+            "demo": _demo,
+            "train": _train,
+            "sft": _train,
+            "check": _check,
+            "launch": _launch,
+            "evaluate": _evaluate,
+            "generate": _generate,
+            "prepare": _prepare,
+            "verify": _verify,
+            "convert": _convert,
+        }
+    )
 
 
 if __name__ == "__main__":
