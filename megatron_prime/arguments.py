@@ -43,6 +43,11 @@ def build_parser(functions: Mapping[str, Callable[..., int]]) -> argparse.Argume
             sub.add_argument("--gpus", metavar="NxMGB", help="search layouts, e.g. 8x80GB, or 4x8x80GB for 4 nodes")
             text = "expected length of answers (default: a third of the limit)"
             sub.add_argument("--mean-response-tokens", type=_at_least_one, help=text)
+    serve = add("serve", "a vLLM server for runs with rollout.vllm.servers; it gets its weights from them")
+    serve.add_argument("config", help="YAML file of the run")
+    serve.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this host only)")
+    serve.add_argument("--port", type=_at_least_one, default=8000)
     command.add_arguments(add("launch", "start a run here, on Slurm or with NeMo-Run; watch and end jobs"))
     text = "avg@k of a configuration's model.path on its evaluation prompts (JSON), or a model on published benchmarks"
     _add_evaluate(add("evaluate", text), overrides)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +17,8 @@ from megatron_prime.config.checks import check_config, raise_for_problems
 from megatron_prime.config.schema import AnyConfig, ParallelSection, PrimeConfig, RolloutSection, SftConfig, VllmSection
 from megatron_prime.data.sources import PromptSource, build_prompt_source, build_sft_source
 from megatron_prime.data.templates import complete_messages, render
-from megatron_prime.data.tokenizer import encode, end_token_ids, load_tokenizer
-from megatron_prime.errors import ConfigError
+from megatron_prime.data.tokenizer import encode, load_tokenizer
+from megatron_prime.engines import loaded_engine, running_engine
 from megatron_prime.kernels import HeadOptions, choose_backend, choose_gemm
 from megatron_prime.launch.interrupt import stop_requests
 from megatron_prime.mcore import convert
@@ -32,16 +31,11 @@ from megatron_prime.observe.metrics import MetricsLogger
 from megatron_prime.observe.report import draw_plots, write_summary
 from megatron_prime.observe.run_folder import RunFolder, commit
 from megatron_prime.preflight import check
-from megatron_prime.rollout.protocol import Engine
-from megatron_prime.rollout.transformers_engine import TransformersEngine
-from megatron_prime.rollout.vllm.engine import VllmEngine, VllmSetup
-from megatron_prime.rollout.vllm.messages import EngineOptions
 from megatron_prime.trainer.evaluation import accuracy, evaluation_sampling, sample_and_verify
 from megatron_prime.trainer.prime import PrimeParts, PrimeTrainer
 from megatron_prime.trainer.sft import SftTrainer
 from megatron_prime.verify.verifier import RoutingVerifier, build_verifier
-from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
-from megatron_prime.weights.folder_export import FolderExport
+from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.hf_folder import HfFolder
 
 logger = logging.getLogger(__name__)
@@ -77,7 +71,7 @@ def _run_prime(
     for model in models:
         model.load_hf(start)
     with (
-        _engine(
+        running_engine(
             config.model.path, config.model.dtype, config.rollout, architecture, layout, config.run.num_threads
         ) as engine,
         _prepared(folder, config, roles, setup) as (checkpoints, metrics),
@@ -266,88 +260,6 @@ def _prompts(config: PrimeConfig) -> PromptSource:
     prompts = build_prompt_source(config.data, load_tokenizer(config.model.path), seed=config.run.seed)
     logger.info("%d prompts; left out: %s", len(prompts), dict(prompts.dropped.by_reason))
     return prompts
-
-
-@contextmanager
-def _engine(
-    folder: str,
-    dtype: str,
-    section: RolloutSection,
-    architecture: ModelArchitecture,
-    layout: Layout | None,
-    num_threads: int,
-) -> Iterator[Engine]:
-    """The engine of a configuration, without weights; `layout` None: this process is alone."""
-    tokenizer = load_tokenizer(folder)
-    shared: dict[str, Any] = {
-        "end_token_ids": end_token_ids(tokenizer, folder),
-        "decode": lambda ids: str(tokenizer.decode(list(ids))),
-    }
-    if section.engine == "vllm":
-        if section.vllm.kv_cache_gib is None and not torch.cuda.is_available():
-            raise ConfigError("rollout.vllm.kv_cache_gib: null needs a GPU; on a CPU give the memory in GiB")
-        engine: Engine = VllmEngine(
-            vllm_setup(folder, dtype, section.vllm, architecture, layout, num_threads, **shared)
-        )
-    else:
-        device = layout.device if layout else "cuda" if torch.cuda.is_available() else "cpu"
-        engine = TransformersEngine(
-            folder, dtype=DTYPES[dtype], device=device, max_batch_size=section.max_batch_size, **shared
-        )
-    with closing(engine):
-        yield engine
-
-
-def vllm_setup(
-    folder: str,
-    dtype: str,
-    section: VllmSection,
-    architecture: ModelArchitecture,
-    layout: Layout | None,
-    num_threads: int,
-    *,
-    end_token_ids: tuple[int, ...],
-    decode: Callable[[Sequence[int]], str],
-) -> VllmSetup:
-    """Where this rank stands among the engines, and what they are built from."""
-    sizes = (layout.tp_size, layout.pp_size) if layout else (1, 1)
-    first_device = int(os.environ.get("LOCAL_RANK", "0"))
-    options = EngineOptions(
-        folder=folder,
-        dtype=dtype,
-        tensor_parallel_size=section.tensor_parallel_size,
-        max_model_len=section.max_model_len or architecture.max_position_embeddings,
-        max_num_seqs=section.max_num_seqs,
-        kv_cache_bytes=None if section.kv_cache_gib is None else int(section.kv_cache_gib * 2**30),
-        gpu_memory_utilization=section.gpu_memory_utilization,
-        pack_weights=section.pack_weights,
-    )
-    return VllmSetup(
-        options=options,
-        vocab_size=architecture.vocab_size,
-        end_token_ids=end_token_ids,
-        decode=decode,
-        engine_index=layout.dp_rank if layout else 0,
-        num_engines=layout.dp_size if layout else 1,
-        is_leader=layout is None or (layout.tp_rank == 0 and layout.pp_rank == 0),
-        num_threads=section.num_threads or num_threads * sizes[0] * sizes[1],
-        device_ids=tuple(range(first_device, first_device + section.tensor_parallel_size))
-        if torch.cuda.is_available()
-        else (),
-        timeout_seconds=section.timeout_seconds,
-        max_restarts=section.max_restarts,
-        verify_refit=section.verify_refit,
-    )
-
-
-@contextmanager
-def loaded_engine(path: str, dtype: str, section: RolloutSection, num_threads: int) -> Iterator[tuple[Engine, str]]:
-    """An engine with the folder's own weights, no Megatron involved, and the checksum of these weights."""
-    folder, architecture = HfFolder(path), read_architecture(path)
-    folder.validate(architecture)
-    with _engine(path, dtype, section, architecture, None, num_threads) as engine:
-        checksum = engine.load_weights(FolderExport(folder, architecture, DTYPES[dtype]), version=0)
-        yield engine, checksum
 
 
 def _finish(folder: RunFolder, summary: Mapping[str, Any], metrics: MetricsLogger) -> Mapping[str, Any]:

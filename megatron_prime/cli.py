@@ -89,6 +89,28 @@ def _launch(options: argparse.Namespace, arguments: list[str]) -> int:
     return command.run(options, start=_run, check=check)
 
 
+def _serve(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Becomes a vLLM server for the runs of a configuration; returns only if it cannot."""
+    from megatron_prime.engines import engine_options
+    from megatron_prime.rollout.vllm.serve import server_command
+
+    config = load_config(options.config, ["rollout.engine=vllm", *options.overrides])
+    if not isinstance(config, PrimeConfig):
+        raise ConfigError(f"kind: {options.config} is a {config.kind!r} configuration, which has no rollouts")
+    # A server needs none of the trainer's GPUs or data.
+    section, architecture = config.rollout.vllm, check(config, check_files=False)
+    if not section.pack_weights:
+        raise ConfigError("rollout.vllm.pack_weights: false is for engines beside the trainer; a server always packs")
+    command, environment = server_command(
+        engine_options(config.model.path, config.model.dtype, section, architecture),
+        options.host,
+        options.port,
+        section.num_threads,
+    )
+    print(f"vLLM of {config.model.path} on http://{options.host}:{options.port}, without weights yet", flush=True)
+    os.execvpe(command[0], command, environment)
+
+
 def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
     """SFT and then PRIME with the shipped configurations, each as its own command would run it."""
     if any(not override.startswith(("run.seed=", "rollout.")) for override in options.overrides):
@@ -257,6 +279,7 @@ def _parser() -> argparse.ArgumentParser:
             "train": _train,
             "sft": _train,
             "check": _check,
+            "serve": _serve,
             "launch": _launch,
             "evaluate": _evaluate,
             "generate": _generate,

@@ -17,13 +17,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from megatron_prime.batch import Prompt, SamplingParams
-from megatron_prime.build import as_hf_folder, loaded_engine
+from megatron_prime.build import as_hf_folder
 from megatron_prime.config.schema import RolloutSection, VerifierSection, VllmSection
 from megatron_prime.config.schema_verifier import CodeVerifierSection
 from megatron_prime.data.benchmarks.registry import BENCHMARKS, Benchmark, load_benchmarks
 from megatron_prime.data.layouts import Question
 from megatron_prime.data.templates import complete_messages, render
 from megatron_prime.data.tokenizer import encode, load_tokenizer
+from megatron_prime.engines import loaded_engine
 from megatron_prime.errors import ConfigError, DataError
 from megatron_prime.launch.interrupt import stop_requests
 from megatron_prime.observe.files import write_atomically

@@ -101,14 +101,16 @@ def ranks(overrides: list[str]) -> int:
 def large_model() -> Path:
     """A folder with Qwen2.5-0.5B's shape, random weights and the arithmetic tokenizer."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen2Config
 
     folder = BUILD / "qwen2.5_0.5b_shape"
     if not (folder / "model.safetensors").exists():
         torch.manual_seed(0)
-        shape = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
         config = Qwen2Config(
-            **shape,
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
             num_key_value_heads=2,
             vocab_size=151936,
             max_position_embeddings=32768,
@@ -116,7 +118,7 @@ def large_model() -> Path:
             eos_token_id=1,
             pad_token_id=0,
         )
-        Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(ROOT / "configs" / "models" / "arithmetic" / file, folder)
     return folder

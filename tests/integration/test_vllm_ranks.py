@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from vllm_models import largest_gap, make_prompts, sampling, save_model, spell
 
-from megatron_prime.build import vllm_setup
 from megatron_prime.config.schema import ParallelSection, VllmSection
+from megatron_prime.engines import vllm_setup
 from megatron_prime.mcore.convert import _role
 from megatron_prime.mcore.parallel import parallel_layout
 from megatron_prime.rollout.vllm.engine import VllmEngine

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_prime.batch import Prompt, Response, SamplingParams
-from megatron_prime.build import vllm_setup
 from megatron_prime.config.schema import VllmSection
+from megatron_prime.engines import vllm_setup
 from megatron_prime.mcore.dtypes import DTYPES
 from megatron_prime.rollout.vllm.engine import VllmEngine
 from megatron_prime.rollout.vllm.process import EngineParent

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_prime import world
@@ -11,8 +11,8 @@ from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.prompts import check_prompts
 from megatron_prime.rollout.protocol import ExportedWeights, OnAnswer
-from megatron_prime.rollout.randomness import answer_key
-from megatron_prime.rollout.vllm.messages import EngineOptions, EngineRequest, Finished, SharedUpdate
+from megatron_prime.rollout.vllm.answers import make_request, raise_for, to_response
+from megatron_prime.rollout.vllm.messages import EngineOptions, SharedUpdate
 from megatron_prime.rollout.vllm.process import EngineLost, EngineParent, EngineProcess
 from megatron_prime.rollout.vllm.writer import WeightWriter
 from megatron_prime.weights.shards import find_non_finite
@@ -89,7 +89,7 @@ class VllmEngine:
                 problem = str(error)
         answers = world.all_gather((setup.engine_index, groups, problem) if setup.is_leader else None)
         shares = sorted((answer for answer in answers if answer is not None), key=lambda answer: answer[0])
-        _raise_for(problem for _, _, problem in shares)
+        raise_for(problem for _, _, problem in shares)
         return world.interleave([groups for _, groups, _ in shares])
 
     def load_weights(self, weights: ExportedWeights, version: int) -> str:
@@ -113,7 +113,7 @@ class VllmEngine:
                 problem = str(error)
         else:
             writer.write(weights)
-        _raise_for(world.all_gather(problem))
+        raise_for(world.all_gather(problem))
         self.weight_version = version
         return writer.checksum()
 
@@ -170,7 +170,7 @@ class VllmEngine:
         self, prompts: Sequence[Prompt], sampling: SamplingParams, on_answer: OnAnswer | None
     ) -> list[list[Response]]:
         waiting = {
-            f"{index}/{answer}": _request(f"{index}/{answer}", prompt, answer, sampling, self._setup.end_token_ids)
+            f"{index}/{answer}": make_request(f"{index}/{answer}", prompt, answer, sampling, self._setup.end_token_ids)
             for index, prompt in enumerate(prompts)
             for answer in range(sampling.num_responses)
         }
@@ -180,7 +180,7 @@ class VllmEngine:
             assert self._process is not None
             for finished in self._process.generate(list(waiting.values())):
                 del waiting[finished.request_id]
-                response = done[finished.request_id] = self._response(finished)
+                response = done[finished.request_id] = to_response(finished, self._setup.decode)
                 if on_answer is not None:
                     index, answer = map(int, finished.request_id.split("/"))
                     on_answer(self._setup.engine_index + index * self._setup.num_engines, answer, response)
@@ -227,35 +227,3 @@ class VllmEngine:
     def _new_parent(self) -> EngineParent:
         setup = self._setup
         return EngineParent(setup.num_threads, setup.device_ids, setup.timeout_seconds)
-
-    def _response(self, finished: Finished) -> Response:
-        stopped = finished.finish_reason == "stop"
-        return Response(
-            text=self._setup.decode(finished.token_ids[:-1] if stopped else finished.token_ids),
-            token_ids=finished.token_ids,
-            logprobs=finished.logprobs,
-            finish_reason=finished.finish_reason,
-            weight_version=finished.weight_versions[0],
-            spans_versions=len(set(finished.weight_versions)) > 1,
-        )
-
-
-def _request(
-    request_id: str, prompt: Prompt, answer: int, sampling: SamplingParams, end_token_ids: Sequence[int]
-) -> EngineRequest:
-    return EngineRequest(
-        request_id=request_id,
-        prompt_token_ids=prompt.token_ids,
-        # vLLM's seeds are not negative.
-        seed=answer_key(sampling.seed, prompt.prompt_id, answer) & (2**63 - 1),
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        max_tokens=sampling.max_response_tokens,
-        stop_token_ids=(*end_token_ids, *sampling.stop_token_ids),
-    )
-
-
-def _raise_for(problems: Iterable[str | None]) -> None:
-    """Raises on every rank what any of them met."""
-    if found := [problem for problem in problems if problem is not None]:
-        raise RolloutError("\n".join(found))

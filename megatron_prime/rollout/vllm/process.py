@@ -31,7 +31,7 @@ from megatron_prime.rollout.vllm.messages import (
 
 logger = logging.getLogger(__name__)
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     # The engine's core runs inside the engine process: one process less, and one that can be forked.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_WORKER_MULTIPROC_METHOD": "fork",
@@ -47,6 +47,7 @@ _ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore::FutureWarning",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
+"""Of every engine that is started here."""
 # Describes the trainer's ranks, and vLLM would take it for its own.
 _TRAINER_ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -66,7 +67,7 @@ class EngineParent:
 
     def __init__(self, num_threads: int, device_ids: Sequence[int], timeout_seconds: float) -> None:
         environment = {key: value for key, value in os.environ.items() if key not in _TRAINER_ENVIRONMENT}
-        environment |= _ENVIRONMENT | {"OMP_NUM_THREADS": str(num_threads)}
+        environment |= ENVIRONMENT | {"OMP_NUM_THREADS": str(num_threads)}
         if device_ids:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, device_ids))
             # A forked process cannot use the CUDA context of its parent.

@@ -66,6 +66,12 @@ class SharedPlan:
     num_writers: int
 
 
+def whole_tensors(entries: Sequence[TensorEntry]) -> SharedPlan:
+    """The plan of a single writer that writes each tensor in one piece."""
+    slices = tuple((entry.name, tuple((0, size) for size in entry.shape)) for entry in entries)
+    return SharedPlan(tuple(entries), slices, num_writers=1)
+
+
 class SharedWeights:
     """The tensors of a plan in one shared mapping, with how far each writer is and the checksums of all slices.
 
@@ -105,6 +111,8 @@ class SharedWeights:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             whole = torch.frombuffer(memory, dtype=torch.uint8)
+        self.image = whole[:num_tensor_bytes]
+        """All tensors as bytes."""
         self.tensors: dict[str, torch.Tensor] = {}
         for entry in plan.entries:
             bits = whole[entry.offset : entry.offset + entry.num_bytes]

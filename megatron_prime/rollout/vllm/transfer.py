@@ -1,6 +1,6 @@
-"""vLLM's weight-transfer back-end for shared memory, and the worker's own part of a checked update.
+"""vLLM's weight-transfer back-ends for shared memory and the network, and the worker's own part of a checked update.
 
-Imported in every vLLM worker (it is the worker extension's module), which registers the back-end.
+Imported in every vLLM worker (it is the worker extension's module), which registers the back-ends.
 """
 
 from __future__ import annotations
@@ -19,37 +19,24 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from megatron_prime.rollout.vllm.broadcast import BucketReceiver, make_group
 from megatron_prime.rollout.vllm.messages import SharedUpdate
-from megatron_prime.rollout.vllm.shared_weights import SharedWeights
+from megatron_prime.rollout.vllm.shared_weights import SharedWeights, TensorEntry, whole_tensors
 from megatron_prime.rollout.vllm.verify import check_engine
 
-SHARED_MEMORY = "megatron_prime_shared_memory"
+SHARED_MEMORY, BROADCAST = "megatron_prime_shared_memory", "megatron_prime_broadcast"
 
 
-@dataclass
-class _InitInfo(WeightTransferInitInfo):
-    pass
+class CheckedTransfer(WeightTransferEngine[Any, Any]):
+    """Loads whole Hugging Face tensors, of which each worker reads only its share, and compares what it then holds.
 
-
-@dataclass
-class _UpdateInfo(WeightTransferUpdateInfo):
-    update: SharedUpdate
-
-
-class SharedMemoryTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
-    """Loads whole Hugging Face tensors that lie in shared memory; each worker reads only its share of them.
-
-    An update that raises leaves the model half loaded. Nothing here undoes that: the process ends and a new one
-    loads the whole set.
+    An update that raises leaves the model half loaded. Nothing here undoes that: the process ends, or is never asked
+    for an answer again, and a new one loads the whole set.
     """
 
-    init_info_cls = _InitInfo
-    update_info_cls = _UpdateInfo
     supports_draft_weight_update = False
-
-    def init_transfer_engine(self, init_info: _InitInfo) -> None:
-        """Nothing to agree on: every update names its memory."""
-        self._weights: SharedWeights | None = None
+    _weights: SharedWeights | None = None
+    _update: SharedUpdate
 
     def start_weight_update(self) -> None:
         """Prepares the layers whose weights vLLM has transformed after loading."""
@@ -62,23 +49,24 @@ class SharedMemoryTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         """Loads one complete set (without the base class's wait for an accelerator)."""
         self.receive_weights(self.parse_update_info(update_info))
 
-    def receive_weights(self, update_info: _UpdateInfo) -> None:
-        """Loads tensor after tensor, close behind the trainer that writes them."""
-        self._update = update = update_info.update
-        if self._weights is None or self._weights.path != update.path:
-            # Kept from update to update: mapping a large set anew takes longer than copying it.
-            self._weights = SharedWeights(update.plan, update.path, writable=False)
-        weights, model = self._weights, self.model
+    def wait(self, num_tensors: int) -> None:
+        """Returns when the first `num_tensors` tensors have arrived."""
+        raise NotImplementedError
+
+    def load(self) -> None:
+        """Loads tensor after tensor, close behind the trainer that sends them."""
+        assert self._weights is not None
+        tensors = self._weights.tensors
 
         def stream() -> Iterator[tuple[str, torch.Tensor]]:
-            for number, (name, tensor) in enumerate(weights.tensors.items()):
-                weights.wait(number + 1, update.timeout_seconds)
+            for number, (name, tensor) in enumerate(tensors.items()):
+                self.wait(number + 1)
                 yield name, tensor
 
         with torch.no_grad():
-            model.load_weights(stream())  # type: ignore[operator]
+            self.model.load_weights(stream())  # type: ignore[operator]
         # A model that asks for nothing (or for less) leaves the stream before its end.
-        weights.wait(len(update.plan.entries), update.timeout_seconds)
+        self.wait(len(tensors))
 
     def finish_weight_update(self) -> None:
         """Transforms what vLLM transforms, and compares what the engine now holds with what the trainer has."""
@@ -88,15 +76,112 @@ class SharedMemoryTransfer(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         assert self._weights is not None
         self.num_probed_columns = check_engine(self.model, self._weights, self._update)
 
+
+@dataclass
+class _NothingToSay(WeightTransferInitInfo):
+    pass
+
+
+@dataclass
+class _WhatIsInMemory(WeightTransferUpdateInfo):
+    update: SharedUpdate
+
+
+class SharedMemoryTransfer(CheckedTransfer):
+    """Weights lie in memory that the trainer's ranks on this host write."""
+
+    init_info_cls = _NothingToSay
+    update_info_cls = _WhatIsInMemory
+
+    def init_transfer_engine(self, init_info: _NothingToSay) -> None:
+        """Nothing to agree on: every update names its memory."""
+
+    def receive_weights(self, update_info: _WhatIsInMemory) -> None:
+        """Loads while the trainer writes."""
+        self._update = update = update_info.update
+        if self._weights is None or self._weights.path != update.path:
+            # Kept from update to update: mapping a large set anew takes longer than copying it.
+            self._weights = SharedWeights(update.plan, update.path, writable=False)
+        self.load()
+
+    def wait(self, num_tensors: int) -> None:
+        """See `CheckedTransfer.wait`."""
+        assert self._weights is not None
+        self._weights.wait(num_tensors, self._update.timeout_seconds)
+
     def shutdown(self) -> None:
         """Unmaps the memory."""
+        self._weights = None
+
+
+@dataclass
+class _Meeting(WeightTransferInitInfo):
+    """Where the trainer and the workers of all engines meet, and what will be sent."""
+
+    address: str
+    port: int
+    first_rank: int
+    """Of this engine's workers."""
+    size: int
+    entries: list[list[Any]]
+    """`TensorEntry` by `TensorEntry`."""
+    bucket_bytes: int
+    compare_digests: bool
+    timeout_seconds: float
+
+
+@dataclass
+class _TheSame(WeightTransferUpdateInfo):
+    pass
+
+
+class BroadcastTransfer(CheckedTransfer):
+    """Weights come over the network (`broadcast.BucketSender`) and stay in this process's memory until the next."""
+
+    init_info_cls = _Meeting
+    update_info_cls = _TheSame
+    _receiver: BucketReceiver | None = None
+
+    def init_transfer_engine(self, init_info: _Meeting) -> None:
+        """Meets the others."""
+        self.shutdown()
+        entries = tuple(TensorEntry(name, tuple(shape), *rest) for name, shape, *rest in init_info.entries)
+        plan = whole_tensors(entries)
+        self._weights = SharedWeights(plan)
+        self._update = SharedUpdate(
+            path=self._weights.path,
+            plan=plan,
+            compare_digests=init_info.compare_digests,
+            timeout_seconds=init_info.timeout_seconds,
+        )
+        rank = init_info.first_rank + self.parallel_config.rank
+        group = make_group(init_info.address, init_info.port, rank, init_info.size, init_info.timeout_seconds)
+        self._receiver = BucketReceiver(self._weights, group, init_info.bucket_bytes)
+
+    def receive_weights(self, update_info: _TheSame) -> None:
+        """Loads while buckets arrive."""
+        assert self._receiver is not None
+        self._receiver.begin()
+        self.load()
+        self._receiver.finish()
+
+    def wait(self, num_tensors: int) -> None:
+        """See `CheckedTransfer.wait`."""
+        assert self._receiver is not None
+        self._receiver.wait(num_tensors)
+
+    def shutdown(self) -> None:
+        """Leaves the group and frees the memory."""
+        self._receiver = None
+        if self._weights is not None:
+            self._weights.close()
         self._weights = None
 
 
 class WorkerExtension:
     """Methods that vLLM's workers get in addition; names start with ``prime_`` to clash with none of theirs."""
 
-    weight_transfer_engine: SharedMemoryTransfer
+    weight_transfer_engine: CheckedTransfer
     model_runner: Any
 
     def prime_num_probed_columns(self) -> int:
@@ -128,5 +213,6 @@ def _repack_tied_head(model: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-if SHARED_MEMORY not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(SHARED_MEMORY, SharedMemoryTransfer)
+for _name, _transfer in ((SHARED_MEMORY, SharedMemoryTransfer), (BROADCAST, BroadcastTransfer)):
+    if _name not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(_name, _transfer)

@@ -1,0 +1,135 @@
+"""Rollout engines from a configuration: which one, built from what, and where this rank stands among them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import Any
+
+import torch
+
+from megatron_prime.config.schema import RolloutSection, VllmSection
+from megatron_prime.data.tokenizer import end_token_ids, load_tokenizer
+from megatron_prime.errors import ConfigError
+from megatron_prime.mcore.dtypes import DTYPES
+from megatron_prime.mcore.parallel import Layout
+from megatron_prime.rollout.protocol import Engine
+from megatron_prime.rollout.transformers_engine import TransformersEngine
+from megatron_prime.rollout.vllm.engine import VllmEngine, VllmSetup
+from megatron_prime.rollout.vllm.messages import EngineOptions
+from megatron_prime.rollout.vllm.servers import ServersSetup, VllmServers
+from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
+from megatron_prime.weights.folder_export import FolderExport
+from megatron_prime.weights.hf_folder import HfFolder
+
+
+@contextmanager
+def running_engine(
+    folder: str,
+    dtype: str,
+    section: RolloutSection,
+    architecture: ModelArchitecture,
+    layout: Layout | None,
+    num_threads: int,
+) -> Iterator[Engine]:
+    """The engine of a configuration, without weights; `layout` None: this process is alone."""
+    tokenizer = load_tokenizer(folder)
+    shared: dict[str, Any] = {
+        "end_token_ids": end_token_ids(tokenizer, folder),
+        "decode": lambda ids: str(tokenizer.decode(list(ids))),
+    }
+    engine: Engine
+    if section.engine == "vllm" and section.vllm.servers:
+        engine = VllmServers(servers_setup(section.vllm, architecture, layout, **shared))
+    elif section.engine == "vllm":
+        if section.vllm.kv_cache_gib is None and not torch.cuda.is_available():
+            raise ConfigError("rollout.vllm.kv_cache_gib: null needs a GPU; on a CPU give the memory in GiB")
+        engine = VllmEngine(vllm_setup(folder, dtype, section.vllm, architecture, layout, num_threads, **shared))
+    else:
+        device = layout.device if layout else "cuda" if torch.cuda.is_available() else "cpu"
+        engine = TransformersEngine(
+            folder, dtype=DTYPES[dtype], device=device, max_batch_size=section.max_batch_size, **shared
+        )
+    with closing(engine):
+        yield engine
+
+
+def vllm_setup(
+    folder: str,
+    dtype: str,
+    section: VllmSection,
+    architecture: ModelArchitecture,
+    layout: Layout | None,
+    num_threads: int,
+    *,
+    end_token_ids: tuple[int, ...],
+    decode: Callable[[Sequence[int]], str],
+) -> VllmSetup:
+    """Where this rank stands among the engines, and what they are built from."""
+    sizes = (layout.tp_size, layout.pp_size) if layout else (1, 1)
+    first_device = int(os.environ.get("LOCAL_RANK", "0"))
+    return VllmSetup(
+        options=engine_options(folder, dtype, section, architecture),
+        vocab_size=architecture.vocab_size,
+        end_token_ids=end_token_ids,
+        decode=decode,
+        engine_index=layout.dp_rank if layout else 0,
+        num_engines=layout.dp_size if layout else 1,
+        is_leader=layout is None or (layout.tp_rank == 0 and layout.pp_rank == 0),
+        num_threads=section.num_threads or num_threads * sizes[0] * sizes[1],
+        device_ids=tuple(range(first_device, first_device + section.tensor_parallel_size))
+        if torch.cuda.is_available()
+        else (),
+        timeout_seconds=section.timeout_seconds,
+        max_restarts=section.max_restarts,
+        verify_refit=section.verify_refit,
+    )
+
+
+def engine_options(folder: str, dtype: str, section: VllmSection, architecture: ModelArchitecture) -> EngineOptions:
+    """What one engine is built from, wherever it runs."""
+    return EngineOptions(
+        folder=folder,
+        dtype=dtype,
+        tensor_parallel_size=section.tensor_parallel_size,
+        max_model_len=section.max_model_len or architecture.max_position_embeddings,
+        max_num_seqs=section.max_num_seqs,
+        kv_cache_bytes=None if section.kv_cache_gib is None else int(section.kv_cache_gib * 2**30),
+        gpu_memory_utilization=section.gpu_memory_utilization,
+        pack_weights=section.pack_weights,
+    )
+
+
+def servers_setup(
+    section: VllmSection,
+    architecture: ModelArchitecture,
+    layout: Layout | None,
+    *,
+    end_token_ids: tuple[int, ...],
+    decode: Callable[[Sequence[int]], str],
+) -> ServersSetup:
+    """Which servers there are and whether this rank sends weights to them."""
+    return ServersSetup(
+        urls=tuple(url.rstrip("/") for url in section.servers),
+        vocab_size=architecture.vocab_size,
+        max_model_len=section.max_model_len or architecture.max_position_embeddings,
+        max_num_seqs=section.max_num_seqs,
+        end_token_ids=end_token_ids,
+        decode=decode,
+        holds_copy=layout is None or layout.dp_rank == 0,
+        bucket_bytes=section.bucket_mib * 2**20,
+        timeout_seconds=section.timeout_seconds,
+        max_restarts=section.max_restarts,
+        verify_refit=section.verify_refit,
+    )
+
+
+@contextmanager
+def loaded_engine(path: str, dtype: str, section: RolloutSection, num_threads: int) -> Iterator[tuple[Engine, str]]:
+    """An engine with the folder's own weights, no Megatron involved, and the checksum of these weights."""
+    folder, architecture = HfFolder(path), read_architecture(path)
+    folder.validate(architecture)
+    with running_engine(path, dtype, section, architecture, None, num_threads) as engine:
+        checksum = engine.load_weights(FolderExport(folder, architecture, DTYPES[dtype]), version=0)
+        yield engine, checksum
