@@ -28,6 +28,7 @@ setup(
         "rich>=14,<16",
         "psutil>=6,<8",
         "xxhash>=3.5,<5",
+        "aiohttp>=3.12,<4",
     ],
     extras_require={
         "vllm": ["vllm==0.32.0"],

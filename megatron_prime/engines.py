@@ -84,6 +84,7 @@ def vllm_setup(
         timeout_seconds=section.timeout_seconds,
         max_restarts=section.max_restarts,
         verify_refit=section.verify_refit,
+        abort_after_seconds=section.abort_after_seconds,
     )
 
 
@@ -122,6 +123,7 @@ def servers_setup(
         timeout_seconds=section.timeout_seconds,
         max_restarts=section.max_restarts,
         verify_refit=section.verify_refit,
+        abort_after_seconds=section.abort_after_seconds,
     )
 
 

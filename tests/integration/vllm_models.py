@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ FAMILIES = {
     "llama_untied": ("llama", False),
 }
 VOCAB_SIZE = 131
+ARITHMETIC = Path(__file__).resolve().parents[2] / "configs" / "models" / "arithmetic"
 
 
 def save_model(family: str, folder: Path, seed: int = 0, **changes: object) -> Path:
@@ -49,6 +51,16 @@ def save_model(family: str, folder: Path, seed: int = 0, **changes: object) -> P
             if "norm" in name or "bias" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
+    return folder
+
+
+def make_start(family: str, folder: Path, *, seed: int = 0, vocab_size: int = 27) -> Path:
+    """A random model with the arithmetic task's tokenizer."""
+    tokens = {"vocab_size": vocab_size, "eos_token_id": 1, "pad_token_id": 0}
+    save_model(family, folder, seed, max_position_embeddings=512, **tokens)
+    for path in ARITHMETIC.iterdir():
+        if "token" in path.name or path.name == "chat_template.jinja":
+            shutil.copy(path, folder)
     return folder
 
 

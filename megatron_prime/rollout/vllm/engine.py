@@ -40,6 +40,8 @@ class VllmSetup:
     timeout_seconds: float
     max_restarts: int
     verify_refit: bool
+    abort_after_seconds: float | None = None
+    """When to cut off answers that are not finished; None: never."""
 
 
 class VllmEngine:
@@ -178,7 +180,7 @@ class VllmEngine:
 
         def sample_the_rest() -> None:
             assert self._process is not None
-            for finished in self._process.generate(list(waiting.values())):
+            for finished in self._process.generate(list(waiting.values()), self._setup.abort_after_seconds):
                 del waiting[finished.request_id]
                 response = done[finished.request_id] = to_response(finished, self._setup.decode)
                 if on_answer is not None:

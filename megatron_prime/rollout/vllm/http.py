@@ -84,14 +84,18 @@ class VllmServer:
         reason = choice["finish_reason"]
         return Finished(
             request_id=request.request_id,
-            token_ids=tuple(choice["token_ids"]),
-            logprobs=tuple(entry["logprob"] for entry in choice["logprobs"]["content"]),
+            token_ids=tuple(choice["token_ids"] or ()),
+            logprobs=tuple(entry["logprob"] for entry in (choice["logprobs"] or {}).get("content") or ()),
             finish_reason=reason if reason in ("stop", "length") else "abort",
             # A server that was started anew holds weights of no number.
             weight_versions=tuple(
-                int(span["version"]) if span["version"].isdigit() else -1 for span in choice["weight_versions"]
+                int(span["version"]) if span["version"].isdigit() else -1 for span in choice["weight_versions"] or ()
             ),
         )
+
+    async def abort(self) -> None:
+        """Cuts off everything that it samples."""
+        await self._call("POST", "/abort_requests", {})
 
     async def _call(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout_seconds: float | None = -1.0

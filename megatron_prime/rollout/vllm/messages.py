@@ -65,6 +65,8 @@ class Generate:
     """Sample these answers; each is sent back as soon as it is finished."""
 
     requests: tuple[EngineRequest, ...]
+    abort_after_seconds: float | None = None
+    """When to cut off what is not finished; None: never."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -172,13 +172,19 @@ class EngineProcess:
         self.loading = None
         return loaded
 
-    def generate(self, requests: Sequence[EngineRequest]) -> Iterator[Finished]:
+    def generate(
+        self, requests: Sequence[EngineRequest], abort_after_seconds: float | None = None
+    ) -> Iterator[Finished]:
         """Yields answers as they finish, in any order.
+
+        Args:
+            requests: what to sample.
+            abort_after_seconds: when to cut off what is not finished; None: never.
 
         Raises:
             EngineLost: the process ended first.
         """
-        self._send(Generate(requests=tuple(requests)))
+        self._send(Generate(requests=tuple(requests), abort_after_seconds=abort_after_seconds))
         for _ in requests:
             finished = self._receive()
             assert isinstance(finished, Finished)

@@ -45,8 +45,6 @@ def server_command(
     if not torch.cuda.is_available():
         command += ["--enforce-eager"]
     environment = os.environ | ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    # A server answers while its engine computes.
-    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
     if num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(num_threads)
     return command, environment

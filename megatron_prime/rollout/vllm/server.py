@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
@@ -101,16 +103,22 @@ def load(llm: Any, message: LoadWeights) -> Loaded:
 
 
 def generate(llm: Any, message: Generate, connection: Connection) -> None:
-    """Samples all requests and sends each answer when it is finished."""
+    """Samples all requests and sends each answer when it is finished, or cut off when time is up."""
     engine = llm.llm_engine
+    version, limit = llm.get_weight_version(), message.abort_after_seconds
+    deadline = math.inf if limit is None else time.monotonic() + limit
     for request in message.requests:
         engine.add_request(
             request.request_id, {"prompt_token_ids": list(request.prompt_token_ids)}, sampling_params(request)
         )
     while engine.has_unfinished_requests():
-        for output in engine.step():
-            if output.finished:
-                connection.send(_finished(output))
+        outputs = engine.step()
+        # Whoever has not begun yet gets a first token, so that no answer is empty.
+        late = [] if time.monotonic() < deadline else [output for output in outputs if not output.finished]
+        engine.abort_request([output.request_id for output in late])
+        for output in outputs:
+            if output.finished or late:
+                connection.send(_finished(output, version))
 
 
 def sampling_params(request: EngineRequest) -> Any:
@@ -131,14 +139,15 @@ def sampling_params(request: EngineRequest) -> Any:
     )
 
 
-def _finished(output: Any) -> Finished:
+def _finished(output: Any, version: str) -> Finished:
     (completion,) = output.outputs
     return Finished(
         request_id=output.request_id,
         token_ids=tuple(completion.token_ids),
         logprobs=tuple(_sampled_logprobs(completion)),
         finish_reason=completion.finish_reason if completion.finish_reason in ("stop", "length") else "abort",
-        weight_versions=tuple(int(span.version) for span in completion.weight_versions or ()),
+        # vLLM says it of whole answers only, and nothing is loaded while answers are sampled.
+        weight_versions=tuple(int(span.version) for span in completion.weight_versions or ()) or (int(version),),
     )
 
 

@@ -7,8 +7,9 @@ import contextlib
 import logging
 import socket
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -21,7 +22,7 @@ from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.prompts import check_prompts
 from megatron_prime.rollout.protocol import ExportedWeights, OnAnswer
 from megatron_prime.rollout.vllm.answers import make_request, raise_for, to_response
-from megatron_prime.rollout.vllm.broadcast import BucketSender, make_group
+from megatron_prime.rollout.vllm.broadcast import BucketSender, Group
 from megatron_prime.rollout.vllm.http import ServerLost, VllmServer
 from megatron_prime.rollout.vllm.messages import EngineRequest, Finished
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan, lay_out, whole_tensors
@@ -52,6 +53,8 @@ class ServersSetup:
     timeout_seconds: float
     max_restarts: int
     verify_refit: bool
+    abort_after_seconds: float | None = None
+    """When to cut off answers that are not finished; None: never."""
 
 
 class VllmServers:
@@ -68,6 +71,7 @@ class VllmServers:
         self._members: tuple[str, ...] = ()
         """Servers in the sender's group, which hold the latest weights if any are loaded."""
         self._sender: BucketSender | None = None
+        self._has_met = False
         self._version = -1
         """Of the weights that the members hold; -1: not known."""
 
@@ -99,12 +103,13 @@ class VllmServers:
         raise_for(f"weights of version {version}: {problem}" for problem in problems)
         if self._plan is None:
             self._plan = whole_tensors(lay_out(weights.tensors()))
-        excluded: set[str] = set()
+        failures: Counter[str] = Counter()
         for attempt in range(self._setup.max_restarts + 1):
+            excluded = {url for url, count in failures.items() if count > 1}
             raise_for([world.broadcast(_problem_of(self._connect(excluded)) if world.is_main() else None)])
             checksum = None
             if world.is_main():
-                checksum = asyncio.run(self._load(weights, version, excluded))
+                checksum = asyncio.run(self._load(weights, version, failures))
             elif self._setup.holds_copy:
                 for _ in weights:
                     pass
@@ -131,7 +136,7 @@ class VllmServers:
         async with self._client() as client:
             servers = [VllmServer(url, client, setup.timeout_seconds) for url in setup.urls if url not in excluded]
             # The first time all must come: a run should not start on half of its servers.
-            patience = setup.timeout_seconds if self._sender is None and not excluded else 0.0
+            patience = 0.0 if self._has_met else setup.timeout_seconds
             versions = await _wait_for(servers, patience)
             there = [server for server in servers if versions[server.url] is not None]
             absent = [server.url for server in servers if server not in there]
@@ -168,7 +173,7 @@ class VllmServers:
             "timeout_seconds": min(_MEETING_SECONDS, setup.timeout_seconds),
         }
         ranks = [1 + sum(num_workers[:number]) for number in range(len(servers))]
-        own = asyncio.to_thread(make_group, "0.0.0.0", port, 0, size, meeting["timeout_seconds"])
+        own = asyncio.to_thread(Group, "0.0.0.0", port, 0, size, meeting["timeout_seconds"])
         joined = [
             server.meet(meeting | {"address": _address_towards(server.url), "first_rank": rank})
             for server, rank in zip(servers, ranks, strict=True)
@@ -179,10 +184,10 @@ class VllmServers:
             raise RolloutError(f"the vLLM servers and the trainer did not come together: {error}") from error
         assert group is not None
         self._sender = BucketSender(self._plan, group, setup.bucket_bytes)
-        self._members = tuple(server.url for server in servers)
+        self._members, self._has_met = tuple(server.url for server in servers), True
 
-    async def _load(self, weights: ExportedWeights, version: int, excluded: set[str]) -> str | None:
-        """Sends one set of weights; the checksum of all, or None: the servers that failed are now excluded."""
+    async def _load(self, weights: ExportedWeights, version: int, failures: Counter[str]) -> str | None:
+        """Sends one set of weights; the checksum of all, or None and one more failure of each that failed."""
         self._version = -1
         async with self._client() as client:
             servers = [VllmServer(url, client, self._setup.timeout_seconds) for url in self._members]
@@ -199,7 +204,8 @@ class VllmServers:
                 failed = await _each(servers, lambda server: server.finish_load(version))
         for url, error in failed.items():
             logger.warning("vLLM server %s was lost in a refit: %s", url, error)
-        excluded |= failed.keys()
+        # One that failed only because another one was lost gets a second chance; the lost one will not answer.
+        failures.update(failed.keys())
         if failed or sums is None:
             # The others are in the middle of something; they meet anew.
             self._sender = None
@@ -215,6 +221,8 @@ class VllmServers:
             return self._sender.send(stream)
         except RuntimeError as error:
             logger.warning("sending weights failed: %s", error)
+            # The other receivers would wait for the rest.
+            self._sender.abort()
             return None
         finally:
             _drain(stream)
@@ -261,12 +269,16 @@ class VllmServers:
     ) -> ServerLost | None:
         """Samples on one server until all is done or it is lost; answers that came until then count."""
         places = asyncio.Semaphore(2 * self._setup.max_num_seqs)
-        last = time.monotonic()
+        start = last = time.monotonic()
+        limit = self._setup.abort_after_seconds
 
         async def one(key: tuple[int, int], request: EngineRequest) -> None:
             nonlocal last
             async with places:
                 finished = await server.sample(request)
+                if not finished.token_ids:
+                    # Cut off before it began; no answer is empty.
+                    finished = await server.sample(replace(request, max_tokens=1))
             if set(finished.weight_versions) != {self._version}:
                 raise ServerLost(f"{server.url}: sampled with weights {finished.weight_versions}, not {self._version}")
             last = time.monotonic()
@@ -279,6 +291,8 @@ class VllmServers:
                 ended, running = await asyncio.wait(running, timeout=_POLL_SECONDS, return_when=asyncio.FIRST_EXCEPTION)
                 for task in ended:
                     task.result()
+                if running and limit is not None and time.monotonic() - start > limit:
+                    await server.abort()
                 if running and time.monotonic() - last > self._setup.timeout_seconds:
                     return ServerLost(f"{server.url}: no answer for {self._setup.timeout_seconds:g} seconds")
         except ServerLost as error:

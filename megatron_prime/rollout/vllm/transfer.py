@@ -19,7 +19,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from megatron_prime.rollout.vllm.broadcast import BucketReceiver, make_group
+from megatron_prime.rollout.vllm.broadcast import BucketReceiver, Group
 from megatron_prime.rollout.vllm.messages import SharedUpdate
 from megatron_prime.rollout.vllm.shared_weights import SharedWeights, TensorEntry, whole_tensors
 from megatron_prime.rollout.vllm.verify import check_engine
@@ -155,7 +155,7 @@ class BroadcastTransfer(CheckedTransfer):
             timeout_seconds=init_info.timeout_seconds,
         )
         rank = init_info.first_rank + self.parallel_config.rank
-        group = make_group(init_info.address, init_info.port, rank, init_info.size, init_info.timeout_seconds)
+        group = Group(init_info.address, init_info.port, rank, init_info.size, init_info.timeout_seconds)
         self._receiver = BucketReceiver(self._weights, group, init_info.bucket_bytes)
 
     def receive_weights(self, update_info: _TheSame) -> None:

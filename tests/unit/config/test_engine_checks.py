@@ -37,6 +37,26 @@ def test_a_sound_configuration_has_no_problems(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("urls", "problem"),
+    [
+        ("[node1:8000]", "rollout.vllm.servers: 'node1:8000' is no address; write it as http://host:port"),
+        ("[http://node1:8000/v1]", "rollout.vllm.servers: 'http://node1:8000/v1' is no address"),
+        ("[http://a:1,http://a:1]", "rollout.vllm.servers: names a server twice"),
+    ],
+)
+def test_wrong_addresses_of_servers(tmp_path: Path, urls: str, problem: str) -> None:
+    (found,) = check_engine(load(tmp_path, f"rollout.vllm.servers={urls}"), SHAPE, check_files=False)
+    assert found.startswith(problem)
+
+
+def test_servers_need_no_vllm_here_and_may_be_wider_than_a_replica(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    servers = "rollout.vllm.servers=[http://node1:8000]"
+    narrow = ("parallel.tensor_model_parallel_size=1", "rollout.vllm.tensor_parallel_size=4")
+    assert check_engine(load(tmp_path, servers, *narrow), SHAPE, check_files=True) == []
+
+
+@pytest.mark.parametrize(
     ("override", "problem"),
     [
         ("rollout.vllm.tensor_parallel_size=3", "tensor_parallel_size: 3 does not divide the model's 28 attention"),

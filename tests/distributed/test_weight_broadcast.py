@@ -1,0 +1,81 @@
+"""A set of weights sent over gloo is what was sent, wherever buckets begin and end."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+import pytest
+import torch
+
+from megatron_prime.rollout.vllm.broadcast import BucketReceiver, BucketSender, Group
+from megatron_prime.rollout.vllm.shared_weights import SharedWeights, lay_out, whole_tensors
+from megatron_prime.weights.shards import digest
+
+SHAPES = {"one": (3,), "aligned": (16, 4), "long": (1000,), "tiny": (1,), "matrix": (37, 5), "last": (64,)}
+
+
+def make_weights(version: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(version)
+    return {
+        name: torch.randn(shape, generator=generator).to(torch.bfloat16 if name == "matrix" else torch.float32)
+        for name, shape in SHAPES.items()
+    }
+
+
+def exchange(port: int, bucket_bytes: int) -> list[list[bool]]:
+    """Per set of weights, which tensors arrived as they were sent, in the order in which they were complete."""
+    rank = int(os.environ["RANK"])
+    plan = whole_tensors(lay_out([(name, tuple(t.shape), t.dtype) for name, t in make_weights(0).items()]))
+    group = Group("127.0.0.1", port, rank, 3, 60.0)
+    if rank == 0:
+        sender = BucketSender(plan, group, bucket_bytes)
+        for version in range(3):
+            sent = make_weights(version)
+            assert sender.send(iter(sent.items())) == b"".join(map(digest, sent.values()))
+        return []
+    memory = SharedWeights(plan)
+    receiver = BucketReceiver(memory, group, bucket_bytes)
+    arrived = []
+    for version in range(3):
+        expected = make_weights(version)
+        receiver.begin()
+        arrived.append([])
+        for number, (name, tensor) in enumerate(memory.tensors.items(), start=1):
+            receiver.wait(number)
+            arrived[-1].append(torch.equal(tensor, expected[name]))
+        receiver.finish()
+        sums = b"".join(map(digest, expected.values()))
+        arrived[-1].append(memory.digests.numpy().tobytes() == sums)
+    return arrived
+
+
+@pytest.mark.parametrize("bucket_bytes", [64, 256, 4096, 2**20])
+def test_every_receiver_gets_every_set(gloo_pool, bucket_bytes: int) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    _, *receivers = gloo_pool.run(3, exchange, port, bucket_bytes)
+    assert receivers == [[[True] * (len(SHAPES) + 1)] * 3] * 2
+
+
+def give_up(port: int) -> str:
+    rank = int(os.environ["RANK"])
+    group = Group("127.0.0.1", port, rank, 2, 60.0)
+    if rank == 0:
+        group.abort()
+        time.sleep(3)  # leaving would close the connection, which receivers see too
+        return ""
+    try:
+        group.wait(group.begin(torch.zeros(4)))
+    except RuntimeError as error:
+        return str(error)
+    return "received something"
+
+
+def test_a_sender_that_gives_up_is_not_waited_for(gloo_pool) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    assert gloo_pool.run(2, give_up, port)[1] == "the sender gave up"

