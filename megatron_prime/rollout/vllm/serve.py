@@ -10,6 +10,7 @@ import torch
 
 from megatron_prime.rollout.vllm.messages import EngineOptions
 from megatron_prime.rollout.vllm.process import ENVIRONMENT
+from megatron_prime.rollout.vllm.server import STEP_TOKENS
 
 _BACKEND = "megatron_prime_broadcast"
 """`transfer.BROADCAST`, whose module needs vLLM."""
@@ -42,8 +43,9 @@ def server_command(
         command += ["--kv-cache-memory-bytes", str(options.kv_cache_bytes)]
     else:
         command += ["--gpu-memory-utilization", str(options.gpu_memory_utilization)]
-    if not torch.cuda.is_available():
-        command += ["--enforce-eager"]
+    if not torch.cuda.is_available():  # see `server.build`
+        command += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        command += ["--max-num-batched-tokens", str(max(options.max_model_len, STEP_TOKENS))]
     environment = os.environ | ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     if num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(num_threads)

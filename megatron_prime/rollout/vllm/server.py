@@ -24,7 +24,7 @@ from megatron_prime.rollout.vllm.transfer import SHARED_MEMORY
 
 logger = logging.getLogger(__name__)
 
-_STEP_TOKENS = 8192
+STEP_TOKENS = 8192
 """Prompt tokens that a CPU engine reads in one step, where no prompt is longer."""
 
 
@@ -62,7 +62,7 @@ def build(options: EngineOptions) -> Any:
         limits["kv_cache_memory_bytes"] = options.kv_cache_bytes
     if current_platform.is_cpu():
         # vLLM takes the draw of a half-read prompt back by the generator's offset, which CPU generators do not have.
-        limits |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(options.max_model_len, _STEP_TOKENS)}
+        limits |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(options.max_model_len, STEP_TOKENS)}
     else:
         limits["gpu_memory_utilization"] = options.gpu_memory_utilization
     llm = LLM(
