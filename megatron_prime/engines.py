@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from megatron_prime import world
 from megatron_prime.config.schema import RolloutSection, VllmSection
 from megatron_prime.data.tokenizer import end_token_ids, load_tokenizer
 from megatron_prime.errors import ConfigError
@@ -17,6 +19,7 @@ from megatron_prime.mcore.parallel import Layout
 from megatron_prime.rollout.protocol import Engine
 from megatron_prime.rollout.transformers_engine import TransformersEngine
 from megatron_prime.rollout.vllm.engine import VllmEngine, VllmSetup
+from megatron_prime.rollout.vllm.in_ranks import VllmInRanks
 from megatron_prime.rollout.vllm.messages import EngineOptions
 from megatron_prime.rollout.vllm.servers import ServersSetup, VllmServers
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
@@ -45,7 +48,8 @@ def running_engine(
     elif section.engine == "vllm":
         if section.vllm.kv_cache_gib is None and not torch.cuda.is_available():
             raise ConfigError("rollout.vllm.kv_cache_gib: null needs a GPU; on a CPU give the memory in GiB")
-        engine = VllmEngine(vllm_setup(folder, dtype, section.vllm, architecture, layout, num_threads, **shared))
+        setup = vllm_setup(folder, dtype, section.vllm, architecture, layout, num_threads, **shared)
+        engine = VllmInRanks(in_ranks(setup)) if section.vllm.in_ranks else VllmEngine(setup)
     else:
         device = layout.device if layout else "cuda" if torch.cuda.is_available() else "cpu"
         engine = TransformersEngine(
@@ -85,6 +89,17 @@ def vllm_setup(
         max_restarts=section.max_restarts,
         verify_refit=section.verify_refit,
         abort_after_seconds=section.abort_after_seconds,
+    )
+
+
+def in_ranks(setup: VllmSetup) -> VllmSetup:
+    """The same for engines that consecutive ranks are the workers of."""
+    size = setup.options.tensor_parallel_size
+    return replace(
+        setup,
+        engine_index=world.rank() // size,
+        num_engines=world.world_size() // size,
+        is_leader=world.rank() % size == 0,
     )
 
 

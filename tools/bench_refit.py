@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from megatron_prime.config.schema import VllmSection
 from megatron_prime.engines import vllm_setup
 from megatron_prime.rollout.vllm.engine import VllmEngine
-from megatron_prime.rollout.vllm.process import ENVIRONMENT
+from megatron_prime.rollout.vllm.process import engine_environment
 from megatron_prime.weights.architecture import read_architecture
 from megatron_prime.weights.families import weight_specs
 from megatron_prime.weights.folder_export import FolderExport
@@ -218,7 +218,7 @@ def buckets(named: list[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, t
 
 def simple_engine(connection: Connection, folder: Path, port: int) -> None:
     """A vLLM engine that is refitted in the simple ways, without any check."""
-    os.environ |= ENVIRONMENT
+    os.environ |= engine_environment(on_gpu=False)
     torch.set_num_threads(1)
     setup = vllm_setup(
         str(folder), "bfloat16", section(1, False, False), read_architecture(folder), None, 1,

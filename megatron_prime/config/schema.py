@@ -165,6 +165,9 @@ class VllmSection:
     servers: list[str] = field(default_factory=list)
     """Addresses (`http://host:port`) of running servers (`megatron-prime serve`) that sample for all ranks. Empty: an
     engine of its own beside every data-parallel group."""
+    in_ranks: bool = False
+    """Engines inside the trainer's ranks (vLLM's external launcher), of tensor_parallel_size consecutive ranks each: no
+    process more, and on GPUs an engine's memory is free while the models train."""
     bucket_mib: int = 64
     """Weights travel to servers in buckets of this size; the sender holds two."""
     abort_after_seconds: float | None = None

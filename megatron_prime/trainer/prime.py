@@ -184,6 +184,8 @@ class PrimeTrainer:
             sampled += fresh
             verdicts += judged
             self.collector.add(fresh)
+        # The models that train next may need the accelerator's memory.
+        self.parts.engine.sleep()
         counts = self.collector.take_counts()
         metrics = _rollout_metrics(sampled) | verdict_metrics(verdicts)
         metrics |= {f"filter/{name}": float(n) for name, n in asdict(counts).items()}
@@ -205,6 +207,7 @@ class PrimeTrainer:
         sampling = self._sampling(derive_seed(self.config.run.seed, "rollout", self.position))
         self.position += num_prompts
         with self.stages("rollout"):
+            self.parts.engine.wake()
             answers = sample_and_verify(self.parts.engine, self.parts.verifier, prompts, sampling)
         groups: list[Group] = []
         for prompt, row in zip(prompts, answers, strict=True):
@@ -276,6 +279,7 @@ class PrimeTrainer:
             return {}
         prompts = self.parts.prompts.evaluation(self.config.evaluation.num_prompts)
         with self.stages("evaluation"):
+            self.parts.engine.wake()
             answers = sample_and_verify(
                 self.parts.engine, self.parts.verifier, prompts, evaluation_sampling(self.config)
             )

@@ -71,6 +71,10 @@ class Engine(Protocol):
 
     def load_weights(self, weights: Any, version: int) -> str: ...
 
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
 
 class Verifier(Protocol):
     """Outcome labels for this process's share of the answers."""

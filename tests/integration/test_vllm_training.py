@@ -83,6 +83,19 @@ def test_engine_and_trainer_agree_after_every_step(
     assert rows[-1]["policy/reference_kl"] > 1e-3, "the weights have hardly moved"
 
 
+@pytest.mark.parametrize("engine_ranks", [1, 2])
+def test_engines_inside_the_ranks_agree_too(tmp_path: Path, engine_ranks: int) -> None:
+    config = write_config(tmp_path, "qwen2_tied", "tp2", num_steps=3)
+    inside = ["rollout.vllm.in_ranks=true", f"rollout.vllm.tensor_parallel_size={engine_ranks}"]
+    assert main(["train", str(config), *inside]) == 0
+    rows = [row for row in read_rows(tmp_path) if row["step"] > 0]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["rollout/stale"] == 0
+        assert row["rollout/logprob_gap_max"] < 1e-4
+    assert rows[-1]["policy/reference_kl"] > 1e-4, "the weights have hardly moved"
+
+
 def engines_of(process_id: int) -> list[int]:
     """Engine processes below a process: children of a child that runs rollout.vllm.parent."""
     tree: dict[int, list[int]] = {}

@@ -31,14 +31,10 @@ from megatron_prime.rollout.vllm.messages import (
 
 logger = logging.getLogger(__name__)
 
-ENVIRONMENT = {
+_ENVIRONMENT = {
     # The engine's core runs inside the engine process: one process less, and one that can be forked.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_WORKER_MULTIPROC_METHOD": "fork",
-    # Otherwise helpers are compiled at the first batch of every new shape, seconds each.
-    "TORCH_COMPILE_DISABLE": "1",
-    # Several engines on one host would bind themselves to the same cores.
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
@@ -47,9 +43,19 @@ ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore::FutureWarning",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
-"""Of every engine that is started here."""
+_CPU_ENVIRONMENT = {
+    # Otherwise helpers are compiled at the first batch of every new shape, seconds each.
+    "TORCH_COMPILE_DISABLE": "1",
+    # Several engines on one host would bind themselves to the same cores.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
 # Describes the trainer's ranks, and vLLM would take it for its own.
 _TRAINER_ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def engine_environment(*, on_gpu: bool) -> dict[str, str]:
+    """What every vLLM process, or process with vLLM in it, is to find in its environment."""
+    return dict(_ENVIRONMENT) if on_gpu else _ENVIRONMENT | _CPU_ENVIRONMENT
 
 
 class EngineLost(Exception):
@@ -67,7 +73,7 @@ class EngineParent:
 
     def __init__(self, num_threads: int, device_ids: Sequence[int], timeout_seconds: float) -> None:
         environment = {key: value for key, value in os.environ.items() if key not in _TRAINER_ENVIRONMENT}
-        environment |= ENVIRONMENT | {"OMP_NUM_THREADS": str(num_threads)}
+        environment |= engine_environment(on_gpu=bool(device_ids)) | {"OMP_NUM_THREADS": str(num_threads)}
         if device_ids:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, device_ids))
             # A forked process cannot use the CUDA context of its parent.

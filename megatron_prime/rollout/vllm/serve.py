@@ -9,7 +9,7 @@ import sys
 import torch
 
 from megatron_prime.rollout.vllm.messages import EngineOptions
-from megatron_prime.rollout.vllm.process import ENVIRONMENT
+from megatron_prime.rollout.vllm.process import engine_environment
 from megatron_prime.rollout.vllm.server import STEP_TOKENS
 
 _BACKEND = "megatron_prime_broadcast"
@@ -46,7 +46,8 @@ def server_command(
     if not torch.cuda.is_available():  # see `server.build`
         command += ["--enforce-eager", "--no-enable-chunked-prefill"]
         command += ["--max-num-batched-tokens", str(max(options.max_model_len, STEP_TOKENS))]
-    environment = os.environ | ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    environment = os.environ | engine_environment(on_gpu=torch.cuda.is_available())
+    environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     if num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(num_threads)
     return command, environment

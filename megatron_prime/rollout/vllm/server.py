@@ -6,6 +6,7 @@ import logging
 import math
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -43,14 +44,19 @@ def serve(connection: Connection, options: EngineOptions) -> None:
             if isinstance(message, LoadWeights):
                 connection.send(load(llm, message))
             else:
-                generate(llm, message, connection)
+                generate(llm, message, connection.send)
     except Exception as error:
         # The last line says what; the trainer's log gets the rest.
         connection.send(Failed(text=f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
 
 
-def build(options: EngineOptions) -> Any:
-    """A vLLM engine with arbitrary weights."""
+def build(options: EngineOptions, *, in_ranks: bool = False) -> Any:
+    """A vLLM engine with arbitrary weights.
+
+    Args:
+        options: what it is built from.
+        in_ranks: this process is a rank of the trainer and becomes a worker; its neighbours are the others.
+    """
     import vllm._custom_ops as custom_ops
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
@@ -64,7 +70,9 @@ def build(options: EngineOptions) -> Any:
         # vLLM takes the draw of a half-read prompt back by the generator's offset, which CPU generators do not have.
         limits |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(options.max_model_len, STEP_TOKENS)}
     else:
-        limits["gpu_memory_utilization"] = options.gpu_memory_utilization
+        limits |= {"gpu_memory_utilization": options.gpu_memory_utilization, "enable_sleep_mode": in_ranks}
+    if in_ranks:
+        limits["distributed_executor_backend"] = "external_launcher"
     llm = LLM(
         model=options.folder,
         skip_tokenizer_init=True,
@@ -102,8 +110,8 @@ def load(llm: Any, message: LoadWeights) -> Loaded:
     return Loaded(version=message.version, num_probed_columns=num_columns)
 
 
-def generate(llm: Any, message: Generate, connection: Connection) -> None:
-    """Samples all requests and sends each answer when it is finished, or cut off when time is up."""
+def generate(llm: Any, message: Generate, send: Callable[[Finished], None]) -> None:
+    """Samples all requests and hands over each answer when it is finished, or cut off when time is up."""
     engine = llm.llm_engine
     version, limit = llm.get_weight_version(), message.abort_after_seconds
     deadline = math.inf if limit is None else time.monotonic() + limit
@@ -118,7 +126,7 @@ def generate(llm: Any, message: Generate, connection: Connection) -> None:
         engine.abort_request([output.request_id for output in late])
         for output in outputs:
             if output.finished or late:
-                connection.send(_finished(output, version))
+                send(_finished(output, version))
 
 
 def sampling_params(request: EngineRequest) -> Any:

@@ -46,18 +46,19 @@ class WeightWriter:
         entries = lay_out(tensors)
         host, own = socket.gethostname(), [(part.name, part.ranges) for part in weights.slices()]
         hosts = {offer.host for offer in weights.gather(_Offer(None, host, os.getpid(), []))}
-        self._gathers = len(hosts) > 1
-        if self._gathers:
+        self.gathers = len(hosts) > 1
+        """Whether the copy's ranks are on several hosts, so that its leader writes for all."""
+        if self.gathers:
             own = [(name, tuple((0, size) for size in shape)) for name, shape, _ in tensors] if is_leader else []
         everyones = weights.gather(_Offer(None, host, os.getpid(), own))
-        writers = [offer for offer in everyones if offer.slices or not self._gathers]
+        writers = [offer for offer in everyones if offer.slices or not self.gathers]
         self.plan = SharedPlan(entries, tuple(s for offer in writers for s in offer.slices), len(writers))
         offered = SharedWeights(self.plan) if is_leader else None
         paths = weights.gather(_Offer(offered.path if offered else None, host, os.getpid(), []))
         self.path: str = next(offer.path for offer in paths if offer.path is not None)
         self.memory: SharedWeights | None = offered
         """None where this rank does not write."""
-        if offered is None and not self._gathers:
+        if offered is None and not self.gathers:
             self.memory = SharedWeights(self.plan, self.path)
         me = (host, os.getpid())
         places = [(offer.host, offer.process_id) for offer in writers]
@@ -75,7 +76,7 @@ class WeightWriter:
         Args:
             weights: of the layout that the writer was constructed with.
         """
-        if self._gathers:
+        if self.gathers:
             self._write_gathered(weights)
             return
         assert self.memory is not None

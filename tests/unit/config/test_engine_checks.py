@@ -49,6 +49,20 @@ def test_wrong_addresses_of_servers(tmp_path: Path, urls: str, problem: str) -> 
     assert found.startswith(problem)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["rollout.vllm.servers=[http://a:1]"], "rollout.vllm.in_ranks: engines are either in the ranks or servers"),
+        (["rollout.vllm.abort_after_seconds=9"], "rollout.vllm.abort_after_seconds: ranks' clocks differ"),
+        (["parallel.world_size=2", "parallel.tensor_model_parallel_size=2", "rollout.vllm.tensor_parallel_size=4"],
+         "rollout.vllm.tensor_parallel_size: 4 does not divide the 2 ranks"),
+    ],
+)  # fmt: skip
+def test_what_engines_in_the_ranks_cannot_do(tmp_path: Path, overrides: list[str], problem: str) -> None:
+    (found,) = check_engine(load(tmp_path, "rollout.vllm.in_ranks=true", *overrides), SHAPE, check_files=False)
+    assert found.startswith(problem)
+
+
 def test_servers_need_no_vllm_here_and_may_be_wider_than_a_replica(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     servers = "rollout.vllm.servers=[http://node1:8000]"

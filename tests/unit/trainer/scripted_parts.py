@@ -72,6 +72,7 @@ class ScriptedEngine:
         self.requests: list[tuple[list[str], SamplingParams]] = []
         self.weights: dict[str, torch.Tensor] = {}
         self.weight_version = -1
+        self.is_asleep = False
 
     @property
     def num_prompts(self) -> list[int]:
@@ -84,6 +85,7 @@ class ScriptedEngine:
         sampling: SamplingParams,
         on_answer: Callable[[int, int, Response], None] | None = None,
     ) -> list[list[Response]]:
+        assert not self.is_asleep
         self.requests.append(([prompt.prompt_id for prompt in prompts], sampling))
         logprob = -(float(self.weights.get("w", torch.zeros(1))) + 1) / (sampling.temperature or 1.0)
         return [
@@ -103,6 +105,12 @@ class ScriptedEngine:
         for name, tensor in self.weights.items():
             checksum.update(name, tensor)
         return checksum.hexdigest()
+
+    def sleep(self) -> None:
+        self.is_asleep = True
+
+    def wake(self) -> None:
+        self.is_asleep = False
 
 
 def _response(text: str, logprob: float, version: int) -> Response:

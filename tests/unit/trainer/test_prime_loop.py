@@ -39,6 +39,7 @@ def test_a_full_first_round_is_the_batch() -> None:
     assert metrics["filter/num_seen"] == metrics["filter/num_kept"] == 4
     assert metrics["filter/kept"] == 1.0
     assert metrics["rollout/accuracy"] == 0.5
+    assert engine.is_asleep, "the models that train next may need its memory"
 
 
 def test_refills_until_full_and_keeps_the_surplus_for_the_next_step() -> None:

@@ -1,0 +1,148 @@
+"""vLLM engines inside the trainer's ranks: no process more, and on GPUs one memory that both take turns in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy
+import torch
+
+from megatron_prime import world
+from megatron_prime.batch import Prompt, Response, SamplingParams
+from megatron_prime.errors import RolloutError
+from megatron_prime.rollout.prompts import check_prompts
+from megatron_prime.rollout.protocol import ExportedWeights, OnAnswer
+from megatron_prime.rollout.vllm.answers import make_request, raise_for, to_response
+from megatron_prime.rollout.vllm.engine import VllmSetup
+from megatron_prime.rollout.vllm.messages import Finished, Generate, LoadWeights, SharedUpdate
+from megatron_prime.rollout.vllm.process import engine_environment
+from megatron_prime.rollout.vllm.writer import WeightWriter
+from megatron_prime.weights.shards import find_non_finite
+
+_engines: list[Any] = []
+"""Kept until the process ends: vLLM takes the default process group, which is the trainer's, with it."""
+
+
+class VllmInRanks:
+    """Engine (`protocol.Engine`) of vLLM's external launcher: consecutive ranks are the workers of one engine.
+
+    Every rank of an engine asks it for the same answers in the same order, and gets them all. A failure here is one of
+    the trainer: there is no other process to replace.
+
+    Args:
+        setup: `engine_index` counts engines, not model copies.
+    """
+
+    def __init__(self, setup: VllmSetup) -> None:
+        from megatron_prime.rollout.vllm import server
+
+        self.weight_version = -1
+        self._setup = setup
+        self._server = server
+        self._writer: WeightWriter | None = None
+        self._is_asleep = False
+        os.environ.update(engine_environment(on_gpu=bool(setup.device_ids)))
+        with _undisturbed():
+            self._llm: Any = server.build(setup.options, in_ranks=True)
+        _engines.append(self._llm)
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, on_answer: OnAnswer | None = None
+    ) -> list[list[Response]]:
+        """See `protocol.Engine.generate`; a prompt's answers are all sampled by the same engine."""
+        setup = self._setup
+        if self.weight_version < 0:
+            raise RolloutError("the rollout engine cannot generate: it has no weights; call load_weights first")
+        longest, vocab_size = setup.options.max_model_len, setup.vocab_size
+        check_prompts(prompts, sampling.max_response_tokens, max_length=longest, vocab_size=vocab_size)
+        self.wake()
+        mine = range(len(prompts))[setup.engine_index :: setup.num_engines]
+        requests = {
+            f"{index}/{answer}": make_request(
+                f"{index}/{answer}", prompts[index], answer, sampling, setup.end_token_ids
+            )
+            for index in mine
+            for answer in range(sampling.num_responses)
+        }
+        done: dict[str, Response] = {}
+
+        def take(finished: Finished) -> None:
+            response = done[finished.request_id] = to_response(finished, setup.decode)
+            if on_answer is not None and setup.is_leader:
+                index, answer = map(int, finished.request_id.split("/"))
+                on_answer(index, answer, response)
+
+        if requests:
+            with _undisturbed():
+                self._server.generate(self._llm, Generate(requests=tuple(requests.values())), take)
+        groups = [[done[f"{index}/{answer}"] for answer in range(sampling.num_responses)] for index in mine]
+        shares = world.all_gather((setup.engine_index, groups) if setup.is_leader else None)
+        ordered = sorted((share for share in shares if share is not None), key=lambda share: share[0])
+        return world.interleave([groups for _, groups in ordered])
+
+    def load_weights(self, weights: ExportedWeights, version: int) -> str:
+        """See `protocol.Engine.load_weights`."""
+        self.weight_version = -1
+        self.wake()
+        writer = self._writer
+        if writer is None:
+            leads = weights.gather(world.rank())[0] == world.rank()
+            writer = self._writer = WeightWriter(weights, is_leader=leads, with_digests=self._setup.verify_refit)
+        writer.begin()
+        problems = [f"{name}: holds values that are not finite" for name in find_non_finite(weights.slices())]
+        if writer.gathers:
+            problems.append("rollout.vllm.in_ranks: the ranks of a model copy are on several hosts; use false")
+        # Also says that every rank has begun.
+        raise_for(sorted({problem for found in world.all_gather(problems) for problem in found}))
+        writer.write(weights)
+        update = SharedUpdate(
+            path=writer.path,
+            plan=writer.plan,
+            compare_digests=self._setup.verify_refit,
+            timeout_seconds=self._setup.timeout_seconds,
+        )
+        problem = None
+        try:
+            with _undisturbed():
+                self._server.load(self._llm, LoadWeights(update=update, version=version))
+        except (ValueError, RuntimeError) as error:
+            problem = f"weights of version {version}: {error}"
+        raise_for(world.all_gather(problem))
+        self.weight_version = version
+        return writer.checksum()
+
+    def sleep(self) -> None:
+        """Moves the weights to host memory and forgets keys and values, on a GPU; the next use undoes it."""
+        if self._setup.device_ids and not self._is_asleep:
+            self._llm.sleep(level=1)
+            self._is_asleep = True
+
+    def wake(self) -> None:
+        """Undoes `sleep`."""
+        if self._is_asleep:
+            self._llm.wake_up()
+            self._is_asleep = False
+
+    def close(self) -> None:
+        """Frees the shared memory; the engine goes with the process."""
+        self.weight_version = -1
+        if self._writer is not None:
+            self._writer.close()
+        self._writer = None
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keeps the trainer's random numbers from vLLM, which seeds and draws from the process's generators."""
+    states = random.getstate(), numpy.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
