@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,12 +19,13 @@ from megatron_prime.mcore.parallel import Layout
 from megatron_prime.rollout.protocol import Engine
 from megatron_prime.rollout.transformers_engine import TransformersEngine
 from megatron_prime.rollout.vllm.engine import VllmEngine, VllmSetup
-from megatron_prime.rollout.vllm.in_ranks import VllmInRanks
 from megatron_prime.rollout.vllm.messages import EngineOptions
-from megatron_prime.rollout.vllm.servers import ServersSetup, VllmServers
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
 from megatron_prime.weights.folder_export import FolderExport
 from megatron_prime.weights.hf_folder import HfFolder
+
+if TYPE_CHECKING:
+    from megatron_prime.rollout.vllm.servers import ServersSetup
 
 
 @contextmanager
@@ -44,12 +45,20 @@ def running_engine(
     }
     engine: Engine
     if section.engine == "vllm" and section.vllm.servers:
+        # Most runs need no HTTP client.
+        from megatron_prime.rollout.vllm.servers import VllmServers
+
         engine = VllmServers(servers_setup(section.vllm, architecture, layout, **shared))
     elif section.engine == "vllm":
         if section.vllm.kv_cache_gib is None and not torch.cuda.is_available():
             raise ConfigError("rollout.vllm.kv_cache_gib: null needs a GPU; on a CPU give the memory in GiB")
         setup = vllm_setup(folder, dtype, section.vllm, architecture, layout, num_threads, **shared)
-        engine = VllmInRanks(in_ranks(setup)) if section.vllm.in_ranks else VllmEngine(setup)
+        if section.vllm.in_ranks:
+            from megatron_prime.rollout.vllm.in_ranks import VllmInRanks
+
+            engine = VllmInRanks(in_ranks(setup))
+        else:
+            engine = VllmEngine(setup)
     else:
         device = layout.device if layout else "cuda" if torch.cuda.is_available() else "cpu"
         engine = TransformersEngine(
@@ -126,6 +135,8 @@ def servers_setup(
     decode: Callable[[Sequence[int]], str],
 ) -> ServersSetup:
     """Which servers there are and whether this rank sends weights to them."""
+    from megatron_prime.rollout.vllm.servers import ServersSetup
+
     return ServersSetup(
         urls=tuple(url.rstrip("/") for url in section.servers),
         vocab_size=architecture.vocab_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -136,3 +137,5 @@ def parallel_layout(config: ParallelSection, seed: int) -> Iterator[Layout]:
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        # Models hold groups in reference cycles, and the threads of a gloo group wake up a hundred times a second.
+        gc.collect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -34,6 +35,8 @@ def _serve(connection: Connection) -> None:
             connection.send((True, function(*args)))
         except BaseException:  # whatever it is, the test must see it and the pool must go on
             connection.send((False, traceback.format_exc()))
+        # Groups in reference cycles would keep their threads, which wake up a hundred times a second.
+        gc.collect()
 
 
 def _free_port() -> int:
