@@ -30,8 +30,8 @@ REWARDS: Mapping[str, float | None] = {
 }
 """Every status of a math response, and what it is worth."""
 KIND = "math"
-ORPHAN_MARGIN_SECONDS = 1.0
-"""A worker whose parent died ends itself this much after the limit of its case."""
+KILL_MARGIN_SECONDS = 1.0
+"""A worker that has not said so itself this much after the limit of its case is killed."""
 _CERTAIN = ("correct", "wrong", "malformed")
 _WORKER_SCRIPT = Path(__file__).with_name("worker.py")
 
@@ -43,7 +43,7 @@ def math_worker_kind(timeout_seconds: float, memory_gib: float) -> WorkerKind:
         timeout_seconds: wall-clock limit of a comparison.
         memory_gib: address space of a worker.
     """
-    limits = [str(int(memory_gib * 2**30)), str(timeout_seconds + ORPHAN_MARGIN_SECONDS)]
+    limits = [str(int(memory_gib * 2**30)), str(timeout_seconds)]
     return WorkerKind(
         name=KIND,
         # `-P` keeps this folder off the module path.
@@ -79,7 +79,7 @@ class MathVerifier:
         equal = decide(gold, found.answer, _tolerance(prompt))
         if equal is not None:
             return known(_verdict("correct" if equal else "wrong", found.answer, time.perf_counter() - start))
-        outcome = self._pool.submit(KIND, [gold, found.answer], self._timeout_seconds)
+        outcome = self._pool.submit(KIND, [gold, found.answer], self._timeout_seconds + KILL_MARGIN_SECONDS)
         return mapped(outcome, lambda outcome: _verdict(_status(outcome), found.answer, outcome.seconds))
 
     def close(self) -> None:

@@ -7,8 +7,11 @@ per request in seconds. Requests are JSON ``[gold, answer]``, replies a JSON str
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import logging
+import os
 import resource
 import signal
 import sys
@@ -18,6 +21,8 @@ from typing import Any
 RELATIVE_TOLERANCE = 1e-6
 """Two numbers that math-verify calls equal must also agree to this; it compares absolute differences, to which
 1/2^98 and 1/2^99 are the same."""
+
+_PR_SET_PDEATHSIG = 1
 
 
 def grade(gold: str, answer: str) -> str:
@@ -62,10 +67,13 @@ def _numbers_agree(truth: Any, given: Any) -> bool:
 def main(descriptor: int, memory_bytes: int, timeout_seconds: float) -> None:
     """Answers requests until the pipe closes, that is until the parent closes it or dies.
 
+    A fork of this process does the work. Where a request takes too long the kernel ends the fork, and the next one
+    starts with everything imported.
+
     Args:
         descriptor: inherited end of the pipe.
         memory_bytes: limit of the address space.
-        timeout_seconds: when a request ends this process, should the parent not live to do it.
+        timeout_seconds: wall-clock limit of a request.
     """
     connection = Connection(descriptor)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
@@ -74,9 +82,23 @@ def main(descriptor: int, memory_bytes: int, timeout_seconds: float) -> None:
     try:
         grade("x+1", "1+x")
     except (ImportError, MemoryError) as error:
-        connection.send_bytes(json.dumps(f"{type(error).__name__}: {error}").encode())
+        _reply(connection, f"{type(error).__name__}: {error}")
         return
-    connection.send_bytes(json.dumps("ready").encode())
+    gc.freeze()
+    _reply(connection, "ready")
+    while (pid := os.fork()) != 0:
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if status != -signal.SIGALRM:
+            # The pipe is closed, or the parent learns from the end of this process that the fork has died.
+            sys.exit(abs(status))
+        _reply(connection, "timeout")
+    _serve(connection, timeout_seconds)
+    os._exit(0)
+
+
+def _serve(connection: Connection, timeout_seconds: float) -> None:
+    # Should the first process be killed alone, nobody would answer for this one's end.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     while True:
         try:
             gold, answer = json.loads(connection.recv_bytes())
@@ -92,7 +114,11 @@ def main(descriptor: int, memory_bytes: int, timeout_seconds: float) -> None:
             # Whatever sympy raises on the answers of a model is a case without a verdict, not the end of the worker.
             status = "grader_error"
         signal.setitimer(signal.ITIMER_REAL, 0)
-        connection.send_bytes(json.dumps(status).encode())
+        _reply(connection, status)
+
+
+def _reply(connection: Connection, message: str) -> None:
+    connection.send_bytes(json.dumps(message).encode())
 
 
 if __name__ == "__main__":
