@@ -29,7 +29,7 @@ class VerifierSection:
     """`package.module:function` that makes your own verifier for all abilities, given this section."""
     num_workers: int = 1
     """Processes per rank that compare answers and run programs at the same time."""
-    timeout_seconds: float = 3.0
+    timeout_seconds: float = 1.5
     """Math: a comparison that takes longer is killed; the response is missing."""
     memory_gib: float = 2.0
     """Math: address space of a process that compares."""

@@ -1,8 +1,10 @@
 """A verifier of one's own: what the contract finds, and that its failures end no run."""
 
 import json
+import re
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -124,6 +126,16 @@ def test_by_import_path(grading):
     grading.made = Exact
     assert _judge("yes").reward == 1.0 and _judge("no").reward == 0.0
     check_verifier("grading:make", CASES)
+
+
+def test_the_documented_one_keeps_the_contract(tmp_path, monkeypatch):
+    document = Path(__file__).resolve().parents[3] / "docs" / "verifiers.md"
+    example = next(
+        text for text in re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL) if "make" in text
+    )
+    (tmp_path / "documented_grading.py").write_text(example)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    check_verifier("documented_grading:make", CASES)
 
 
 @pytest.mark.parametrize(("made", "text"), [(Crashing, "odd"), (Generous, "yes"), (Refusing, "yes")])
