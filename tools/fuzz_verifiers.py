@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -142,9 +143,30 @@ def check(case: Case, verdict: Verdict) -> None:
     assert verdict.seconds < MAX_SECONDS, verdict
 
 
+class _Failures(logging.Handler):
+    """Errors inside a verifier, which cost a run no more than a verdict and a line in the log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+    def listen(self, action: Callable[[], None]) -> None:
+        """Does something and hears what fails meanwhile."""
+        logger = logging.getLogger("megatron_prime.verify.own")
+        logger.addHandler(self)
+        try:
+            action()
+        finally:
+            logger.removeHandler(self)
+
+
 def fuzz(verifier: RoutingVerifier, number: int, num_batches: int) -> Counter[str]:
     """Checks batches of cases drawn from a seed; the statuses that came."""
     statuses: Counter[str] = Counter()
+    failures = _Failures()
 
     @seed(number)
     @settings(
@@ -156,11 +178,13 @@ def fuzz(verifier: RoutingVerifier, number: int, num_batches: int) -> Counter[st
     )
     @given(st.lists(_cases, min_size=BATCH, max_size=BATCH))
     def run(cases: list[Case]) -> None:
+        failures.messages.clear()
         for case, verdict in zip(cases, submit_all(verifier, cases), strict=True):
             check(case, verdict)
             statuses[f"{case[0]}: {verdict.status}"] += 1
+        assert not failures.messages, failures.messages
 
-    run()
+    failures.listen(run)
     return statuses
 
 

@@ -10,6 +10,8 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
+MAX_EXACT_CHARS = 4000
+"""Python refuses to read integers that are not much longer."""
 MAX_EXPONENT = 1000
 """Powers of ten beyond this are not expanded: the number is left to the symbolic grader."""
 
@@ -210,6 +212,8 @@ def exact_value(text: str) -> Fraction | None:
     """
     sign = 1
     body = text
+    if len(text) > MAX_EXACT_CHARS:
+        return None
     if body[:1] in ("+", "-"):
         sign, body = (-1 if body[0] == "-" else 1), body[1:].lstrip()
     if body[:1] in ("+", "-") or not any(c.isdigit() for c in body):

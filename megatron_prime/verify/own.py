@@ -1,4 +1,4 @@
-"""A user's own verifier: how it is found, and what it may not do to a run."""
+"""A user's own verifier: how it is found; and what no verifier may do to a run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class GuardedVerifier:
     """Turns the errors of a verifier, and what is no verdict, into missing verdicts (`protocol.Verifier`).
 
     Args:
-        verifier: the user's.
+        verifier: any.
     """
 
     def __init__(self, verifier: Verifier) -> None:
@@ -89,5 +89,5 @@ def _settle(guarded: Future[Verdict], prompt: Prompt, done: Future[Any]) -> None
 
 
 def _missing(prompt: Prompt, what: str) -> Verdict:
-    _log.warning("verifier.factory: the verifier %s (prompt %s)", what, prompt.prompt_id)
+    _log.warning("the verifier %s (prompt %s)", what, prompt.prompt_id)
     return Verdict(status="grader_error", reward=None)

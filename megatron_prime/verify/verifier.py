@@ -81,4 +81,4 @@ def build_verifier(section: VerifierSection, abilities: Collection[str]) -> Rout
     verifiers: dict[str, Verifier] = {"math": MathVerifier(pool, section.timeout_seconds)}
     if "code" in abilities:
         verifiers["code"] = CodeVerifier(pool, section.code)
-    return RoutingVerifier(verifiers, pool)
+    return RoutingVerifier({ability: GuardedVerifier(verifier) for ability, verifier in verifiers.items()}, pool)

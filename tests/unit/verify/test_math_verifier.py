@@ -99,6 +99,11 @@ def test_rewards_follow_the_status_and_failures_are_missing():
         assert 1.0 <= verdicts[5].seconds < 4.0
 
 
+def test_a_ground_truth_of_thousands_of_digits_is_no_error(verifier, caplog):
+    verdicts = verifier.verify([_item("9" * 5000, r"\boxed{9}"), _item("9" * 5000, rf"\boxed{{{'9' * 900}}}")])
+    assert all(verdict.status in ("wrong", "grader_error") for verdict in verdicts) and not caplog.text
+
+
 def test_refuses_problems_of_another_kind(verifier):
     with pytest.raises(VerifierError, match="ability 'code'"):
         verifier.verify([_item("{}", "print(1)", ability="code")])

@@ -74,6 +74,10 @@ def _pids(workers):
     return [worker.process.pid for worker in workers._workers]
 
 
+def _children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def _is_alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -116,7 +120,7 @@ def test_a_grader_that_does_not_end_itself_is_killed():
     workers = WorkerPool([math_worker_kind(30.0, memory_gib=2.0)], num_workers=1, cache_size=0)
     assert _statuses(workers, [EQUAL]) == ["correct"]
     (pid,) = _pids(workers)
-    pids = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+    pids = [pid, *_children(pid)]
     assert len(pids) == 2
     assert workers.submit("math", BOMB, 0.5).result().end == "timeout"
     _wait_for_end(pids)
@@ -178,9 +182,11 @@ def test_a_worker_that_dies_of_its_case_is_replaced(echo):
 
 def test_an_idle_worker_that_was_killed_loses_no_case(grader):
     _statuses(grader, [EQUAL, ["z+1", "1+z"]])
-    for pid in _pids(grader):
+    pids = _pids(grader)
+    forks = [fork for pid in pids for fork in _children(pid)]
+    for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    _wait_for_end(_pids(grader))
+    _wait_for_end([*pids, *forks])
     assert _statuses(grader, [EQUAL, ["2x", "x+x"], ["3x", "x+2x"]]) == ["correct"] * 3
 
 

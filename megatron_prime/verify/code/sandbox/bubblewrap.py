@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_prime.verify.code.sandbox import lockdown, namespaces, program
+from megatron_prime.verify.code.sandbox import lockdown, namespaces
 from megatron_prime.verify.code.sandbox.launch import (
     ROOT,
     Descriptors,
@@ -23,9 +23,6 @@ from megatron_prime.verify.code.sandbox.launch import (
 
 _SIGNAL_BASE = 128
 """bubblewrap exits with this plus the number of the signal that ended the program."""
-
-_INTERPRETER_BYTES = 256 * 2**20
-"""There is no /proc in there to ask for the size of a fresh interpreter; it is smaller than this."""
 
 
 class _Wrapped:
@@ -68,7 +65,9 @@ class Bubblewrap:
     def start(self, role: str, slot: int, cpu_seconds: int, descriptors: Descriptors) -> Process:
         """See `launch.Launcher.start`."""
         numbers = [str(number) for number in (*descriptors, self._memory_bytes, cpu_seconds)]
-        command = python_command("megatron_prime.verify.code.sandbox.bubblewrap", role, *numbers)
+        # The worker's own module path: site's search for more takes longer than the interpreter's start.
+        module = "megatron_prime.verify.code.sandbox.wrapped"
+        command = python_command(module, role, *numbers, module_path=sys.path)
         with stack_limit():
             process = subprocess.Popen(
                 [*_walls(), "--", *command],
@@ -108,15 +107,3 @@ def _walls() -> list[str]:
         arguments += ["--dev-bind" if path.startswith("/dev/") else "--ro-bind", path, path]
     scratch = ["--size", str(lockdown.SCRATCH_BYTES), "--tmpfs", namespaces.SCRATCH, "--chdir", namespaces.SCRATCH]
     return [*arguments, *scratch, "--remount-ro", "/"]
-
-
-def main() -> None:
-    """The inside: locks this process in and runs one program.
-
-    Command line: role, four descriptors, bytes of address space, CPU seconds.
-    """
-    role, *numbers = sys.argv[1:]
-    stdin, stdout, control, calls, memory_bytes, cpu_seconds = map(int, numbers)
-    program.take_descriptors((stdin, stdout, control, calls))
-    lockdown.lock(lockdown.Bounds(memory_bytes + _INTERPRETER_BYTES, cpu_seconds, count_threads=True), strict=True)
-    program.run(role)

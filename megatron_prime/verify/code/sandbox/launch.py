@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +20,7 @@ ROOT = str(Path(__file__).resolve().parents[4])
 STACK_BYTES = 256 * 2**20
 STARTUP_SECONDS = 60.0
 Descriptors = tuple[int, int, int, int]
-_BOOT = "import sys; sys.path.insert(0, {root!r}); from {module} import main; main()"
+_BOOT = "import sys; {path}sys.path.insert(0, {root!r}); from {module} import main; main()"
 
 
 class SandboxError(Exception):
@@ -62,9 +62,16 @@ class Launcher(Protocol):
     def close(self) -> None: ...
 
 
-def python_command(module: str, *arguments: str) -> list[str]:
-    """A command line that runs ``module.main`` with only the standard library and site-packages on the path."""
-    return [sys.executable, "-sPB", "-c", _BOOT.format(root=ROOT, module=module), *arguments]
+def python_command(module: str, *arguments: str, module_path: Sequence[str] | None = None) -> list[str]:
+    """A command line that runs ``module.main``.
+
+    Args:
+        module: of this package.
+        arguments: of the command line.
+        module_path: where else modules are found; by default the standard library and site-packages.
+    """
+    flags, found = ("-sPB", "") if module_path is None else ("-sPBS", f"sys.path[:] = {list(module_path)!r}; ")
+    return [sys.executable, flags, "-c", _BOOT.format(path=found, root=ROOT, module=module), *arguments]
 
 
 def environment() -> dict[str, str]:

@@ -134,13 +134,15 @@ def test_limits_are_per_program_and_threads_work(fork_server):
     assert status_of(fork_server, {"inputs": [""], "outputs": ["50000"]}, code) == "pass"
 
 
-def test_an_ordinary_user_gets_the_same_isolation():
+@pytest.mark.parametrize("isolation", ["fork_server", "bubblewrap"])
+def test_an_ordinary_user_gets_the_same_isolation(request, isolation):
     """With Debian's own interpreter: the one of the tests may be out of that user's reach."""
+    request.getfixturevalue(isolation)
     if os.geteuid() != 0 or not os.access("/usr/bin/python3", os.X_OK):
         pytest.skip("needs root, to become another user, and /usr/bin/python3")
     script = (
         "from megatron_prime.verify.code import worker\n"
-        "launcher = worker.make_launcher('fork_server', 2**30)\n"
+        f"launcher = worker.make_launcher({isolation!r}, 2**30)\n"
         'tests = \'{"inputs": ["1"], "outputs": ["2"]}\'\n'
         "for code in ('print(int(input()) + 1)', 'import os; print(os.setuid(0) or 2)', 'while True: pass'):\n"
         "    request = {'ground_truth': tests, 'code': code, 'mode': 'all_or_nothing'}\n"
