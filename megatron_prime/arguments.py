@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from megatron_prime.launch import command
@@ -145,9 +146,15 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("direction", choices=["to-megatron", "to-hf"])
-    parser.add_argument("source", help="Hugging Face folder, or Megatron checkpoint")
-    parser.add_argument("target", help="new folder")
+    parser.add_argument("source", type=Path, help="Hugging Face folder, or Megatron checkpoint")
+    parser.add_argument("target", type=Path, help="new folder; appears when it is complete")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as the source is stored")
-    parser.add_argument("--like", help="to-hf: Hugging Face folder with config.json and tokenizer (default: kept copy)")
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
-    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    text = "to-hf: Hugging Face folder with config.json and tokenizer (default: kept copy)"
+    parser.add_argument("--like", type=Path, help=text)
+    text = "to-megatron: cut files for this layout (default: 1); any other can read them too"
+    parser.add_argument("--tensor-model-parallel-size", type=_at_least_one, default=1, help=text)
+    parser.add_argument("--pipeline-model-parallel-size", type=_at_least_one, default=1, help="the same")
+    text = "read everything back and compare every bit, and log-probs of a few prompts with transformers'"
+    parser.add_argument("--verify", action="store_true", help=text)
+    text = "print files and peak memory; needs no weights, only config.json of the source (to-hf: of --like)"
+    parser.add_argument("--dry-run", action="store_true", help=text)

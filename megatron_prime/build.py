@@ -14,16 +14,16 @@ import torch
 from megatron_prime import world
 from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.config.checks import check_config, raise_for_problems
-from megatron_prime.config.schema import AnyConfig, ParallelSection, PrimeConfig, RolloutSection, SftConfig, VllmSection
+from megatron_prime.config.schema import AnyConfig, PrimeConfig, RolloutSection, SftConfig, VllmSection
 from megatron_prime.data.sources import PromptSource, build_prompt_source, build_sft_source
 from megatron_prime.data.templates import complete_messages, render
 from megatron_prime.data.tokenizer import encode, load_tokenizer
 from megatron_prime.engines import loaded_engine, running_engine
 from megatron_prime.kernels import HeadOptions, choose_backend, choose_gemm
 from megatron_prime.launch.interrupt import stop_requests
-from megatron_prime.mcore import convert
 from megatron_prime.mcore.checkpoint import Checkpointer
 from megatron_prime.mcore.dtypes import DTYPES
+from megatron_prime.mcore.export import export_hf
 from megatron_prime.mcore.parallel import Layout, parallel_layout
 from megatron_prime.mcore.prime_roles import PolicyRole, PrmRole, ReferenceRole, SftRole
 from megatron_prime.mcore.role import ModelRole, RoleSetup, TrainableRole
@@ -36,6 +36,7 @@ from megatron_prime.trainer.prime import PrimeParts, PrimeTrainer
 from megatron_prime.trainer.sft import SftTrainer
 from megatron_prime.verify.verifier import RoutingVerifier, build_verifier
 from megatron_prime.weights.architecture import ModelArchitecture
+from megatron_prime.weights.convert import SIDE_FOLDER, to_hf
 from megatron_prime.weights.hf_folder import HfFolder
 
 logger = logging.getLogger(__name__)
@@ -93,9 +94,9 @@ def _run_prime(
         )
         summary = PrimeTrainer(config, parts).train()
         if config.checkpoint.export_hf:
-            convert.export_hf(policy, folder.path / "hf", Path(config.model.path))
+            export_hf(policy, folder.path / "hf", Path(config.model.path))
             if prm is not None:
-                convert.export_hf(prm, folder.path / "hf_prm", Path(config.model.path))
+                export_hf(prm, folder.path / "hf_prm", Path(config.model.path))
         return _finish(folder, summary, metrics)
 
 
@@ -112,7 +113,7 @@ def _run_sft(
         logger.info("%d examples; left out: %s", len(examples), dict(examples.dropped.by_reason))
         summary = SftTrainer(config, model, examples, checkpoints, metrics, should_stop).train()
         if config.checkpoint.export_hf:
-            convert.export_hf(model, folder.path / "hf", Path(config.model.path))
+            export_hf(model, folder.path / "hf", Path(config.model.path))
         return _finish(folder, summary, metrics)
 
 
@@ -149,7 +150,7 @@ def generate(
     """Answers of a model to questions, in this process and without a trainer.
 
     Args:
-        folder: Hugging Face folder with tokenizer, or a Megatron checkpoint that `convert.to_megatron` made of one.
+        folder: Hugging Face folder with tokenizer, or a Megatron checkpoint that `to_megatron` made of one.
         questions: one prompt each.
         ability: ``math`` or ``code``: which of PRIME's suffixes the question gets.
         raw: take the questions as they are, without system prompt, suffix and chat template.
@@ -163,14 +164,12 @@ def generate(
 @contextmanager
 def as_hf_folder(path: str) -> Iterator[str]:
     """The folder itself, or the Megatron checkpoint converted for as long as it is needed."""
-    if not (Path(path) / convert.SIDE_FOLDER / "config.json").is_file():
+    if not (Path(path) / SIDE_FOLDER / "config.json").is_file():
         yield path
         return
-    alone = ParallelSection()
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "hf"
-        with parallel_layout(alone, seed=1) as layout:
-            convert.to_hf(Path(path), target, like=None, dtype=None, parallel=alone, layout=layout)
+        to_hf(Path(path), target)
         yield str(target)
 
 

@@ -10,13 +10,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import megatron_prime
 from megatron_prime.arguments import build_parser
 from megatron_prime.config.loader import load_config, load_verifier_section
 from megatron_prime.config.plan import batch_plan
-from megatron_prime.config.schema import AnyConfig, ParallelSection, PrimeConfig, SftConfig
+from megatron_prime.config.schema import AnyConfig, PrimeConfig, SftConfig
 from megatron_prime.errors import ConfigError, PrimeError, RunInterrupted
 from megatron_prime.launch import command
 from megatron_prime.launch.hardware import PROFILES
@@ -248,27 +247,35 @@ def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _convert(options: argparse.Namespace, arguments: list[str]) -> int:
-    parallel = ParallelSection(
-        world_size=options.tensor_model_parallel_size * options.pipeline_model_parallel_size,
-        tensor_model_parallel_size=options.tensor_model_parallel_size,
-        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
     )
-    if not is_launched() and parallel.world_size > 1:
-        return launch_local(arguments, parallel.world_size, num_threads=1)
 
-    from megatron_prime.mcore import convert
-    from megatron_prime.mcore.parallel import parallel_layout
+    from megatron_prime.convert import ConvertOptions, convert, dry_run
 
-    source, target = Path(options.source), Path(options.target)
-    shared: dict[str, Any] = {"dtype": options.dtype, "parallel": parallel}
-    with parallel_layout(parallel, seed=1) as layout:
-        if options.direction == "to-megatron":
-            convert.to_megatron(source, target, layout=layout, **shared)
-        else:
-            like = Path(options.like) if options.like else None
-            convert.to_hf(source, target, like=like, layout=layout, **shared)
-    if _is_main():
-        print(f"wrote {target}")
+    chosen = ConvertOptions(**{name: getattr(options, name) for name in ConvertOptions.__slots__})
+    if options.dry_run:
+        print("\n".join(dry_run(chosen)))
+        return 0
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty()) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done)
+
+        lines = convert(chosen, show)
+    print("\n".join([*lines, f"wrote {options.target}"]))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A Megatron checkpoint written at one layout is read at any other, bit for bit."""
+"""Megatron at any layout reads what the converter writes, and the converter what Megatron writes, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 
-from megatron_prime.config.schema import ParallelSection
-from megatron_prime.mcore import convert
+from megatron_prime.config.schema import MicroBatchSection, ModelSection, ParallelSection
+from megatron_prime.mcore.checkpoint import load_state, save_state
+from megatron_prime.mcore.cpu import on_megatron_platform
+from megatron_prime.mcore.export import export_hf
 from megatron_prime.mcore.parallel import parallel_layout
+from megatron_prime.mcore.role import ModelRole, RoleSetup
+from megatron_prime.weights.architecture import read_architecture
+from megatron_prime.weights.convert import Cut, to_hf, to_megatron
+from megatron_prime.weights.hf_folder import HfFolder
 
 SIZES = {"tp1": (1, 1), "pp2": (1, 2), "tp4": (4, 1), "tp2_pp2": (2, 2)}
 FAMILIES = {"tied": "qwen3", "untied": "llama"}
@@ -23,31 +29,57 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: save_tiny_model(family, root / kind) for kind, family in FAMILIES.items()}
 
 
-def convert_at(layout: str, to_megatron: bool, paths: list[tuple[Path, Path]]) -> None:
-    """Converts every (source, target) at one layout."""
+def megatron_at(layout: str, writes: bool, paths: list[tuple[Path, Path, Path]]) -> None:
+    """Has Megatron itself write a checkpoint of, or read one into, the model of every (folder, checkpoint, target)."""
     tensor, pipeline = SIZES[layout]
     parallel = ParallelSection(
         world_size=tensor * pipeline, tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
     )
     with parallel_layout(parallel, seed=1) as running:
-        for source, target in paths:
-            if to_megatron:
-                convert.to_megatron(source, target, dtype=None, parallel=parallel, layout=running)
-            else:
-                convert.to_hf(source, target, like=None, dtype=None, parallel=parallel, layout=running)
+        for folder, checkpoint, target in paths:
+            setup = RoleSetup(
+                architecture=read_architecture(folder),
+                model=ModelSection(path=str(folder)),
+                parallel=parallel,
+                micro_batch=MicroBatchSection(micro_batch_size=1),
+                layout=running,
+            )
+            _write_or_read(ModelRole(setup), writes, folder, checkpoint, target)
 
 
-@pytest.mark.parametrize(("written", "read"), [("tp2_pp2", ("tp1", "pp2", "tp4")), ("tp1", ("tp2_pp2",))])
-def test_round_trip(gloo_pool, folders, tmp_path: Path, written: str, read: tuple[str, ...]) -> None:
-    def run(layout: str, to_megatron: bool, paths: list[tuple[Path, Path]]) -> None:
-        tensor, pipeline = SIZES[layout]
-        gloo_pool.run(tensor * pipeline, convert_at, layout, to_megatron, paths)
+@on_megatron_platform
+def _write_or_read(role: ModelRole, writes: bool, folder: Path, checkpoint: Path, target: Path) -> None:
+    if writes:
+        role.load_hf(HfFolder(folder))
+        save_state({"model": role.gpt.sharded_state_dict()}, checkpoint)
+    else:
+        role.gpt.load_state_dict(load_state({"model": role.gpt.sharded_state_dict()}, checkpoint)["model"])
+        export_hf(role, target, folder)
 
-    run(written, True, [(folder, tmp_path / kind) for kind, folder in folders.items()])
+
+def same_weights(folder: Path, target: Path) -> bool:
+    wanted, found = (load_file(path / "model.safetensors") for path in (folder, target))
+    return wanted.keys() == found.keys() and all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(("cut", "read"), [((2, 2), ("tp1", "pp2", "tp4")), ((1, 1), ("tp2_pp2",))])
+def test_megatron_reads_a_converted_folder(gloo_pool, folders, tmp_path: Path, cut, read: tuple[str, ...]) -> None:
+    for kind, folder in folders.items():
+        to_megatron(folder, tmp_path / kind, cut=Cut(tp_size=cut[0], pp_size=cut[1]))
     for layout in read:
-        run(layout, False, [(tmp_path / kind, tmp_path / f"{kind}_{layout}") for kind in folders])
-        for kind, folder in folders.items():
-            wanted, found = (load_file(path / "model.safetensors") for path in (folder, tmp_path / f"{kind}_{layout}"))
-            assert wanted.keys() == found.keys()
-            assert ("lm_head.weight" in wanted) == (kind == "untied")
-            assert all(torch.equal(wanted[name], found[name]) for name in wanted), (kind, layout)
+        paths = [(folder, tmp_path / kind, tmp_path / f"{kind}_{layout}") for kind, folder in folders.items()]
+        tensor, pipeline = SIZES[layout]
+        gloo_pool.run(tensor * pipeline, megatron_at, layout, False, paths)
+        assert all(same_weights(folder, target) for folder, _, target in paths), layout
+
+
+@pytest.mark.parametrize("layout", ["tp2_pp2", "tp4"])
+def test_a_checkpoint_of_megatron_is_converted(gloo_pool, folders, tmp_path: Path, layout: str) -> None:
+    paths = [(folder, tmp_path / kind, tmp_path / f"{kind}_back") for kind, folder in folders.items()]
+    for _, checkpoint, _ in paths:
+        checkpoint.mkdir()
+    tensor, pipeline = SIZES[layout]
+    gloo_pool.run(tensor * pipeline, megatron_at, layout, True, paths)
+    for folder, checkpoint, target in paths:
+        to_hf(checkpoint, target, like=folder)
+        assert same_weights(folder, target)

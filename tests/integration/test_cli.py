@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_prime.cli import main
+from megatron_prime.convert import verify_bits, verify_logprobs
+from megatron_prime.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "megatron_prime.cli"]
@@ -171,16 +174,56 @@ def checkpoint(folder: Path) -> Path:
     return target
 
 
-def test_conversion_at_two_ranks_equals_one(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
-    target = tmp_path / "by-two"
-    tool = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), "to-megatron", str(folder), str(target)]
-    result = subprocess.run(
-        [*tool, "--tensor-model-parallel-size", "2"], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert result.stdout == f"wrote {target}\n"
-    for source, back in ((target, tmp_path / "two"), (checkpoint, tmp_path / "one")):
-        assert main(["convert", "to-hf", str(source), str(back)]) == 0
-        assert (back / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+def test_the_tools_convert_and_verify_at_another_layout(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    def tool(name: str, *arguments: str) -> list[str]:
+        command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.splitlines()
+
+    target, back = tmp_path / "target", tmp_path / "back"
+    layout = ["--tensor-model-parallel-size=2", "--pipeline-model-parallel-size=2"]
+    lines = tool("convert_hf_to_megatron", str(folder), str(target), *layout, "--verify")
+    assert lines[0] == "verified: 27 tensors are equal bit by bit" and lines[-1] == f"wrote {target}"
+    gap = re.fullmatch(r"verified: log-probs of 69 tokens differ by at most (\S+) from transformers'", lines[1])
+    assert gap and float(gap[1]) < 1e-4
+    assert len(list(target.glob("*.distcp"))) == 4
+    assert tool("convert_megatron_to_hf", str(target), str(back)) == [f"wrote {back}"]
+    assert tool("convert_checkpoint", "to-hf", str(checkpoint), str(tmp_path / "one"))
+    for found in (back, tmp_path / "one"):
+        assert (found / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_verification_finds_one_changed_number(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    weights = load_file(changed / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] += 1e-6
+    save_file(weights, changed / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight is not what"):
+        verify_bits(changed, checkpoint, lambda done, total: None)
+    told: list[tuple[int, int]] = []
+    assert verify_bits(folder, checkpoint, lambda *seen: told.append(seen)).startswith("verified: 27 tensors")
+    assert told[-1][0] == told[-1][1]
+    weights["model.norm.weight"] *= 2
+    save_file(weights, changed / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"a log-prob differs by .* from transformers'"):
+        verify_logprobs(changed, checkpoint)
+
+
+def test_a_dry_run_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ROOT / "configs" / "models" / "shapes" / "qwen2.5-72b"
+    target = tmp_path / "target"
+    layout = ["--tensor-model-parallel-size=8", "--pipeline-model-parallel-size=4"]
+    assert main(["convert", "to-megatron", str(shape), str(target), *layout, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "GB in 32 files" in text and "__31_0.distcp" in text
+    assert main(["convert", "to-hf", str(tmp_path), str(target), "--like", str(shape), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "963 tensors, 145.412 GB in 31 files" in text and "largest tensor  embedding" in text
+    peak = re.search(r"peak memory +(\S+) GB", text)
+    assert peak and float(peak[1]) < 8
+    assert not target.exists()
 
 
 def damaged(folder: Path, copy: Path, how: str) -> Path:
@@ -213,20 +256,28 @@ def test_conversion_refuses_what_it_cannot_do(folder, checkpoint, tmp_path, caps
     for arguments in (["to-megatron", str(folder), str(target)], ["to-hf", str(checkpoint), str(target)]):
         lines = fails(capsys, "convert", *arguments)
         assert lines == ["CheckpointError:", f"  {target}: exists already; choose a new folder"]
+    lines = fails(capsys, "convert", "to-hf", str(checkpoint), str(tmp_path / "new"), "--tensor-model-parallel-size=2")
+    assert lines[0] == "ConfigError:" and "only for to-megatron" in lines[1]
     lines = fails(capsys, "convert", "to-hf", str(folder), str(tmp_path / "new"))
     assert lines == ["CheckpointError:", f"  {folder}: is no Megatron distributed checkpoint (no metadata.json)"]
     assert list(tmp_path.iterdir()) == [target] and [path.name for path in target.iterdir()] == ["mine"]
 
 
-def test_an_error_on_every_rank_is_printed_once(folder: Path, tmp_path: Path) -> None:
-    source = damaged(folder, tmp_path / "source", "missing")
-    command = [*COMMAND, "convert", "to-megatron", str(source), str(tmp_path / "target")]
+def test_an_error_on_every_rank_is_printed_once(tmp_path: Path) -> None:
+    saved = tmp_path / "run" / "checkpoints" / "step_00000001"
+    saved.mkdir(parents=True)
+    (saved / "manifest.json").write_text(json.dumps({"step": 1, "layout": {"tp_size": 3}, "roles": ["model"]}))
+    command = [*COMMAND, "sft", str(ROOT / "configs" / "arithmetic_sft.yaml"), "parallel.world_size=2"]
     result = subprocess.run(
-        [*command, "--tensor-model-parallel-size", "2"], capture_output=True, text=True, timeout=120, check=False
+        [*command, f"run.directory={tmp_path}", "run.name=run"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert result.returncode == 2
-    assert result.stderr.splitlines()[0] == "WeightsError:" and len(result.stderr.splitlines()) == 2
-    assert list(tmp_path.iterdir()) == [source]
+    lines = result.stderr.splitlines()
+    assert lines.count("CheckpointError:") == 1 and sum("written at layout" in line for line in lines) == 1
 
 
 def children_of(pid: int) -> list[int]:

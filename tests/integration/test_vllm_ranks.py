@@ -13,10 +13,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from vllm_models import largest_gap, make_prompts, sampling, save_model, spell
 
-from megatron_prime.config.schema import ParallelSection, VllmSection
+from megatron_prime.config.schema import MicroBatchSection, ModelSection, ParallelSection, VllmSection
 from megatron_prime.engines import vllm_setup
-from megatron_prime.mcore.convert import _role
 from megatron_prime.mcore.parallel import parallel_layout
+from megatron_prime.mcore.role import ModelRole, RoleSetup
 from megatron_prime.rollout.vllm.engine import VllmEngine
 from megatron_prime.weights.architecture import read_architecture
 from megatron_prime.weights.hf_folder import HfFolder
@@ -39,7 +39,15 @@ def refit_twice(rank: int, folders: list[Path], sizes: tuple[int, int], port: in
             str(folders[0]), "float32", section, architecture, layout, 1, end_token_ids=(1,), decode=spell
         )
         engine = VllmEngine(setup)
-        role = _role(folders[0], "float32", parallel, layout)
+        role = ModelRole(
+            RoleSetup(
+                architecture=architecture,
+                model=ModelSection(path=str(folders[0])),
+                parallel=parallel,
+                micro_batch=MicroBatchSection(micro_batch_size=1),
+                layout=layout,
+            )
+        )
         gaps = []
         for version, folder in enumerate([*folders, folders[0]]):
             role.load_hf(HfFolder(folder))

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_prime.errors import WeightsError
 from megatron_prime.weights.architecture import read_architecture
-from megatron_prime.weights.hf_folder import HfFolder, HfWriter
+from megatron_prime.weights.hf_folder import HfFolder
+from megatron_prime.weights.hf_writer import HfWriter
 
 NORM = "model.norm.weight"
 UP = "model.layers.0.mlp.up_proj.weight"

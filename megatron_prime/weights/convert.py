@@ -1,0 +1,314 @@
+"""Hugging Face folders to Megatron distributed checkpoints and back, one weight in memory at a time.
+
+A Megatron checkpoint made here is self-contained: beside the weights it keeps the Hugging Face
+``config.json`` and tokenizer in ``hf/``, from which the way back is built.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_prime.config.schema import ModelSection
+from megatron_prime.errors import CheckpointError, WeightsError
+from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
+from megatron_prime.weights.families import Layout, WeightSpec, weight_specs
+from megatron_prime.weights.hf_folder import HfFolder, expected_shapes
+from megatron_prime.weights.hf_writer import MAX_SHARD_BYTES, HfWriter, plan_shards
+from megatron_prime.weights.layouts import local_shape, local_slice, merge
+from megatron_prime.weights.megatron_folder import (
+    MegatronFolder,
+    MegatronWriter,
+    StoredChunk,
+    file_name,
+    shard_chunks,
+    stored_key,
+    stored_shape,
+)
+
+SIDE_FOLDER = "hf"
+Progress = Callable[[int, int], None]
+"""Told the bytes written so far and in all."""
+_SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+_RELEASE_BYTES = 64 << 20
+"""How much is read before the source's pages are given back."""
+_SLACK_BYTES = 2 * _RELEASE_BYTES
+"""What is read between, and what the libraries load at first use."""
+_COPIES = 3
+"""Of the largest tensor: the source's pages or chunk, the tensor put together, and it cast or cut to pieces."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cut:
+    """The layout that a checkpoint's files are cut for; it loads at any other, reading larger pieces."""
+
+    tp_size: int = 1
+    pp_size: int = 1
+
+
+WHOLE = Cut()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionPlan:
+    """What a conversion would do."""
+
+    num_tensors: int
+    num_bytes: int
+    """Of the weights written, padding included."""
+    largest: str
+    largest_bytes: int
+    peak_bytes: int
+    """Memory beyond the libraries' own, at most."""
+    files: dict[str, int]
+    """Bytes of weights by file."""
+
+
+def to_megatron(
+    source: Path,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    cut: Cut = WHOLE,
+    progress: Progress | None = None,
+) -> None:
+    """Writes a Hugging Face folder as a Megatron distributed checkpoint.
+
+    Args:
+        source: folder with config.json and safetensors weights.
+        target: new or empty folder; it appears when it is complete.
+        dtype: float32, bfloat16, or None for bfloat16 where all weights are stored so, else float32.
+        cut: which layout reads it fastest.
+        progress: told after each weight.
+
+    Raises:
+        WeightsError: the folder's weights are incomplete, misshapen or damaged, or the model cannot be cut so;
+            nothing is written.
+        CheckpointError: the target holds something, or cannot be written.
+    """
+    _refuse_existing(target)
+    folder, architecture = HfFolder(source), read_architecture(source)
+    folder.validate(architecture)
+    stored = {folder.dtype(name) for name in expected_shapes(architecture)}
+    dtype = dtype or kept_dtype(stored)
+    stages = _stages(architecture, cut)
+    meter = _Meter(sum(_megatron_files(architecture, stages, cut, dtype).values()), progress)
+    writing = target.with_name(target.name + ".writing")
+    shutil.rmtree(writing, ignore_errors=True)
+    try:
+        writer = MegatronWriter(writing, dtype)
+        for rank, (stage, tp_rank) in enumerate(itertools.product(stages, range(cut.tp_size))):
+            writer.write_file(rank, _chunks(stage, tp_rank, folder, architecture, cut, dtype, meter))
+        _copy_side_files(source, writing / SIDE_FOLDER)
+        writer.finish()
+        shutil.rmtree(target, ignore_errors=True)
+        writing.rename(target)
+    except (OSError, RuntimeError) as error:
+        reason = f"{target}: cannot be written: {error}; free space or choose another folder"
+        raise CheckpointError(reason) from error
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+
+
+def to_hf(
+    source: Path,
+    target: Path,
+    *,
+    like: Path | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the weights of a Megatron distributed checkpoint as a Hugging Face folder.
+
+    Args:
+        source: made by `to_megatron`, or a model of a run's checkpoint (``.../step_00000010/policy``), of any layout.
+        target: new folder; it appears when it is complete.
+        like: Hugging Face folder whose config.json and tokenizer to use; None: the checkpoint's own.
+        dtype: float32, bfloat16, or None for what the checkpoint holds.
+        progress: told after each weight.
+
+    Raises:
+        CheckpointError: the source is no checkpoint, damaged, of another model, or says not of which; or the
+            target holds something, or cannot be written.
+    """
+    _refuse_existing(target)
+    folder = MegatronFolder(source)
+    side = side_folder(source, like)
+    architecture = read_architecture(side)
+    specs = weight_specs(architecture)
+    num_rows = folder.num_rows(specs[0])
+    if num_rows < architecture.vocab_size:
+        raise CheckpointError(
+            f"{source}: holds {num_rows} rows of the embedding, {side}/config.json says {architecture.vocab_size};"
+            " it is of another model"
+        )
+    folder.validate(specs, architecture)
+    dtype = dtype or kept_dtype(folder.dtypes)
+    meter = _Meter(sum(hf_sizes(architecture, dtype).values()), progress)
+    try:
+        with HfWriter(target, side, architecture, dtype, overwrite=True) as writer:
+            for name, tensor in hf_tensors(folder, architecture):
+                writer.add(name, tensor)
+                meter.add(tensor.numel() * dtype.itemsize)
+    except OSError as error:
+        reason = f"{target}: cannot be written: {error}; free space or choose another folder"
+        raise CheckpointError(reason) from error
+
+
+def hf_tensors(folder: MegatronFolder, architecture: ModelArchitecture) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors of a validated checkpoint, one after the other, as stored."""
+    for spec in weight_specs(architecture):
+        yield from merge(spec, architecture, [folder.fetch(spec)], folder.num_rows(spec))
+
+
+def plan_conversion(
+    architecture: ModelArchitecture, *, megatron: bool, stored: torch.dtype, dtype: torch.dtype, cut: Cut = WHOLE
+) -> ConversionPlan:
+    """What a conversion would write, and the memory that it would take.
+
+    Args:
+        architecture: the model.
+        megatron: the direction.
+        stored: what the source's weights are stored as.
+        dtype: what the target's will be.
+        cut: of the Megatron checkpoint.
+
+    Raises:
+        WeightsError: the model cannot be cut so.
+    """
+    if megatron:
+        files = _megatron_files(architecture, _stages(architecture, cut), cut, dtype)
+    else:
+        sizes = hf_sizes(architecture, dtype)
+        shards = plan_shards(expected_shapes(architecture), dtype.itemsize, MAX_SHARD_BYTES)
+        files = {file: sum(sizes[name] for name in names) for file, names in shards.items()}
+    specs = weight_specs(architecture)
+    numbers = {spec.megatron_name: sum(math.prod(shape) for shape in spec.hf_shapes) for spec in specs}
+    largest = max(numbers, key=lambda name: numbers[name])
+    return ConversionPlan(
+        num_tensors=len(specs) if megatron else len(expected_shapes(architecture)),
+        num_bytes=sum(files.values()),
+        largest=largest,
+        largest_bytes=numbers[largest] * dtype.itemsize,
+        peak_bytes=_COPIES * numbers[largest] * max(stored.itemsize, dtype.itemsize) + _SLACK_BYTES,
+        files=files,
+    )
+
+
+def hf_sizes(architecture: ModelArchitecture, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of every Hugging Face tensor."""
+    return {name: math.prod(shape) * dtype.itemsize for name, shape in expected_shapes(architecture).items()}
+
+
+def side_folder(source: Path, like: Path | None) -> Path:
+    """The folder with config.json and tokenizer of a Megatron checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    side = like or source / SIDE_FOLDER
+    if not (side / "config.json").exists():
+        raise CheckpointError(f"{source}: does not say which model it is; pass --like with its Hugging Face folder")
+    return side
+
+
+def kept_dtype(stored: set[torch.dtype]) -> torch.dtype:
+    """bfloat16 where everything is stored so, else float32."""
+    return torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
+
+
+class _Meter:
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def add(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        if self._progress:
+            self._progress(self._done, self._total)
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise CheckpointError(f"{target}: exists already; choose a new folder")
+
+
+def _stages(architecture: ModelArchitecture, cut: Cut) -> list[list[WeightSpec]]:
+    """The weights of each pipeline stage."""
+    if architecture.num_layers % cut.pp_size:
+        raise WeightsError(
+            f"parallel.pipeline_model_parallel_size: {cut.pp_size} does not divide num_hidden_layers"
+            f" {architecture.num_layers}; choose a divisor of it"
+        )
+    per_stage = architecture.num_layers // cut.pp_size
+    stages: list[list[WeightSpec]] = [[] for _ in range(cut.pp_size)]
+    for spec in weight_specs(architecture):
+        outside = 0 if spec.stage == "embedding" else -1
+        stages[outside if spec.layer is None else spec.layer // per_stage].append(spec)
+    return stages
+
+
+def _padded_vocab_size(architecture: ModelArchitecture, cut: Cut) -> int:
+    return architecture.padded_vocab_size(ModelSection(path="").make_vocab_size_divisible_by, cut.tp_size)
+
+
+def _megatron_files(
+    architecture: ModelArchitecture, stages: list[list[WeightSpec]], cut: Cut, dtype: torch.dtype
+) -> dict[str, int]:
+    """Bytes of weights by file."""
+    padded = _padded_vocab_size(architecture, cut)
+    files: dict[str, int] = {}
+    for rank, (stage, tp_rank) in enumerate(itertools.product(stages, range(cut.tp_size))):
+        shapes = [
+            local_shape(spec, architecture, tp_size=cut.tp_size, padded_vocab_size=padded)
+            for spec in stage
+            if tp_rank == 0 or spec.layout is not Layout.REPLICATED
+        ]
+        files[file_name(rank)] = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+    return files
+
+
+def _chunks(
+    stage: list[WeightSpec],
+    tp_rank: int,
+    folder: HfFolder,
+    architecture: ModelArchitecture,
+    cut: Cut,
+    dtype: torch.dtype,
+    meter: _Meter,
+) -> Iterator[StoredChunk]:
+    """What one rank's file holds, read piece by piece."""
+    padded = _padded_vocab_size(architecture, cut)
+    unreleased = 0
+    for spec in stage:
+        if spec.layout is Layout.REPLICATED and tp_rank > 0:
+            continue
+        shard = local_slice(
+            spec, architecture, folder.fetch, tp_rank=tp_rank, tp_size=cut.tp_size, padded_vocab_size=padded
+        )
+        shape = stored_shape(spec, architecture, padded)
+        for offsets, part in shard_chunks(spec, shard, tp_rank=tp_rank, tp_size=cut.tp_size):
+            # torch.save writes the whole memory that a view is of.
+            yield stored_key(spec), shape, offsets, part.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            meter.add(part.numel() * dtype.itemsize)
+        # A column slice touches every page of its tensor.
+        unreleased += shard.numel() * shard.itemsize * (cut.tp_size if spec.layout is Layout.ROW else 1)
+        del shard, part
+        if unreleased >= _RELEASE_BYTES:
+            folder.release()
+            unreleased = 0
+
+
+def _copy_side_files(source: Path, target: Path) -> None:
+    """Copies config.json, tokenizer and licence; weights of any format and folders stay behind."""
+    target.mkdir()
+    for file in source.iterdir():
+        described = file.suffix in _SIDE_SUFFIXES or file.name.startswith(("LICENSE", "NOTICE"))
+        if file.is_file() and described and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, target / file.name)

@@ -1,0 +1,243 @@
+"""Megatron's distributed checkpoints (format ``torch_dist``), read and written one weight at a time, without Megatron.
+
+Such a folder stacks the weights of all layers: ``decoder.layers.mlp.linear_fc2.weight`` is [layers, rows, columns], in
+chunks of one layer and one tensor-parallel shard; gate and up projection are chunks of their own. Names are those of
+Transformer Engine's layers. Weights load at any layout, whatever the chunks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_prime.errors import CheckpointError
+from megatron_prime.weights.architecture import ModelArchitecture
+from megatron_prime.weights.families import Layout, WeightSpec, transformer_engine_name
+from megatron_prime.weights.layouts import local_shape
+
+StoredChunk = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
+"""Name and shape of a stored tensor, offsets in it, and what lies there."""
+_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+_COMMON = {"common_backend": "torch", "common_backend_version": 1}
+_CONFIG_FILE, _METADATA_FILE, _COMMON_FILE = "metadata.json", ".metadata", "common.pt"
+_NO_WEIGHTS = ("optimizer.",)
+_EXTRA_STATE = "_extra_state"
+
+
+def file_name(rank: int) -> str:
+    """The file that a rank of the layout reads for which the checkpoint was cut."""
+    return f"__{rank}_0.distcp"
+
+
+def stored_key(spec: WeightSpec) -> str:
+    """Name of the stored tensor that holds a weight."""
+    return transformer_engine_name(spec.megatron_name).replace(f"layers.{spec.layer}.", "layers.", 1)
+
+
+def stored_shape(spec: WeightSpec, architecture: ModelArchitecture, padded_vocab_size: int) -> tuple[int, ...]:
+    """Shape of the stored tensor that holds a weight, over all layers."""
+    whole = local_shape(spec, architecture, tp_size=1, padded_vocab_size=padded_vocab_size)
+    return whole if spec.layer is None else (architecture.num_layers, *whole)
+
+
+def shard_chunks(
+    spec: WeightSpec, shard: Tensor, *, tp_rank: int, tp_size: int
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Where a tensor-parallel shard lies in the stored tensor.
+
+    Args:
+        spec: the weight.
+        shard: of `layouts.local_slice`.
+        tp_rank: which shard; a replicated weight is stored for rank 0 only.
+        tp_size: number of shards.
+
+    Yields:
+        (offsets in the stored tensor, view of the shard).
+    """
+    layer = () if spec.layer is None else (spec.layer,)
+    parts = shard.chunk(2) if spec.layout is Layout.GATE_UP else (shard,)
+    dim = 1 if spec.layout is Layout.ROW else 0
+    for number, part in enumerate(parts):
+        offsets = [0] * part.dim()
+        offsets[dim] = (number * tp_size + tp_rank) * part.shape[dim]
+        yield (*layer, *offsets), part[None] if layer else part
+
+
+class MegatronWriter:
+    """Writes the files of a checkpoint into a folder that is not taken for a checkpoint before `finish`.
+
+    Args:
+        path: new folder.
+        dtype: of all weights.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+        self._path = path
+        self._dtype = dtype
+        self._tensors: dict[str, TensorStorageMetadata] = {}
+        self._places: dict[MetadataIndex, _StorageInfo] = {}
+        path.mkdir(parents=True)
+
+    def write_file(self, rank: int, chunks: Iterable[StoredChunk]) -> None:
+        """Writes one file, taking its chunks one by one; a chunk's memory must be its own."""
+        name = file_name(rank)
+        with (self._path / name).open("wb") as file:
+            for key, shape, offsets, tensor in chunks:
+                start = file.tell()
+                torch.save(tensor, file)
+                self._note(key, shape, offsets, tensor, _StorageInfo(name, start, file.tell() - start))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _note(
+        self, key: str, shape: Sequence[int], offsets: Sequence[int], tensor: Tensor, place: _StorageInfo
+    ) -> None:
+        if key not in self._tensors:
+            self._tensors[key] = TensorStorageMetadata(TensorProperties(dtype=self._dtype), torch.Size(shape), [])
+        self._tensors[key].chunks.append(ChunkStorageMetadata(torch.Size(offsets), tensor.shape))
+        self._places[MetadataIndex(key, torch.Size(offsets))] = place
+
+    def finish(self) -> None:
+        """Writes what makes the files a checkpoint."""
+        metadata = Metadata(dict(self._tensors), storage_data=self._places, storage_meta=StorageMeta())
+        with (self._path / _METADATA_FILE).open("wb") as file:
+            pickle.dump(metadata, file)
+            file.flush()
+            os.fsync(file.fileno())
+        torch.save({}, self._path / _COMMON_FILE)
+        (self._path / _CONFIG_FILE).write_text(json.dumps(_FORMAT | _COMMON))
+
+
+class _Into(DefaultLoadPlanner):
+    """Reads chunks into their places of one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        target = self._target
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            target = target.narrow(dim, start, length)
+        return target
+
+
+class MegatronFolder:
+    """The weights of a checkpoint: opening reads descriptions, `fetch` one weight.
+
+    Args:
+        path: made here, or a model of a run's checkpoint.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or a damaged one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / _CONFIG_FILE).is_file():
+            raise CheckpointError(f"{path}: is no Megatron distributed checkpoint (no {_CONFIG_FILE})")
+        self._reader = FileSystemReader(path)
+        try:
+            config = json.loads((path / _CONFIG_FILE).read_text(encoding="utf-8"))
+            self._metadata: Any = self._reader.read_metadata()
+            stored = dict(self._metadata.state_dict_metadata)
+            self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        except Exception as error:  # it is unpickled: damage shows as anything
+            raise CheckpointError(f"{path}: no checkpoint, or a damaged one: {_one_line(error)}") from error
+        if {key: config.get(key) for key in _FORMAT} != _FORMAT:
+            raise CheckpointError(f"{path}: {_CONFIG_FILE} says {config}, only {_FORMAT} is read")
+        self._check_files()
+        self._tensors: dict[str, TensorStorageMetadata] = {
+            key: tensor
+            for key, tensor in stored.items()
+            if isinstance(tensor, TensorStorageMetadata) and not key.startswith(_NO_WEIGHTS) and _EXTRA_STATE not in key
+        }
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """What the weights are stored as."""
+        return {tensor.properties.dtype for tensor in self._tensors.values()}
+
+    def num_rows(self, spec: WeightSpec) -> int:
+        """Stored rows of a weight of no layer, padding included; 0 where there is none."""
+        stored = self._tensors.get(stored_key(spec))
+        return stored.size[0] if stored else 0
+
+    def validate(self, specs: Sequence[WeightSpec], architecture: ModelArchitecture) -> None:
+        """Checks that the checkpoint has exactly the weights of a model, padding of the vocabulary aside.
+
+        Raises:
+            CheckpointError: one line per missing, unknown, misshapen or incomplete weight.
+        """
+        expected = {
+            stored_key(spec): stored_shape(spec, architecture, max(self.num_rows(spec), architecture.vocab_size))
+            for spec in specs
+        }
+        problems = [f"{self.path}: {key}: missing" for key in sorted(expected) if key not in self._tensors]
+        problems += [
+            f"{self.path}: {key}: not a weight of this model" for key in sorted(self._tensors.keys() - expected)
+        ]
+        for key in sorted(expected.keys() & self._tensors):
+            stored = self._tensors[key]
+            if tuple(stored.size) != expected[key]:
+                text = f"has shape {tuple(stored.size)}, config.json says {expected[key]}"
+                problems.append(f"{self.path}: of another model: {key} {text}")
+            elif sum(math.prod(chunk.sizes) for chunk in stored.chunks) != math.prod(stored.size):
+                problems.append(f"{self.path}: damaged: {key} is incomplete")
+        if problems:
+            raise CheckpointError("\n".join(problems))
+
+    def fetch(self, spec: WeightSpec) -> Tensor:
+        """One weight of a validated checkpoint, whole, on the CPU and as stored.
+
+        Raises:
+            CheckpointError: its file is damaged.
+        """
+        key = stored_key(spec)
+        stored = self._tensors[key]
+        shape = stored.size if spec.layer is None else stored.size[1:]
+        place = (0,) * len(shape) if spec.layer is None else (spec.layer, *(0,) * len(shape))
+        wanted = ChunkStorageMetadata(torch.Size(place), torch.Size(shape if spec.layer is None else (1, *shape)))
+        target = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
+        items = create_read_items_for_chunk_list(key, stored, [wanted])
+        try:
+            self._reader.read_data(LoadPlan(items), _Into(target))
+        except Exception as error:  # torch unzips and unpickles: damage shows as anything
+            raise CheckpointError(f"{self.path}: damaged: {key}: {_one_line(error)}") from error
+        return target.reshape(shape)
+
+    def _check_files(self) -> None:
+        ends: dict[str, int] = {}
+        for place in self._metadata.storage_data.values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for name, end in sorted(ends.items()):
+            file = self.path / name
+            if not file.is_file() or file.stat().st_size < end:
+                raise CheckpointError(f"{self.path}: damaged: {name} is missing or shorter than {end} bytes")
+        if not zipfile.is_zipfile(self.path / _COMMON_FILE):
+            raise CheckpointError(f"{self.path}: damaged: {_COMMON_FILE} is missing or truncated")
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,15 @@
+"""Converts a Hugging Face folder to a Megatron distributed checkpoint.
+
+The same as `megatron-prime convert to-megatron`, with its options (--help):
+
+    tools/convert_hf_to_megatron.py models/Qwen2.5-7B checkpoints/qwen2.5-7b --tensor-model-parallel-size 4 --verify
+"""
+
+from __future__ import annotations
+
+import sys
+
+from megatron_prime.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["convert", "to-megatron", *sys.argv[1:]]))
