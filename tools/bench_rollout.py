@@ -1,4 +1,6 @@
-"""Times the rollout engine's sampling loop beside transformers' own `generate`, in one run on one thread.
+"""Times the rollout engines beside transformers' own `generate`, in one run on one thread each.
+
+`ours` is the embedded engine's sampling loop, `vllm` the engine process beside the trainer (where vLLM is installed).
 
 Two workloads on the model size of the arithmetic demo, 4 answers to each of 64 prompts: answers that all have 30
 tokens, and answers that end by themselves (32 tokens on average, 120 at the most). Only tokens up to and including
@@ -9,19 +11,30 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import platform
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
+from megatron_prime.batch import Prompt, SamplingParams
+from megatron_prime.config.schema import VllmSection
+from megatron_prime.engines import vllm_setup
 from megatron_prime.rollout.kv_cache import ATTENTION_NAME
 from megatron_prime.rollout.randomness import answer_key
 from megatron_prime.rollout.sampling import Request, sample
+from megatron_prime.rollout.vllm.engine import VllmEngine
+from megatron_prime.weights.architecture import read_architecture
+from megatron_prime.weights.folder_export import FolderExport
+from megatron_prime.weights.hf_folder import HfFolder
 
 CONFIG = Qwen2Config(
     hidden_size=128,
@@ -96,6 +109,36 @@ def run_transformers(model: PreTrainedModel, prompts: list[tuple[int, ...]], max
     return int((~ended_before).sum()) if may_end else tokens.numel()
 
 
+@contextmanager
+def vllm_engine(model: PreTrainedModel) -> Iterator[VllmEngine]:
+    """The same weights in an engine process."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        architecture = read_architecture(folder)
+        section = VllmSection(kv_cache_gib=0.25, max_num_seqs=NUM_PROMPTS * NUM_RESPONSES)
+        setup = vllm_setup(folder, "float32", section, architecture, None, 1, end_token_ids=(), decode=str)
+        with closing(VllmEngine(setup)) as engine:
+            engine.load_weights(FolderExport(HfFolder(folder), architecture, torch.float32), version=0)
+            yield engine
+
+
+def run_vllm(engine: VllmEngine, prompts: list[tuple[int, ...]], max_tokens: int, may_end: bool) -> int:
+    """The same through the engine's protocol, text and all."""
+    asked = [
+        Prompt(prompt_id=str(number), text="", token_ids=token_ids, ground_truth="", ability="math")
+        for number, token_ids in enumerate(prompts[::NUM_RESPONSES])
+    ]
+    sampling = SamplingParams(
+        num_responses=NUM_RESPONSES,
+        temperature=1.0,
+        top_p=1.0,
+        max_response_tokens=max_tokens,
+        seed=0,
+        stop_token_ids=(END_TOKEN,) if may_end else (),
+    )
+    return sum(len(answer.token_ids) for row in engine.generate(asked, sampling) for answer in row)
+
+
 def best_of(repeats: int, run: Callable[[], int]) -> tuple[float, int]:
     """Shortest time of a few runs, in seconds, and the tokens of that run."""
     timings = []
@@ -115,13 +158,20 @@ def main() -> None:
     ours, theirs = make_models()
     prompts = make_prompts()
     rows = []
-    print(f"{'workload':22}{'variant':14}{'seconds':>9}{'tokens/s':>10}")
-    for workload, (max_tokens, may_end) in WORKLOADS.items():
-        for variant, run, model in (("ours", run_ours, ours), ("transformers", run_transformers, theirs)):
-            seconds, num_tokens = best_of(arguments.repeats, partial(run, model, prompts, max_tokens, may_end))
-            rate = num_tokens / seconds
-            rows.append({"workload": workload, "variant": variant, "seconds": seconds, "tokens_per_second": rate})
-            print(f"{workload:22}{variant:14}{seconds:9.3f}{rate:10.0f}")
+    with ExitStack() as stack:
+        variants: list[tuple[str, Callable[..., int], Any]] = [
+            ("ours", run_ours, ours),
+            ("transformers", run_transformers, theirs),
+        ]
+        if importlib.util.find_spec("vllm") is not None:
+            variants.insert(1, ("vllm", run_vllm, stack.enter_context(vllm_engine(ours))))
+        print(f"{'workload':22}{'variant':14}{'seconds':>9}{'tokens/s':>10}")
+        for workload, (max_tokens, may_end) in WORKLOADS.items():
+            for variant, run, model in variants:
+                seconds, num_tokens = best_of(arguments.repeats, partial(run, model, prompts, max_tokens, may_end))
+                rate = num_tokens / seconds
+                rows.append({"workload": workload, "variant": variant, "seconds": seconds, "tokens_per_second": rate})
+                print(f"{workload:22}{variant:14}{seconds:9.3f}{rate:10.0f}")
     machine = f"{platform.machine()}, 1 thread, torch {torch.__version__}"
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")

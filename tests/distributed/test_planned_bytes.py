@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -128,6 +129,13 @@ def optimizer_bytes(role: Any, parameters: set[int]) -> float:
                 states = inner.optimizer.state[master].values()
                 total += sum(s.numel() * s.element_size() for s in states if isinstance(s, torch.Tensor))
     return float(total)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_processes_afterwards(gloo_pool) -> Iterator[None]:
+    """What hooks have seen of autograd's graphs is never freed, nor are the models and groups behind it."""
+    yield
+    gloo_pool.close()
 
 
 @pytest.mark.parametrize("name", CASES)
