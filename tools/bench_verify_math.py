@@ -28,6 +28,19 @@ from megatron_prime.verify.verifier import RoutingVerifier, build_verifier
 
 SAMPLE = Path(__file__).resolve().parents[1] / "tests" / "data"
 NUM_REAL, NUM_BOMBS = 1024, 20
+REAL = ("model_outputs", "qwen", "gsm8k")
+"""How the names of sets of real outputs begin or end."""
+BOMBS = (
+    "9^{9^{9^{9}}}",
+    "10^{10^{10}}",
+    "100000000!",
+    r"\binom{1000000000}{500000000}",
+    "(x+1)^{100000}",
+    r"\prod_{n=1}^{1000000000} n",
+    r"\int_0^1 x^{x^x} dx",
+    r"\sin(10^{10000})",
+)
+"""Where the folder has none."""
 Case = dict[str, Any]
 
 
@@ -36,10 +49,10 @@ def read_sets(folder: Path) -> dict[str, list[Case]]:
     sets: dict[str, list[Case]] = {}
     for path in sorted((folder / "grader_cases").glob("*.jsonl")):
         for line in path.read_text().splitlines():
-            case = json.loads(line)
+            case = {"form": "boxed"} | json.loads(line)
             if case.get("disputed") or (case["form"] == "text" and not is_formula(case)):
                 continue
-            name = path.stem + (f" {case['cat']}" if "cat" in case else "")
+            name = " ".join([path.stem, *(case[key] for key in ("cat", "kind") if key in case)])
             sets.setdefault(name, []).append(case)
     return sets
 
@@ -127,9 +140,10 @@ def score(cases: Sequence[Case], statuses: Sequence[str]) -> dict[str, Any]:
 
 def mixed_with_bombs(sets: dict[str, list[Case]], verifier: RoutingVerifier) -> dict[str, Any] | None:
     """Real outputs with bombs among them, and how long one verdict took at the most."""
-    real = [c for name, cases in sets.items() if name.startswith("model_outputs") for c in cases]
+    real = [c for name, cases in sets.items() if name.startswith(REAL) or name.endswith(REAL) for c in cases]
     bombs = [c for name, cases in sets.items() if name.endswith(" bomb") for c in cases]
-    if not real or not bombs:
+    bombs = bombs or [{"pred": f"\\boxed{{{bomb}}}", "gold": "3", "form": "boxed"} for bomb in BOMBS]
+    if not real:
         return None
     chance = random.Random(0)
     cases = [chance.choice(real) for _ in range(NUM_REAL)]
