@@ -62,6 +62,10 @@ _CONJUNCTION = re.compile(r",?\s*\\(?:text|mathrm|textrm|mbox)\{\s*(?:and|or)\s*
 _STYLE = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox)\s*\{([^{}]*)\}")
 _DIGIT_GAP = re.compile(r"(?<=\d)(?:\\[,!]|\{,\})(?=\d{3}(?!\d))")
 
+_ANSWER_IS = r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+)?answer\s*(?:is\b\s*:?|:|=)\s*"
+_LEAD_IN = re.compile(rf"(?:\\text\s*\{{\s*{_ANSWER_IS}\}}|{_ANSWER_IS})\s*(?=\S)", re.IGNORECASE)
+"""Words in front of an answer that say no more than that it is one."""
+
 _DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
 _GROUPED = re.compile(r"\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?")
 _SCIENTIFIC = re.compile(rf"({_DECIMAL})(?:[eE]|(?:\\times|\\cdot)10\^)\{{?([+-]?\d{{1,5}})\}}?")
@@ -152,6 +156,8 @@ def normalize(latex: str) -> Answer:
     """
     text = _DIGIT_GAP.sub("", latex)
     text = _COMMAND.sub(_replace_command, text).replace("$", "").replace("~", " ").strip()
+    if match := _LEAD_IN.match(text):
+        text = text[match.end() :]
     text = _CONJUNCTION.sub(",", text)
     is_word = bool(_STYLE.fullmatch(text)) and not any(c.isdigit() for c in text)
     text, unit = _split_unit(text)

@@ -55,6 +55,21 @@ def test_extraction_takes_linear_time(text):
 
 
 @pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("The answer is 4", "4"),
+        ("So the final answer is: -3", "-3"),
+        (r"\text{The answer is }\frac12", r"\frac{1}{2}"),
+        ("answer = x+1", "x+1"),
+        ("the answer is", "theansweris"),
+        (r"\text{answer}", "answer"),
+    ],
+)
+def test_words_in_front_say_only_that_it_is_the_answer(text: str, plain: str) -> None:
+    assert normalize(text).text == plain
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         ("7", Fraction(7)),
