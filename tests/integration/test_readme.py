@@ -29,7 +29,7 @@ evaluation: {num_prompts: 2}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The README's my.yaml with smaller sizes, and a small model and prompts under the names in it."""
+    """The README's my.yaml with smaller sizes, and small files under the names in it and in the commands."""
     root = tmp_path_factory.mktemp("readme")
     make_start("qwen2.5-0.5b", root / "models" / "Qwen2.5-0.5B")
     shutil.copytree(GSM8K, root / "gsm8k")
@@ -37,6 +37,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (configuration,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
     (root / "readme.yaml").write_text(configuration)
     (root / "my.yaml").write_text(SMALL)
+    answers = [
+        {"response": f"Twelve sevens are \\boxed{{{value}}}.", "ground_truth": "84", "ability": "math"}
+        for value in (84, 74)
+    ]
+    (root / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     return root
 
 
@@ -66,6 +71,8 @@ def test_commands_do_what_they_say(folder: Path, outputs: dict[str, str]) -> Non
     answer = json.loads(outputs["generate runs/my/hf"])
     assert answer["prompt"] == "What is 12 * 7?" and answer["finish_reason"] in ("stop", "length")
     assert "7" in outputs["check --shapes-only"]
+    graded = [json.loads(line) for line in (folder / "graded.jsonl").read_text().splitlines()]
+    assert [(row["status"], row["reward"]) for row in graded] == [("correct", 1.0), ("wrong", 0.0)]
     with safe_open(folder / "runs" / "my" / "hf" / "model.safetensors", "pt") as weights:
         assert "model.embed_tokens.weight" in set(weights.keys())
     assert any((folder / "megatron" / "qwen").iterdir())
