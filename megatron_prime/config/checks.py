@@ -81,8 +81,12 @@ def raise_for_problems(problems: Sequence[str]) -> None:
 
 
 def data_parallel_size(parallel: ParallelSection) -> int:
-    """Replicas of the model: world_size / (tensor * pipeline), rounded down."""
-    return parallel.world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    """Replicas of the model: world_size / (tensor * pipeline * context), rounded down."""
+    return parallel.world_size // _ranks_of_a_replica(parallel)
+
+
+def _ranks_of_a_replica(parallel: ParallelSection) -> int:
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
 
 
 def _check_run_name(name: str) -> list[str]:
@@ -95,10 +99,11 @@ def _check_run_name(name: str) -> list[str]:
 def _check_parallel(parallel: ParallelSection) -> list[str]:
     problems = []
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if parallel.world_size % (tensor * pipeline):
+    size = _ranks_of_a_replica(parallel)
+    if parallel.world_size % size:
         problems.append(
-            f"parallel.world_size: {parallel.world_size} is not divisible by tensor x pipeline = {tensor} x {pipeline}"
-            f"; use a multiple of {tensor * pipeline}"
+            f"parallel.world_size: {parallel.world_size} is not divisible by tensor x pipeline x context = {tensor} x "
+            f"{pipeline} x {parallel.context_parallel_size}; use a multiple of {size}"
         )
     if parallel.sequence_parallel and tensor == 1:
         problems.append(

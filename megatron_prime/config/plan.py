@@ -24,7 +24,9 @@ def _layout(config: AnyConfig) -> str:
     parallel = config.parallel
     return (
         f"{parallel.world_size} processes = {parallel.tensor_model_parallel_size} tensor"
-        f" x {parallel.pipeline_model_parallel_size} pipeline x {data_parallel_size(parallel)} data parallel"
+        f" x {parallel.pipeline_model_parallel_size} pipeline"
+        + (f" x {parallel.context_parallel_size} context" if parallel.context_parallel_size > 1 else "")
+        + f" x {data_parallel_size(parallel)} data parallel"
     )
 
 

@@ -53,6 +53,7 @@ RANGES: dict[str, Range] = {
     "run.num_threads": AT_LEAST_ONE,
     "model.make_vocab_size_divisible_by": AT_LEAST_ONE,
     "parallel.world_size": AT_LEAST_ONE,
+    "parallel.context_parallel_size": AT_LEAST_ONE,
     "parallel.tensor_model_parallel_size": AT_LEAST_ONE,
     "parallel.pipeline_model_parallel_size": AT_LEAST_ONE,
     "parallel.timeout_seconds": POSITIVE,

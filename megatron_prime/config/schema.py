@@ -51,9 +51,11 @@ class ParallelSection:
     """The layout that policy, reference and PRM share."""
 
     world_size: int = 1
-    """Processes of the run; data parallel size = world_size / (tensor * pipeline)."""
+    """Processes of the run; data parallel size = world_size / (tensor * pipeline * context)."""
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    """Ranks among which every sequence is cut; for long answers."""
     sequence_parallel: bool = False
     """Shard the activations of norms over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False

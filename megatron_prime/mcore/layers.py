@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -84,6 +85,17 @@ class PositionRotaryEmbedding(torch.nn.Module):
 
 
 @dataclass
+class ContextQueries:
+    """The queries of one context-parallel rank among packed sequences."""
+
+    slots: torch.Tensor
+    """int64 [T / size], token -> place in a padded [num_sequences * max_length]."""
+    max_length: int
+    allowed: torch.Tensor
+    """bool [num_sequences, 1, max_length, longest sequence], keys that each query may see."""
+
+
+@dataclass
 class PackedSequences(PackedSeqParams):
     """Packed sequences as this module's attention wants them.
 
@@ -94,6 +106,8 @@ class PackedSequences(PackedSeqParams):
     max_length: int = 0
     slots: torch.Tensor | None = None
     """int64 [T], token -> place in a padded [num_sequences * max_length]; None: all lengths are equal."""
+    queries: ContextQueries | None = None
+    """Under context parallelism; `slots` are then those of all ranks' tokens, rank after rank."""
 
 
 class _Scatter(torch.autograd.Function):
@@ -125,11 +139,19 @@ class _Pick(torch.autograd.Function):
         return grad.new_zeros(ctx.num_slots, *grad.shape[1:]).index_copy_(0, slots, grad), None
 
 
+def _to_rows(tokens: torch.Tensor, num_sequences: int, max_length: int, slots: torch.Tensor | None) -> torch.Tensor:
+    """[T, heads, dim] to [sequences, heads, max_length, dim]."""
+    if slots is not None:
+        tokens = _Scatter.apply(tokens, slots, num_sequences * max_length)  # type: ignore[assignment]
+    return tokens.unflatten(0, (num_sequences, max_length)).transpose(1, 2)
+
+
 class SdpaAttention(MegatronModule):
     """Causal core attention over torch's scaled_dot_product_attention, packed or padded.
 
     Packed sequences are spread to right-padded rows: under a causal mask no real token sees the
-    padding behind it, so one unmasked call serves all sequences of a micro-batch.
+    padding behind it, so one unmasked call serves all sequences of a micro-batch. Context-parallel ranks gather each
+    other's keys and values and mask what their own queries must not see.
     """
 
     def __init__(
@@ -144,9 +166,9 @@ class SdpaAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size != 1:
-            raise ValueError("context parallelism needs Transformer Engine's attention")
         self.softmax_scale = softmax_scale
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
+        self.context_group = groups.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -162,30 +184,32 @@ class SdpaAttention(MegatronModule):
 
         Args:
             query: [T, heads, dim] packed, or [s, b, heads, dim]; key and value with fewer heads.
+            attention_mask: bool, true where a query may see a key; only for padded context-parallel micro-batches.
 
         Returns:
             [T, heads * dim] or [s, b, heads * dim].
         """
+        if self.context_group is not None:
+            key, value = (gather_from_sequence_parallel_region(x, group=self.context_group) for x in (key, value))
         if packed_seq_params is None:
             query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-            output = self._attend(query, key, value)
+            output = self._attend(query, key, value, attention_mask)
             return output.permute(2, 0, 1, 3).flatten(2)
-        packed = packed_seq_params
-        output = self._attend(*(self._to_rows(x, packed) for x in (query, key, value)))
+        packed, queries = packed_seq_params, packed_seq_params.queries
+        key, value = (_to_rows(x, packed.num_sequences, packed.max_length, packed.slots) for x in (key, value))
+        slots, longest = (packed.slots, packed.max_length) if queries is None else (queries.slots, queries.max_length)
+        query = _to_rows(query, packed.num_sequences, longest, slots)
+        output = self._attend(query, key, value, None if queries is None else queries.allowed)
         flat = output.transpose(1, 2).flatten(0, 1).flatten(1)
-        return flat if packed.slots is None else _Pick.apply(flat, packed.slots)  # type: ignore[return-value]
+        return flat if slots is None else _Pick.apply(flat, slots)  # type: ignore[return-value]
 
-    def _to_rows(self, tokens: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
-        """[T, heads, dim] to [sequences, heads, max_length, dim]."""
-        if packed.slots is not None:
-            tokens = _Scatter.apply(tokens, packed.slots, packed.num_sequences * packed.max_length)  # type: ignore[assignment]
-        return tokens.unflatten(0, (packed.num_sequences, packed.max_length)).transpose(1, 2)
-
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, allowed: torch.Tensor | None
+    ) -> torch.Tensor:
         repeats = query.shape[1] // key.shape[1]
         if repeats > 1:
             # Torch's CPU flash kernel takes no grouped heads and would fall back to a slow one.
             key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
         return torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale
+            query, key, value, attn_mask=allowed, is_causal=allowed is None, scale=self.softmax_scale
         )

@@ -19,7 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import all_to_all, gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,8 +27,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_prime.config.schema import ModelSection, ParallelSection
 from megatron_prime.errors import ConfigError
 from megatron_prime.kernels import ChunkLoss, HeadOptions, fused_linear_logprob, fused_linear_logprob_loss
+from megatron_prime.mcore.context import ContextPart
 from megatron_prime.mcore.dtypes import DTYPES
 from megatron_prime.mcore.layers import (
+    ContextQueries,
     PackedSequences,
     PositionRotaryEmbedding,
     RMSNorm,
@@ -84,6 +86,7 @@ def transformer_config(
         autocast_dtype=dtype,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         # Packed micro-batches differ in length, so pipeline stages tell each other the shape.
         variable_seq_lengths=True,
@@ -140,7 +143,7 @@ class HeadLoss:
 class LogprobModel(GPTModel):
     """A GPTModel whose last stage returns log-probs of the response tokens, or a loss of them, instead of logits.
 
-    Called with ``labels`` and ``loss_mask`` (true on positions that predict a response token), the
+    Called with ``labels`` (the response tokens, [n]) and ``loss_mask`` (true on positions that predict one), the
     last stage gives float [n], the log-prob of each response token; with ``head_loss`` a scalar. Only
     these n positions reach the head.
     """
@@ -149,6 +152,7 @@ class LogprobModel(GPTModel):
     temperature: float = 1.0
     true_vocab_size: int
     head_loss: HeadLoss | None = None
+    context: ContextPart | None = None
 
     def forward(
         self,
@@ -156,10 +160,11 @@ class LogprobModel(GPTModel):
         position_ids: torch.Tensor,
         *args: Any,
         head_loss: HeadLoss | None = None,
+        context: ContextPart | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """GPTModel.forward, telling the rotary embedding the positions and the head its loss first."""
-        self.head_loss = head_loss
+        """GPTModel.forward, telling the rotary embedding the positions and the head its loss and tokens first."""
+        self.head_loss, self.context = head_loss, context
         if isinstance(self.rotary_pos_emb, PositionRotaryEmbedding):
             self.rotary_pos_emb.set_positions(position_ids, kwargs.get("packed_seq_params") is not None)
         return super().forward(input_ids, position_ids, *args, **kwargs)
@@ -167,8 +172,8 @@ class LogprobModel(GPTModel):
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not self.post_process:
             return hidden_states
-        predicts, labels = kwargs["loss_mask"], kwargs["labels"]
-        selected, shards = self._response_states(hidden_states, predicts)
+        targets = kwargs["labels"]
+        selected, shards = self._response_states(hidden_states, kwargs["loss_mask"])
         tied = self.share_embeddings_and_output_weights
         weight: Any = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         arguments: dict[str, Any] = {
@@ -180,11 +185,11 @@ class LogprobModel(GPTModel):
         }
         loss = self.head_loss
         if loss is None:
-            return fused_linear_logprob(selected, weight, labels[predicts], **arguments).logprobs
+            return fused_linear_logprob(selected, weight, targets, **arguments).logprobs
         return fused_linear_logprob_loss(
             selected,
             weight,
-            labels[predicts],
+            targets,
             loss.evaluate,
             sequence_lengths=loss.sequence_lengths,
             entropy="metric" if loss.with_entropy else "none",
@@ -196,14 +201,27 @@ class LogprobModel(GPTModel):
         self, hidden_states: torch.Tensor, predicts: torch.Tensor
     ) -> tuple[torch.Tensor, list[int] | None]:
         """Hidden states [n, d] that predict response tokens; where each rank has its own, also how many each has."""
+        context = self.context
         if not self.config.sequence_parallel:
-            return hidden_states.transpose(0, 1)[predicts], None
-        if predicts.shape[0] > 1:
+            selected = hidden_states.transpose(0, 1)[predicts]
+            return (selected if context is None else self._to_owners(selected, context)), None
+        if predicts.shape[0] > 1 or context is not None:
             # Rank after rank would not be row after row. The head sums gradients itself, so backward only splits.
             whole = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
-            return whole.transpose(0, 1)[predicts], None
+            selected = whole.transpose(0, 1)[predicts]
+            return (selected if context is None else self._to_owners(selected, context)), None
         shares = predicts.view(-1, hidden_states.shape[0])
         return hidden_states[shares[self.pg_collection.tp.rank()], 0], shares.sum(dim=1).tolist()
+
+    def _to_owners(self, selected: torch.Tensor, context: ContextPart) -> torch.Tensor:
+        """Exchanges hidden states of response tokens, so that each context-parallel rank has its answers whole."""
+        received = all_to_all(
+            self.pg_collection.cp,
+            selected[context.send_order.to(selected.device)],
+            list(context.receive_counts),
+            list(context.send_counts),
+        )
+        return received[context.receive_order.to(selected.device)]
 
 
 def build_model(
@@ -271,8 +289,37 @@ def packed_parameters(
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
-    slots = None
-    if bool((lengths != longest).any()):
-        inside = torch.arange(longest) < lengths[:, None]
-        slots = inside.flatten().nonzero().squeeze(1).to(device)
-    return PackedSequences(qkv_format="thd", num_sequences=len(lengths), max_length=longest, slots=slots)
+    context, slots = micro_batch.context, None
+    if context is not None or bool((lengths != longest).any()):
+        slots = (torch.arange(longest) < lengths[:, None]).flatten().nonzero().squeeze(1)
+    return PackedSequences(
+        qkv_format="thd",
+        num_sequences=len(lengths),
+        max_length=longest,
+        slots=None if slots is None else (slots if context is None else slots[context.gathered]).to(device),
+        queries=None if slots is None or context is None else _context_queries(slots, longest, context, device),
+    )
+
+
+def _context_queries(slots: torch.Tensor, longest: int, context: ContextPart, device: torch.device) -> ContextQueries:
+    mine = slots[context.places]
+    sequences, positions = mine // longest, mine % longest
+    num_sequences = int(slots[-1]) // longest + 1
+    counts = torch.bincount(sequences, minlength=num_sequences)
+    width = int(counts.max())
+    starts = counts.cumsum(0) - counts
+    rows = sequences * width + torch.arange(len(mine)) - starts[sequences]
+    # Queries that are not there see the first key, so that their softmax has something to divide by.
+    last_key = torch.zeros(num_sequences * width, dtype=torch.int64).index_copy_(0, rows, positions)
+    allowed = torch.arange(longest) <= last_key.view(num_sequences, 1, width, 1)
+    return ContextQueries(slots=rows.to(device), max_length=width, allowed=allowed.to(device))
+
+
+def padded_attention_mask(
+    micro_batch: MicroBatch, *, transformer_engine: bool, device: torch.device
+) -> torch.Tensor | None:
+    """What the queries of a padded context-parallel micro-batch may see, bool [1, 1, s / size, s]; None for others."""
+    context = micro_batch.context
+    if micro_batch.packed or context is None or transformer_engine:
+        return None
+    return (context.gathered <= context.places[:, None])[None, None].to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,8 +10,9 @@ import numpy as np
 import torch
 
 from megatron_prime.batch import RolloutBatch, SftExample
+from megatron_prime.mcore.context import ContextPart, context_part
 
-_FIELDS = {"input_ids": np.int64, "position_ids": np.int64, "labels": np.int64, "predicts": np.bool_}
+_FIELDS = {"input_ids": np.int64, "position_ids": np.int64, "predicts": np.bool_}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,15 +85,17 @@ class MicroBatch(ResponseTokens):
     """One forward pass, and the response tokens that it predicts."""
 
     input_ids: torch.Tensor
-    """int64 [1, T] packed, or [b, s]."""
+    """int64 [1, T] packed, or [b, s]; under context parallelism this rank's tokens of them."""
     position_ids: torch.Tensor
-    labels: torch.Tensor
-    """int64, shaped as `input_ids`: the next token where `predicts`."""
     predicts: torch.Tensor
-    """bool, shaped as `input_ids`: positions whose next token is a response token (n of them)."""
+    """bool, shaped as `input_ids`: positions whose next token is a response token."""
+    targets: torch.Tensor
+    """int64 [n], the response tokens."""
     lengths: tuple[int, ...]
-    """Input tokens of each sequence; with `packed` they sum to T (padding is a sequence of its own)."""
+    """Input tokens of each sequence, all ranks together; with `packed` they sum to T (padding is a sequence of its
+    own, or the end of one under context parallelism)."""
     packed: bool
+    context: ContextPart | None = None
 
 
 def shard_rows(lengths: Sequence[int], rows: Sequence[int], num_shards: int) -> list[list[int]]:
@@ -136,45 +140,81 @@ def cut_micro_batches(
     return cuts
 
 
-def build_micro_batch(batch: TokenRows, rows: Sequence[int], *, packed: bool, multiple_of: int) -> MicroBatch:
+def build_micro_batch(
+    batch: TokenRows,
+    rows: Sequence[int],
+    *,
+    packed: bool,
+    multiple_of: int,
+    context_rank: int = 0,
+    context_size: int = 1,
+) -> MicroBatch:
     """Lays out rows for one forward pass.
 
     Args:
         batch: the whole batch.
         rows: its rows to take.
         packed: back to back, else right-padded.
-        multiple_of: the sequence dimension is padded to a multiple of this (sequence parallelism).
+        multiple_of: each rank's sequence dimension is padded to a multiple of this (sequence parallelism).
+        context_rank: this process's part of every sequence; its response tokens are those of its share of the rows.
+        context_size: context-parallel ranks, among which every sequence is cut.
     """
     counts = batch.mask[list(rows)].sum(dim=1)
     responses = [ids[:n] for ids, n in zip(batch.response_ids[list(rows)].tolist(), counts.tolist(), strict=True)]
     prompts = [batch.prompt_token_ids[row] for row in rows]
-    lengths = [len(p) + len(r) - 1 for p, r in zip(prompts, responses, strict=True)]
+    used = [len(p) + len(r) - 1 for p, r in zip(prompts, responses, strict=True)]
+    # Context parallelism cuts each sequence into two chunks per rank.
+    cut = 2 * context_size if context_size > 1 else 1
+    lengths = [_rounded_up(length, cut) for length in used]
     width = sum(lengths) if packed else max(lengths)
-    padding = -width % multiple_of
+    padding = -width % math.lcm(cut, context_size * multiple_of)
     shape = (1, width + padding) if packed else (len(rows), width + padding)
     arrays = {name: np.zeros(shape, dtype) for name, dtype in _FIELDS.items()}
     start = 0
-    for index, (prompt, response, length) in enumerate(zip(prompts, responses, lengths, strict=True)):
+    for index, (prompt, response, length) in enumerate(zip(prompts, responses, used, strict=True)):
         line, offset = (0, start) if packed else (index, 0)
-        sequence = (*prompt, *response)
-        arrays["input_ids"][line, offset : offset + length] = sequence[:-1]
-        arrays["labels"][line, offset : offset + length] = sequence[1:]
-        arrays["position_ids"][line, offset : offset + length] = range(length)
+        arrays["input_ids"][line, offset : offset + length] = (*prompt, *response)[:-1]
+        arrays["position_ids"][line, offset : offset + lengths[index]] = range(lengths[index])
         arrays["predicts"][line, offset + len(prompt) - 1 : offset + length] = True
-        start += length
+        start += lengths[index]
     if not packed:
         arrays["position_ids"][:] = range(shape[1])
     elif padding:
         arrays["position_ids"][0, width:] = range(padding)
         lengths.append(padding)
-    columns = batch.mask[list(rows)].nonzero()[:, 1]
+    fields = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    mine, context = torch.ones(len(rows), dtype=torch.bool), None
+    if context_size > 1:
+        owners = _owners(counts.tolist(), context_size)
+        mine = owners == context_rank
+        line_lengths = lengths if packed else [shape[1]]
+        context = context_part(
+            fields["predicts"], owners.repeat_interleave(counts), line_lengths, context_rank, context_size
+        )
+        fields = {name: field[:, context.places] for name, field in fields.items()}
+    taken = torch.tensor(list(rows))[mine]
+    mask = batch.mask[taken]
     return MicroBatch(
-        **{name: torch.from_numpy(array) for name, array in arrays.items()},
+        **fields,
+        targets=batch.response_ids[taken][mask],
         lengths=tuple(lengths),
         packed=packed,
-        rows=torch.tensor(list(rows)).repeat_interleave(counts),
-        columns=columns,
+        context=context,
+        rows=taken.repeat_interleave(counts[mine]),
+        columns=mask.nonzero()[:, 1],
     )
+
+
+def _rounded_up(length: int, multiple_of: int) -> int:
+    return length + -length % multiple_of
+
+
+def _owners(num_tokens: Sequence[int], size: int) -> torch.Tensor:
+    """Which rank puts each answer through the head, int64 [rows]: balanced by tokens, the same on every rank."""
+    owners = torch.zeros(len(num_tokens), dtype=torch.int64)
+    for rank, rows in enumerate(shard_rows(num_tokens, range(len(num_tokens)), size)):
+        owners[rows] = rank
+    return owners
 
 
 def split_minibatches(group_index: torch.Tensor, num_minibatches: int, seed: int) -> list[list[int]]:

@@ -31,11 +31,15 @@ class Layout:
     tp_size: int
     pp_rank: int
     pp_size: int
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+    """All ranks with the same weights: data- and context-parallel ones."""
     last_stage_rank: int
     """Global rank of the last pipeline stage of this process's pipeline."""
     device: torch.device
@@ -43,6 +47,16 @@ class Layout:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
+
+    @property
+    def num_copies(self) -> int:
+        """Copies of the weights."""
+        return self.dp_size * self.cp_size
+
+    @property
+    def copy_index(self) -> int:
+        """Which copy this rank holds a part of."""
+        return self.dp_rank * self.cp_size + self.cp_rank
 
     def export_groups(self) -> ParallelGroups:
         """The groups over which a model's weights are gathered."""
@@ -56,7 +70,7 @@ class Layout:
         )
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums a CPU tensor that only last stages know over data-parallel ranks; the result is on every rank."""
+        """Sums a CPU tensor that last stages know parts of over data and context; the result is on every rank."""
         return self._reduce_over_data(values, dist.ReduceOp.SUM)
 
     def max_over_data(self, values: torch.Tensor) -> torch.Tensor:
@@ -65,8 +79,8 @@ class Layout:
 
     def _reduce_over_data(self, values: torch.Tensor, operation: Any) -> torch.Tensor:
         moved = values.to(self.device)
-        if self.is_last_stage and self.dp_size > 1:
-            dist.all_reduce(moved, op=operation, group=self.dp_group)
+        if self.is_last_stage and self.num_copies > 1:
+            dist.all_reduce(moved, op=operation, group=self.data_group)
         if self.pp_size > 1:
             dist.broadcast(moved, src=self.last_stage_rank, group=self.pp_group)
         return moved.cpu()
@@ -116,6 +130,7 @@ def parallel_layout(config: ParallelSection, seed: int) -> Iterator[Layout]:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor_model_parallel_size,
             pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+            context_parallel_size=config.context_parallel_size,
             distributed_timeout_minutes=math.ceil(config.timeout_seconds / 60),
         )
         model_parallel_cuda_manual_seed(seed)
@@ -124,11 +139,14 @@ def parallel_layout(config: ParallelSection, seed: int) -> Iterator[Layout]:
             tp_size=parallel_state.get_tensor_model_parallel_world_size(),
             pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
             pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            cp_size=parallel_state.get_context_parallel_world_size(),
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             pp_group=parallel_state.get_pipeline_model_parallel_group(),
-            dp_group=parallel_state.get_data_parallel_group(),
+            cp_group=parallel_state.get_context_parallel_group(),
+            data_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             last_stage_rank=parallel_state.get_pipeline_model_parallel_last_rank(),
             device=device,
         )

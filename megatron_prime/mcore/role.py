@@ -145,22 +145,31 @@ class ModelRole:
             micro_batch_tokens=self.setup.micro_batch.micro_batch_tokens,
         )
         return [
-            build_micro_batch(rows, cut, packed=self.setup.micro_batch.packed, multiple_of=self.sequence_multiple)
+            build_micro_batch(
+                rows,
+                cut,
+                packed=self.setup.micro_batch.packed,
+                multiple_of=self.sequence_multiple,
+                context_rank=self.layout.cp_rank,
+                context_size=self.layout.cp_size,
+            )
             for cut in cuts
         ]
 
     def _forward(self, module: Any, micro_batch: MicroBatch, head_loss: Any = None) -> torch.Tensor:
-        from megatron_prime.mcore.model import packed_parameters
+        from megatron_prime.mcore.model import packed_parameters, padded_attention_mask
 
         device = self.layout.device
+        where: dict[str, Any] = {"transformer_engine": self.transformer_engine, "device": device}
         return module(
             micro_batch.input_ids.to(device),
             micro_batch.position_ids.to(device),
-            None,
-            labels=micro_batch.labels.to(device),
+            padded_attention_mask(micro_batch, **where),
+            labels=micro_batch.targets.to(device),
             loss_mask=micro_batch.predicts.to(device),
-            packed_seq_params=packed_parameters(micro_batch, transformer_engine=self.transformer_engine, device=device),
+            packed_seq_params=packed_parameters(micro_batch, **where),
             head_loss=head_loss,
+            context=micro_batch.context,
         )
 
     def _schedule(
@@ -308,8 +317,14 @@ class TrainableRole(ModelRole):
 
     def _reduce_metrics(self, reports: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
         """Sums (``max_*``: maximises) the micro-batches' metrics over this rank and all others."""
-        # Stages before the last have no reports and learn the names along with the values.
+        # A context-parallel rank may own no answer at all, and stages before the last have no reports; they learn the
+        # names along with the values.
+        reports = [report for report in reports if report]
         names = sorted(reports[0]) if reports else []
+        if self.layout.cp_size > 1 and self.layout.is_last_stage:
+            every: list[Any] = [None] * self.layout.cp_size
+            torch.distributed.all_gather_object(every, names, group=self.layout.cp_group)
+            names = max(every, key=len)
         if self.layout.pp_size > 1:
             box: list[Any] = [names]
             torch.distributed.broadcast_object_list(
@@ -319,15 +334,15 @@ class TrainableRole(ModelRole):
         maximised = [n for n in names if n.startswith("max_")]
         summed = [n for n in names if not n.startswith("max_")]
 
-        def stacked(keys: list[str]) -> torch.Tensor:
+        def stacked(keys: list[str], nothing: float) -> torch.Tensor:
             if not reports:
-                return torch.zeros(1, len(keys), dtype=torch.float64)
+                return torch.full((1, len(keys)), nothing, dtype=torch.float64)
             return torch.stack([torch.stack([r[k].detach().double().cpu() for k in keys]) for r in reports])
 
-        sums = self.layout.sum_over_data(stacked(summed).sum(dim=0))
+        sums = self.layout.sum_over_data(stacked(summed, 0.0).sum(dim=0))
         result = dict(zip(summed, sums.tolist(), strict=True))
         if maximised:
-            maxima = self.layout.max_over_data(stacked(maximised).amax(dim=0))
+            maxima = self.layout.max_over_data(stacked(maximised, -math.inf).amax(dim=0))
             result |= dict(zip(maximised, maxima.tolist(), strict=True))
         return result
 
@@ -352,6 +367,8 @@ def _chunk_loss(
 
 
 def _combined(reports: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Metrics of a micro-batch from those of its chunks."""
+    """Metrics of a micro-batch from those of its chunks; none where it has no response tokens on this rank."""
+    if not reports:
+        return {}
     stacked = {name: torch.stack([report[name].detach() for report in reports]) for name in reports[0]}
     return {name: x.amax(dim=0) if name.startswith("max_") else x.sum(dim=0) for name, x in stacked.items()}

@@ -68,8 +68,9 @@ def test_the_step_moves_every_weight(folders, expected) -> None:
         {"tensor_model_parallel_size": 2, "sequence_parallel": True},
         {"pipeline_model_parallel_size": 2},
         {"use_distributed_optimizer": True},
+        {"context_parallel_size": 2},
     ],
-    ids=["tp2", "tp2_sequence_parallel", "pp2", "dp2_distributed_optimizer"],
+    ids=["tp2", "tp2_sequence_parallel", "pp2", "dp2_distributed_optimizer", "cp2"],
 )
 def test_same_weights_after_one_step(gloo_pool, folders, expected, sizes) -> None:
     for results in gloo_pool.run(2, update, folders, ParallelSection(world_size=2, **sizes)):

@@ -100,13 +100,6 @@ def test_padded_attention() -> None:
         assert (output[:, line] - expected).abs().max() < 1e-12
 
 
-def test_context_parallelism_is_refused() -> None:
-    config = layer_config()
-    config.context_parallel_size = 2
-    with pytest.raises(ValueError, match="context parallelism"):
-        SdpaAttention(config, 1, AttnMaskType.causal, "self")
-
-
 LLAMA_31_8B: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 4096,

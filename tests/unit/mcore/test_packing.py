@@ -41,11 +41,14 @@ def slow_cells(rows: TokenRows, row: int) -> list[tuple[int, int, int, bool]]:
     prompt = list(rows.prompt_token_ids[row])
     response = [int(t) for t, real in zip(rows.response_ids[row], rows.mask[row], strict=True) if real]
     sequence = prompt + response
-    return [(sequence[i], i, sequence[i + 1], i + 1 >= len(prompt)) for i in range(len(sequence) - 1)]
+    predicts = [i + 1 >= len(prompt) for i in range(len(sequence) - 1)]
+    return [(sequence[i], i, sequence[i + 1] if p else 0, p) for i, p in enumerate(predicts)]
 
 
 def cells_of(micro: MicroBatch, line: int) -> list[tuple[int, int, int, bool]]:
-    fields = (micro.input_ids, micro.position_ids, micro.labels, micro.predicts)
+    """As `slow_cells`; where no response token follows there is no target."""
+    targets = torch.zeros_like(micro.input_ids).masked_scatter(micro.predicts, micro.targets)
+    fields = (micro.input_ids, micro.position_ids, targets, micro.predicts)
     return list(zip(*(field[line].tolist() for field in fields), strict=True))
 
 
@@ -85,7 +88,7 @@ def test_flat_tokens_know_their_place(lengths, packed, data) -> None:
     chosen = data.draw(st.permutations(range(len(lengths))))[:5]
     micro = build_micro_batch(rows, chosen, packed=packed, multiple_of=1)
     # The labels at the predicting positions are the response tokens, in the order of `take`.
-    assert micro.labels[micro.predicts].tolist() == micro.take(rows.response_ids).tolist()
+    assert micro.targets.tolist() == micro.take(rows.response_ids).tolist()
     assert micro.take(rows.mask).all() and len(micro.rows) == int(rows.mask[list(chosen)].sum())
     assert micro.unique_rows().tolist() == list(chosen)
     back = micro.to_rows(micro.take(rows.response_ids), rows.mask.shape[1])
