@@ -206,7 +206,7 @@ def _megatron_logprobs(
                 layout=layout,
             )
         )
-        role.gpt.load_state_dict(load_state({"model": role.gpt.sharded_state_dict()}, megatron)["model"])
+        role.load_sharded_state(load_state({"model": role.sharded_state()}, megatron)["model"])
         examples = [SftExample(prompt_token_ids=ids[:1], response_token_ids=ids[1:]) for ids in prompts]
         scores = role.logprobs(TokenRows.from_examples(examples))
     return [scores[row, : len(ids) - 1] for row, ids in enumerate(prompts)]

@@ -105,6 +105,16 @@ def _check_parallel(parallel: ParallelSection) -> list[str]:
             f"parallel.world_size: {parallel.world_size} is not divisible by tensor x pipeline x context = {tensor} x "
             f"{pipeline} x {parallel.context_parallel_size}; use a multiple of {size}"
         )
+    if parallel.virtual_pipeline_model_parallel_size is not None and pipeline == 1:
+        problems.append(
+            "parallel.virtual_pipeline_model_parallel_size: interleaves pipeline stages and there is one"
+            "; set parallel.pipeline_model_parallel_size above 1 or this to null"
+        )
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        problems.append(
+            "parallel.overlap_param_gather: needs parallel.use_distributed_optimizer=true and "
+            "parallel.overlap_grad_reduce=true; set both"
+        )
     if parallel.sequence_parallel and tensor == 1:
         problems.append(
             "parallel.sequence_parallel: shards over tensor-parallel ranks and there is one"
@@ -314,10 +324,16 @@ def _check_architecture(config: AnyConfig, architecture: Architecture) -> list[s
         for what, number in sharded.items()
         if number % tensor
     ]
+    virtual = parallel.virtual_pipeline_model_parallel_size
     if architecture.num_layers % pipeline:
         problems.append(
             f"parallel.pipeline_model_parallel_size: the model's {architecture.num_layers} layers are not divisible"
             f" by {pipeline}; use a divisor"
+        )
+    elif virtual is not None and architecture.num_layers % (pipeline * virtual):
+        problems.append(
+            f"parallel.virtual_pipeline_model_parallel_size: the {architecture.num_layers // pipeline} layers of a "
+            f"pipeline stage are not divisible by {virtual}; use a divisor"
         )
     if isinstance(config, PrimeConfig):
         problems += [

@@ -7,6 +7,7 @@ Two kinds of run: `PrimeConfig` (``kind: prime``) and `SftConfig` (``kind: sft``
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_prime.config.schema_model import HeadSection, MicroBatchSection, ModelSection, ParallelSection
 from megatron_prime.config.schema_verifier import VerifierSection
 
 
@@ -26,66 +27,6 @@ class RunSection:
     """`auto` goes on from the newest checkpoint of the run folder; `never` refuses a folder that has one."""
     num_threads: int = 1
     """CPU threads of each process."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ModelSection:
-    """The model that policy, reference and PRM start from."""
-
-    path: str
-    """Hugging Face folder: config.json, tokenizer and (unless `init: random`) safetensors weights."""
-    init: Literal["weights", "random"] = "weights"
-    """`random` takes only the shape and the tokenizer from `path`."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of parameters and activations; optimizer states are float32 always."""
-    make_vocab_size_divisible_by: int = 128
-    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
-    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Layer implementation; `auto` takes Transformer Engine where it can be imported and there is CUDA."""
-    recompute_granularity: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation of the trained models."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ParallelSection:
-    """The layout that policy, reference and PRM share."""
-
-    world_size: int = 1
-    """Processes of the run; data parallel size = world_size / (tensor * pipeline * context)."""
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    context_parallel_size: int = 1
-    """Ranks among which every sequence is cut; for long answers."""
-    sequence_parallel: bool = False
-    """Shard the activations of norms over the tensor-parallel ranks."""
-    use_distributed_optimizer: bool = False
-    """Shard optimizer states over data-parallel ranks."""
-    timeout_seconds: float = 1800.0
-    """How long a collective may take before the run is given up."""
-
-
-@dataclass(kw_only=True, slots=True)
-class MicroBatchSection:
-    """How a batch is cut for the forward pass. Never changes a result, only memory and speed."""
-
-    packed: bool = True
-    """Sequences back to back without padding (thd); false: right-padded rows."""
-    micro_batch_size: int | None = None
-    """Sequences of a micro-batch; exactly one of this and `micro_batch_tokens` is set."""
-    micro_batch_tokens: int | None = None
-    """Tokens of a micro-batch at the most (a longer sequence goes alone)."""
-
-
-@dataclass(kw_only=True, slots=True)
-class HeadSection:
-    """The log-prob op of all models. Never changes a result by more than rounding, only memory and speed."""
-
-    backend: Literal["auto", "torch", "triton"] = "auto"
-    """`auto`: Triton on GPUs of compute capability 8.0 and up where it is installed, else torch."""
-    gemm: Literal["auto", "mm", "onednn"] = "auto"
-    """Float32 matrix product of the torch backend on CPUs; `auto` measures when a run begins and keeps to it."""
-    workspace_mib: float = 256.0
-    """Logits, or their exponentials, that exist at one time on one rank."""
 
 
 @dataclass(kw_only=True, slots=True)

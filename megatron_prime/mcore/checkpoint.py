@@ -218,7 +218,7 @@ class Checkpointer:
 
         allocate_states(role.optimizer)
         state = load_state(self._state(role, loading=True), path)
-        role.gpt.load_state_dict(state["model"])
+        role.load_sharded_state(state["model"])
         role.optimizer.load_state_dict(state["optimizer"])
         role.scheduler.load_state_dict(state["scheduler"])
         restore_step_counts(role.optimizer, role.scheduler.num_steps)
@@ -227,7 +227,7 @@ class Checkpointer:
     def _state(role: TrainableRole, *, loading: bool) -> dict[str, Any]:
         # Megatron adds the current process group to the mapping it is given.
         metadata = dict(_OPTIMIZER_METADATA)
-        model = role.gpt.sharded_state_dict(metadata=metadata)
+        model = role.sharded_state(metadata)
         return {
             "model": model,
             "optimizer": role.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),

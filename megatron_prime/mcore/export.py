@@ -22,7 +22,7 @@ def export_hf(role: ModelRole, target: Path, source_folder: Path) -> None:
         for _ in stream:
             pass
     else:
-        dtype = next(role.gpt.parameters()).dtype
+        dtype = role.config.params_dtype
         with HfWriter(target, source_folder, role.architecture, dtype, overwrite=True) as writer:
             for name, tensor in stream:
                 writer.add(name, tensor)

@@ -86,10 +86,14 @@ def transformer_config(
         autocast_dtype=dtype,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         # Packed micro-batches differ in length, so pipeline stages tell each other the shape.
         variable_seq_lengths=True,
+        # Interleaved stages send in both directions; in one batch, two ranks could not tell which message is which.
+        overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
+        batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
         moe_token_dispatcher_type="alltoall",
         # Losses arrive normalised over the whole mini-batch: Megatron must neither divide by the
         # number of micro-batches nor average over data-parallel ranks.
@@ -114,7 +118,10 @@ def _recompute(model: ModelSection) -> dict[str, Any]:
 
 
 def block_spec(
-    architecture: ModelArchitecture, config: TransformerConfig, transformer_engine: bool
+    architecture: ModelArchitecture,
+    config: TransformerConfig,
+    transformer_engine: bool,
+    virtual_stage: int | None = None,
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """Transformer Engine's layers, or Megatron's local ones with our norm and attention in them."""
     if transformer_engine:
@@ -127,7 +134,9 @@ def block_spec(
     if architecture.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     norm: Any = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=virtual_stage), layer_norm=norm
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,15 +233,15 @@ class LogprobModel(GPTModel):
         return received[context.receive_order.to(selected.device)]
 
 
-def build_model(
+def build_chunks(
     architecture: ModelArchitecture,
     model: ModelSection,
     parallel: ParallelSection,
     *,
     head_options: HeadOptions,
     device: torch.device,
-) -> LogprobModel:
-    """This rank's part of the model, with Megatron's random initialisation.
+) -> list[LogprobModel]:
+    """This rank's parts of the model, with Megatron's random initialisation: one, or one per virtual pipeline stage.
 
     Args:
         architecture: shape, from the Hugging Face config.
@@ -242,19 +251,35 @@ def build_model(
         device: where the parameters live.
     """
     config = transformer_config(architecture, model, parallel)
+    num_chunks = parallel.virtual_pipeline_model_parallel_size
+    stages: list[int | None] = [None] if num_chunks is None else list(range(num_chunks))
+    return [_build_chunk(architecture, model, parallel, config, stage, head_options, device) for stage in stages]
+
+
+def _build_chunk(
+    architecture: ModelArchitecture,
+    model: ModelSection,
+    parallel: ParallelSection,
+    config: TransformerConfig,
+    virtual_stage: int | None,
+    head_options: HeadOptions,
+    device: torch.device,
+) -> LogprobModel:
     transformer_engine = uses_transformer_engine(model)
+    where: dict[str, Any] = {"ignore_virtual": virtual_stage is None, "vp_stage": virtual_stage}
     result = LogprobModel(
         config=config,
-        transformer_layer_spec=block_spec(architecture, config, transformer_engine),  # type: ignore[arg-type]
+        transformer_layer_spec=block_spec(architecture, config, transformer_engine, virtual_stage),  # type: ignore[arg-type]
         vocab_size=architecture.padded_vocab_size(
             model.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size
         ),
         max_sequence_length=architecture.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**where),
+        post_process=parallel_state.is_pipeline_last_stage(**where),
         share_embeddings_and_output_weights=architecture.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=architecture.rotary_base,  # type: ignore[arg-type]
+        vp_stage=virtual_stage,
     )
     inverse = rotary_inverse_frequencies(architecture)
     if transformer_engine:

@@ -5,6 +5,7 @@ Import this module only inside `cpu.megatron_platform`: it imports Megatron.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,28 +19,41 @@ from megatron_prime.mcore.cpu import use_fused_adam
 from megatron_prime.mcore.dtypes import DTYPES
 
 
-def wrap_data_parallel(module: Any, parallel: ParallelSection) -> DistributedDataParallel:
-    """Megatron's gradient buffers (float32) and their reduction over data-parallel ranks."""
+def wrap_data_parallel(modules: Sequence[Any], parallel: ParallelSection) -> list[DistributedDataParallel]:
+    """Megatron's gradient buffers (float32) and their reduction over data-parallel ranks, for each part of a model."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         check_for_nan_in_grad=False,
     )
-    ddp = DistributedDataParallel(module.config, config, module)
+    model_config = modules[0].config
+    # Parts after the first finish their backward pass early enough without buckets.
+    wrapped = [
+        DistributedDataParallel(model_config, config, module, disable_bucketing=number > 0)
+        for number, module in enumerate(modules)
+    ]
 
     def finalize(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
         # Losses are normalised over the mini-batch already: no division by the token count here.
         finalize_model_grads(model, None, **kwargs)
 
-    module.config.finalize_model_grads_func = finalize
-    return ddp
+    model_config.finalize_model_grads_func = finalize
+    if parallel.overlap_grad_reduce:
+        functions = [ddp.no_sync for ddp in wrapped]
+        # Reduction starts when the last micro-batch has been through a bucket.
+        model_config.no_sync_func = functions if len(functions) > 1 else functions[0]
+    return wrapped
 
 
 def build_optimizer(
-    ddp: DistributedDataParallel, section: OptimizerSection, model: ModelSection, parallel: ParallelSection
+    wrapped: list[DistributedDataParallel],
+    section: OptimizerSection,
+    model: ModelSection,
+    parallel: ParallelSection,
 ) -> Any:
-    """Megatron's Adam over one wrapped model."""
+    """Megatron's Adam over the wrapped parts of one model."""
     dtype = DTYPES[model.dtype]
     config = OptimizerConfig(
         optimizer="adam",
@@ -53,9 +67,10 @@ def build_optimizer(
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(config, [ddp])
-    ddp.config.grad_scale_func = optimizer.scale_loss
+    optimizer = get_megatron_optimizer(config, list(wrapped))
+    wrapped[0].config.grad_scale_func = optimizer.scale_loss
     use_fused_adam(optimizer)
     return optimizer
 

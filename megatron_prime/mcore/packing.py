@@ -153,7 +153,7 @@ def build_micro_batch(
 
     Args:
         batch: the whole batch.
-        rows: its rows to take.
+        rows: its rows to take; without any the micro-batch is padding.
         packed: back to back, else right-padded.
         multiple_of: each rank's sequence dimension is padded to a multiple of this (sequence parallelism).
         context_rank: this process's part of every sequence; its response tokens are those of its share of the rows.
@@ -166,9 +166,10 @@ def build_micro_batch(
     # Context parallelism cuts each sequence into two chunks per rank.
     cut = 2 * context_size if context_size > 1 else 1
     lengths = [_rounded_up(length, cut) for length in used]
-    width = sum(lengths) if packed else max(lengths)
-    padding = -width % math.lcm(cut, context_size * multiple_of)
-    shape = (1, width + padding) if packed else (len(rows), width + padding)
+    width = sum(lengths) if packed else max(lengths, default=0)
+    step = math.lcm(cut, context_size * multiple_of)
+    padding = -width % step if rows else step
+    shape = (1, width + padding) if packed else (max(len(rows), 1), width + padding)
     arrays = {name: np.zeros(shape, dtype) for name, dtype in _FIELDS.items()}
     start = 0
     for index, (prompt, response, length) in enumerate(zip(prompts, responses, used, strict=True)):
@@ -181,6 +182,7 @@ def build_micro_batch(
         arrays["position_ids"][:] = range(shape[1])
     elif padding:
         arrays["position_ids"][0, width:] = range(padding)
+    if padding and (packed or not rows):
         lengths.append(padding)
     fields = {name: torch.from_numpy(array) for name, array in arrays.items()}
     mine, context = torch.ones(len(rows), dtype=torch.bool), None
@@ -192,7 +194,7 @@ def build_micro_batch(
             fields["predicts"], owners.repeat_interleave(counts), line_lengths, context_rank, context_size
         )
         fields = {name: field[:, context.places] for name, field in fields.items()}
-    taken = torch.tensor(list(rows))[mine]
+    taken = torch.tensor(list(rows), dtype=torch.int64)[mine]
     mask = batch.mask[taken]
     return MicroBatch(
         **fields,

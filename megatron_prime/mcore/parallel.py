@@ -130,6 +130,7 @@ def parallel_layout(config: ParallelSection, seed: int) -> Iterator[Layout]:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor_model_parallel_size,
             pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
             context_parallel_size=config.context_parallel_size,
             distributed_timeout_minutes=math.ceil(config.timeout_seconds / 60),
         )

@@ -20,7 +20,8 @@ from megatron_prime.algorithm.prm_loss import (
 from megatron_prime.batch import RolloutBatch, ScoredBatch, SftExample, UpdateResult
 from megatron_prime.config.schema import PolicySection, PrmSection
 from megatron_prime.mcore.packing import ResponseTokens, TokenRows, split_minibatches
-from megatron_prime.mcore.role import ModelRole, RoleSetup, TokenLoss, TrainableRole
+from megatron_prime.mcore.reports import TokenLoss
+from megatron_prime.mcore.role import ModelRole, RoleSetup, TrainableRole
 
 Metrics = dict[str, float]
 
@@ -113,6 +114,7 @@ class PolicyRole(TrainableRole):
                 )
                 results.append(result)
                 old = result.logprobs if old is None else old
+        self.settle()
         return UpdateResult(metrics=_mean([r.metrics for r in results]), logprobs=results[0].logprobs)
 
 
@@ -189,6 +191,7 @@ class PrmRole(TrainableRole):
             for selected in split_minibatches(batch.rollout.group_index, self.section.num_minibatches, seed + number)
         ]
         assert batches[-1].prm_logprobs is not None or len(results) == 1
+        self.settle()
         return UpdateResult(metrics=_mean([r.metrics for r in results]), logprobs=results[-1].logprobs)
 
     def _minibatch(self, batch: ScoredBatch, selected: Sequence[int]) -> UpdateResult:
@@ -252,4 +255,6 @@ class SftRole(TrainableRole):
             assert entropy is not None
             return -logprobs.sum() / num_tokens, {"entropy": entropy.sum() / num_tokens}
 
-        return self.optimizer_step(rows, range(len(examples)), loss, with_entropy=True).metrics
+        metrics = self.optimizer_step(rows, range(len(examples)), loss, with_entropy=True).metrics
+        self.settle()
+        return metrics

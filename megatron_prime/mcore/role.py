@@ -21,24 +21,19 @@ from megatron_prime.kernels import HeadOptions
 from megatron_prime.mcore.cpu import megatron_platform, on_megatron_platform
 from megatron_prime.mcore.packing import (
     MicroBatch,
-    ResponseTokens,
     TokenRows,
     build_micro_batch,
     cut_micro_batches,
     shard_rows,
 )
 from megatron_prime.mcore.parallel import Layout
+from megatron_prime.mcore.reports import TokenLoss, chunk_loss, combined, reduce_metrics
 from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.families import WeightSpec, transformer_engine_name, weight_specs
 from megatron_prime.weights.hf_folder import HfFolder
 from megatron_prime.weights.stream import WeightExport, import_weights
 
 logger = logging.getLogger(__name__)
-
-TokenLoss = Callable[
-    [torch.Tensor, torch.Tensor | None, ResponseTokens], tuple[torch.Tensor, Mapping[str, torch.Tensor]]
-]
-"""(log-probs [n], entropies [n], their tokens) -> (loss that sums over the parts of a mini-batch, metrics that sum)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,25 +62,33 @@ class ModelRole:
         with megatron_platform():
             from megatron.core.transformer.module import Float16Module
 
-            from megatron_prime.mcore.model import build_model, uses_transformer_engine
+            from megatron_prime.mcore.model import build_chunks, uses_transformer_engine
 
             self.transformer_engine = uses_transformer_engine(setup.model)
-            self.gpt = build_model(
+            self.chunks = build_chunks(
                 setup.architecture,
                 setup.model,
                 setup.parallel,
                 head_options=setup.head,
                 device=setup.layout.device,
             )
-            config = self.gpt.config
-            self.module: Any = Float16Module(config, self.gpt) if config.bf16 else self.gpt
+            self.config = self.chunks[0].config
+            self.modules: list[Any] = [
+                Float16Module(self.config, chunk) if self.config.bf16 else chunk for chunk in self.chunks
+            ]
         self.specs: list[WeightSpec] = weight_specs(setup.architecture)
         self._export = WeightExport(self.specs, setup.architecture, self.local_weights, setup.layout.export_groups())
 
     def local_weights(self) -> dict[str, torch.Tensor]:
         """This rank's parameters under their global Megatron names (views, not copies)."""
-        by_local_name = dict(self.gpt.named_parameters())
-        layers: Any = self.gpt.decoder.layers
+        result: dict[str, torch.Tensor] = {}
+        for chunk in self.chunks:
+            result |= self._weights_of(chunk)
+        return result
+
+    def _weights_of(self, chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
+        by_local_name = dict(chunk.named_parameters())
+        layers: Any = chunk.decoder.layers  # pyright: ignore[reportAttributeAccessIssue]
         first_layer = layers[0].layer_number - 1 if len(layers) else 0
         result: dict[str, torch.Tensor] = {}
         for spec in self.specs:
@@ -121,9 +124,22 @@ class ModelRole:
 
             parallel_state: Any = megatron_state
             if parallel_state.is_rank_in_embedding_group():
-                weight = self.gpt.shared_embedding_or_output_weight().data
+                (chunk,) = (chunk for chunk in self.chunks if chunk.pre_process or chunk.post_process)
+                weight = chunk.shared_embedding_or_output_weight().data
                 source = parallel_state.get_pipeline_model_parallel_first_rank()
                 torch.distributed.broadcast(weight, src=source, group=parallel_state.get_embedding_group())
+
+    def sharded_state(self, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What `mcore.checkpoint` saves of the model; inside `megatron_platform`."""
+        states = [chunk.sharded_state_dict(metadata=metadata) for chunk in self.chunks]
+        # Names of shards are those of the whole model; the keys around them only have to differ.
+        return states[0] if len(states) == 1 else {f"chunk{number}": state for number, state in enumerate(states)}
+
+    def load_sharded_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over what was loaded into `sharded_state`."""
+        states = [state] if len(self.chunks) == 1 else [state[f"chunk{n}"] for n in range(len(self.chunks))]
+        for chunk, values in zip(self.chunks, states, strict=True):
+            chunk.load_state_dict(values)
 
     def export_weights(self) -> WeightExport:
         """The weights for an engine or a folder; every rank must take part in reading them."""
@@ -144,6 +160,9 @@ class ModelRole:
             micro_batch_size=self.setup.micro_batch.micro_batch_size,
             micro_batch_tokens=self.setup.micro_batch.micro_batch_tokens,
         )
+        if self.setup.parallel.virtual_pipeline_model_parallel_size is not None:
+            # Interleaved stages take turns in rounds of one micro-batch per stage.
+            cuts += [[] for _ in range(-len(cuts) % self.layout.pp_size)]
         return [
             build_micro_batch(
                 rows,
@@ -173,12 +192,12 @@ class ModelRole:
         )
 
     def _schedule(
-        self, module: Any, micro_batches: Sequence[MicroBatch], step: Callable[..., Any], *, forward_only: bool
+        self, modules: list[Any], micro_batches: Sequence[MicroBatch], step: Callable[..., Any], *, forward_only: bool
     ) -> list[Any]:
         """Runs Megatron's schedule.
 
         Args:
-            module: the model, wrapped or not.
+            modules: the parts of the model, wrapped or not.
             micro_batches: of this rank.
             step: (module, micro-batch) -> output, and what to make of it on the last stage.
             forward_only: no backward pass.
@@ -189,10 +208,11 @@ class ModelRole:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         longest = max(m.input_ids.shape[1] for m in micro_batches)
+        iterators = [iter(micro_batches) for _ in modules]
         return get_forward_backward_func()(
             forward_step_func=lambda iterator, model: step(model, next(iterator)),
-            data_iterator=iter(micro_batches),
-            model=[module],
+            data_iterator=iterators if len(modules) > 1 else iterators[0],
+            model=modules,
             num_microbatches=len(micro_batches),
             seq_length=longest,
             micro_batch_size=1 if self.setup.micro_batch.packed else micro_batches[0].input_ids.shape[0],
@@ -212,14 +232,15 @@ class ModelRole:
             float32 [B, R] on the CPU, 0 on padding, the same on every rank.
         """
         micro_batches = self._micro_batches(rows, range(rows.mask.shape[0]))
-        self.gpt.temperature = temperature
-        self.gpt.eval()
+        for chunk in self.chunks:
+            chunk.temperature = temperature
+            chunk.eval()
 
         def step(module: Any, micro_batch: MicroBatch) -> tuple[torch.Tensor, Callable[..., Any]]:
             return self._forward(module, micro_batch), lambda output, non_loss_data: output.float().cpu()
 
         with torch.no_grad():
-            outputs = self._schedule(self.module, micro_batches, step, forward_only=True)
+            outputs = self._schedule(self.modules, micro_batches, step, forward_only=True)
         result = torch.zeros(rows.mask.shape, dtype=torch.float32)
         for micro_batch, output in zip(micro_batches, outputs, strict=False):
             result[micro_batch.rows, micro_batch.columns] = output
@@ -234,8 +255,8 @@ class TrainableRole(ModelRole):
         with megatron_platform():
             from megatron_prime.mcore.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 
-            self.ddp = wrap_data_parallel(self.module, setup.parallel)
-            self.optimizer = build_optimizer(self.ddp, optimizer, setup.model, setup.parallel)
+            self.wrapped = wrap_data_parallel(self.modules, setup.parallel)
+            self.optimizer = build_optimizer(self.wrapped, optimizer, setup.model, setup.parallel)
             self.scheduler = build_scheduler(self.optimizer, optimizer, num_optimizer_steps)
 
     def load_hf(self, folder: HfFolder) -> None:
@@ -281,16 +302,17 @@ class TrainableRole(ModelRole):
         from megatron_prime.mcore.model import HeadLoss
 
         micro_batches = self._micro_batches(rows, selected)
-        self.gpt.temperature = temperature
-        self.gpt.train()
-        self.ddp.zero_grad_buffer()
+        for chunk, wrapped in zip(self.chunks, self.wrapped, strict=True):
+            chunk.temperature = temperature
+            chunk.train()
+            wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         kept = torch.zeros(rows.mask.shape, dtype=torch.float32) if keep_logprobs else None
 
         def step(module: Any, micro_batch: MicroBatch) -> tuple[torch.Tensor, Callable[..., Any]]:
             reports: list[Mapping[str, torch.Tensor]] = []
             head_loss = HeadLoss(
-                evaluate=_chunk_loss(loss, micro_batch, reports, kept),
+                evaluate=chunk_loss(loss, micro_batch, reports, kept),
                 sequence_lengths=micro_batch.response_lengths() if whole_sequences else None,
                 with_entropy=with_entropy,
             )
@@ -298,11 +320,11 @@ class TrainableRole(ModelRole):
             return self._forward(module, micro_batch, head_loss), lambda output: (
                 output,
                 torch.ones((), dtype=torch.int),
-                _combined(reports),
+                combined(reports),
             )
 
-        reports = self._schedule(self.ddp, micro_batches, step, forward_only=False)
-        metrics = self._reduce_metrics(reports)
+        reports = self._schedule(self.wrapped, micro_batches, step, forward_only=False)
+        metrics = reduce_metrics(self.layout, reports)
         if not all(math.isfinite(v) for v in metrics.values()):
             raise TrainingError(f"non-finite loss or metric: {metrics}; lower the learning rate or check the data")
         logprobs = None if kept is None else self.layout.sum_over_data(kept)
@@ -315,60 +337,9 @@ class TrainableRole(ModelRole):
         self.scheduler.step(increment=1)
         return UpdateResult(metrics=metrics, logprobs=logprobs)
 
-    def _reduce_metrics(self, reports: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
-        """Sums (``max_*``: maximises) the micro-batches' metrics over this rank and all others."""
-        # A context-parallel rank may own no answer at all, and stages before the last have no reports; they learn the
-        # names along with the values.
-        reports = [report for report in reports if report]
-        names = sorted(reports[0]) if reports else []
-        if self.layout.cp_size > 1 and self.layout.is_last_stage:
-            every: list[Any] = [None] * self.layout.cp_size
-            torch.distributed.all_gather_object(every, names, group=self.layout.cp_group)
-            names = max(every, key=len)
-        if self.layout.pp_size > 1:
-            box: list[Any] = [names]
-            torch.distributed.broadcast_object_list(
-                box, src=self.layout.last_stage_rank, group=self.layout.pp_group, device=self.layout.device
-            )
-            names = box[0]
-        maximised = [n for n in names if n.startswith("max_")]
-        summed = [n for n in names if not n.startswith("max_")]
-
-        def stacked(keys: list[str], nothing: float) -> torch.Tensor:
-            if not reports:
-                return torch.full((1, len(keys)), nothing, dtype=torch.float64)
-            return torch.stack([torch.stack([r[k].detach().double().cpu() for k in keys]) for r in reports])
-
-        sums = self.layout.sum_over_data(stacked(summed, 0.0).sum(dim=0))
-        result = dict(zip(summed, sums.tolist(), strict=True))
-        if maximised:
-            maxima = self.layout.max_over_data(stacked(maximised, -math.inf).amax(dim=0))
-            result |= dict(zip(maximised, maxima.tolist(), strict=True))
-        return result
-
-
-def _chunk_loss(
-    loss: TokenLoss,
-    micro_batch: MicroBatch,
-    reports: list[Mapping[str, torch.Tensor]],
-    kept: torch.Tensor | None,
-) -> Callable[[torch.Tensor, torch.Tensor | None, slice], torch.Tensor]:
-    """The loss as the head calls it; metrics go into `reports` and log-probs [B, R] into `kept`."""
-
-    def evaluate(logprobs: torch.Tensor, entropy: torch.Tensor | None, chunk: slice) -> torch.Tensor:
-        tokens = micro_batch.part(chunk)
-        value, metrics = loss(logprobs, entropy, tokens)
-        reports.append({"loss": value.detach(), **metrics})
-        if kept is not None:
-            kept[tokens.rows, tokens.columns] = logprobs.detach().float().cpu()
-        return value
-
-    return evaluate
-
-
-def _combined(reports: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Metrics of a micro-batch from those of its chunks; none where it has no response tokens on this rank."""
-    if not reports:
-        return {}
-    stacked = {name: torch.stack([report[name].detach() for report in reports]) for name in reports[0]}
-    return {name: x.amax(dim=0) if name.startswith("max_") else x.sum(dim=0) for name, x in stacked.items()}
+    def settle(self) -> None:
+        """Waits for parameters that other ranks have stepped; before anything but another optimizer step reads them."""
+        if self.setup.parallel.overlap_param_gather:
+            with megatron_platform():
+                for wrapped in self.wrapped:
+                    wrapped.start_param_sync(force_sync=True)

@@ -51,9 +51,9 @@ def megatron_at(layout: str, writes: bool, paths: list[tuple[Path, Path, Path]])
 def _write_or_read(role: ModelRole, writes: bool, folder: Path, checkpoint: Path, target: Path) -> None:
     if writes:
         role.load_hf(HfFolder(folder))
-        save_state({"model": role.gpt.sharded_state_dict()}, checkpoint)
+        save_state({"model": role.chunks[0].sharded_state_dict()}, checkpoint)
     else:
-        role.gpt.load_state_dict(load_state({"model": role.gpt.sharded_state_dict()}, checkpoint)["model"])
+        role.chunks[0].load_state_dict(load_state({"model": role.chunks[0].sharded_state_dict()}, checkpoint)["model"])
         export_hf(role, target, folder)
 
 

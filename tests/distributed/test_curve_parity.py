@@ -12,12 +12,9 @@ from small_task import make_start, prime_config, read_curve, run_prime
 
 VARIANTS = {
     "tp2": {"parallel": {"world_size": 2, "tensor_model_parallel_size": 2}},
-    "tp2_sequence_parallel": {
-        "parallel": {"world_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}
-    },
     "pp2": {"parallel": {"world_size": 2, "pipeline_model_parallel_size": 2}},
     "dp2": {"parallel": {"world_size": 2}},
-    "dp2_distributed_optimizer": {"parallel": {"world_size": 2, "use_distributed_optimizer": True}},
+    "cp2": {"parallel": {"world_size": 2, "context_parallel_size": 2}},
     "size1": {"micro_batch": {"micro_batch_tokens": None, "micro_batch_size": 1}},
     "size2": {"micro_batch": {"micro_batch_tokens": None, "micro_batch_size": 2}},
     "size4_unpacked": {"micro_batch": {"micro_batch_tokens": None, "micro_batch_size": 4, "packed": False}},

@@ -118,8 +118,8 @@ def test_sequence_parallel(gloo_pool, folders) -> None:
 def response_logits(role: ModelRole, rows: TokenRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """Rows, columns and logits [n, vocabulary] of this rank, from the states before the head; last stage only."""
     states: list[torch.Tensor] = []
-    if role.gpt.post_process:
-        norm: Any = role.gpt.decoder.final_layernorm
+    if role.chunks[0].post_process:
+        norm: Any = role.chunks[0].decoder.final_layernorm
         norm.register_forward_hook(lambda *call: states.append(call[-1]))
     role.logprobs(rows)
     if not states:
@@ -130,9 +130,9 @@ def response_logits(role: ModelRole, rows: TokenRows) -> tuple[torch.Tensor, tor
         torch.distributed.all_gather(parts, tensor.detach().contiguous(), group=role.layout.tp_group)
         return torch.cat(parts, dim=dim)
 
-    tied = role.gpt.share_embeddings_and_output_weights
-    head: Any = role.gpt.shared_embedding_or_output_weight() if tied else role.gpt.output_layer.weight
-    hidden = gather(states[0], 0) if role.gpt.config.sequence_parallel else states[0]
+    tied = role.chunks[0].share_embeddings_and_output_weights
+    head: Any = role.chunks[0].shared_embedding_or_output_weight() if tied else role.chunks[0].output_layer.weight
+    hidden = gather(states[0], 0) if role.chunks[0].config.sequence_parallel else states[0]
     (micro_batch,) = role._micro_batches(rows, range(len(rows.mask)))
     selected = hidden.transpose(0, 1)[micro_batch.predicts]
     logits = gather(selected @ head.T, 1)[:, : role.architecture.vocab_size]

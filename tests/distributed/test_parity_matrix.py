@@ -45,6 +45,9 @@ class Case:
     packed: bool = True
     recompute: Literal["none", "selective", "full"] = "none"
     distributed_optimizer: bool = False
+    overlap: bool = False
+    """Communication beside computation, as far as the other settings allow."""
+    virtual: int | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -54,6 +57,7 @@ class Case:
         sizes = [f"{name}{size}" for name in ("tp", "pp", "cp", "dp") if (size := getattr(self, name)) > 1]
         switches = ["sp"] * self.sequence_parallel + ["padded"] * (not self.packed)
         switches += [self.recompute] * (self.recompute != "none") + ["sharded_adam"] * self.distributed_optimizer
+        switches += ["overlap"] * self.overlap + ["interleaved"] * (self.virtual is not None)
         return "_".join([self.family, *sizes, *switches])
 
 
@@ -62,7 +66,8 @@ FEW = [
     Case(family="qwen3", tp=2, cp=2, sequence_parallel=True, recompute="selective"),
     Case(family="llama", pp=2, cp=2, packed=False, recompute="full"),
     Case(family="qwen2", tp=2, pp=2, sequence_parallel=True, distributed_optimizer=True),
-    Case(family="qwen2_untied", cp=2, dp=2, distributed_optimizer=True),
+    Case(family="qwen2_untied", cp=2, dp=2, distributed_optimizer=True, overlap=True),
+    Case(family="qwen2", pp=2, dp=2, virtual=2, overlap=True),
 ]
 
 
@@ -73,6 +78,9 @@ def every_case() -> Iterator[Case]:
     families = itertools.cycle(("qwen2", "qwen3", "llama", "qwen2_untied"))
     recomputes = itertools.cycle(("none", "full", "selective"))
     sharded = itertools.cycle((False, True))
+    # Seven and five have no divisor in common with the others, so that all combinations come up.
+    overlaps = itertools.cycle((False, True, False, True, True, False, True))
+    virtuals = itertools.cycle((None, 2, None, 2, 2))
     for tp, pp, cp, dp in sizes:
         if tp * pp * cp * dp > MAX_RANKS:
             continue
@@ -87,6 +95,8 @@ def every_case() -> Iterator[Case]:
                 packed=packed,
                 recompute=next(recomputes),
                 distributed_optimizer=next(sharded),
+                overlap=next(overlaps),
+                virtual=next(virtuals) if pp > 1 else None,
             )
 
 
@@ -105,6 +115,9 @@ def run_prime(folder: Path, case: Case) -> Trace:
         context_parallel_size=case.cp,
         sequence_parallel=case.sequence_parallel,
         use_distributed_optimizer=case.distributed_optimizer,
+        overlap_grad_reduce=case.overlap,
+        overlap_param_gather=case.overlap and case.distributed_optimizer,
+        virtual_pipeline_model_parallel_size=case.virtual,
     )
     with parallel_layout(parallel, seed=1) as layout:
         setup = RoleSetup(
@@ -155,6 +168,15 @@ def expected(tmp_path_factory: pytest.TempPathFactory):
         return made[family]
 
     return of
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_the_reference_moves_every_weight(expected, family: str) -> None:
+    folder, wanted = expected(family)
+    start = HfFolder(folder)
+    for name, tensor in wanted.weights.items():
+        before = start.fetch(name.partition("/")[2], (slice(None),) * tensor.dim())
+        assert (tensor - before).abs().max() > 20 * WEIGHT_BOUND, name
 
 
 def test_three_steps(gloo_pool, expected, case: Case) -> None:

@@ -92,19 +92,19 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
         result = {"activations": 0.0}
         if layout.pp_size == 1:
             with megatron_platform():
-                role.gpt.train()
+                role.chunks[0].train()
                 result["activations"] = saved_bytes(role, role._micro_batches(rows, range(8))[0])
         role.optimizer_step(rows, range(8), lambda logprobs, entropy, micro: (-logprobs.sum(), {}))
-        parameters = list(role.gpt.parameters())
+        parameters = list(role.chunks[0].parameters())
         result["weights"] = sum(p.numel() * p.element_size() for p in parameters)
-        result["gradients"] = sum(buffer.grad_data.nbytes for buffer in role.ddp.buffers)
+        result["gradients"] = sum(buffer.grad_data.nbytes for buffer in role.wrapped[0].buffers)
         result["optimizer"] = optimizer_bytes(role, {p.untyped_storage().data_ptr() for p in parameters})
         return result | {"stage": layout.pp_rank}
 
 
 def saved_bytes(role: Any, micro_batch: Any) -> float:
     """Bytes of the distinct storages that autograd keeps, parameters excluded."""
-    parameters = {p.untyped_storage().data_ptr() for p in role.ddp.parameters()}
+    parameters = {p.untyped_storage().data_ptr() for p in role.wrapped[0].parameters()}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ def saved_bytes(role: Any, micro_batch: Any) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = role._forward(role.ddp, micro_batch)
+        output = role._forward(role.wrapped[0], micro_batch)
     num_bytes = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
     del output
     return float(num_bytes)

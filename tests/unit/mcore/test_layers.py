@@ -187,8 +187,8 @@ def test_a_bfloat16_model_turns_by_float32_angles(tmp_path: Path) -> None:
             layout=layout,
         )
         role = ModelRole(setup)
-    assert {parameter.dtype for parameter in role.module.parameters()} == {torch.bfloat16}
-    embedding = role.gpt.rotary_pos_emb
+    assert {parameter.dtype for parameter in role.modules[0].parameters()} == {torch.bfloat16}
+    embedding = role.chunks[0].rotary_pos_emb
     assert isinstance(embedding, PositionRotaryEmbedding)
     assert embedding.inverse_frequencies.dtype is torch.float32
     positions = torch.arange(2001, 131072, 997)
