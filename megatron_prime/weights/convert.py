@@ -1,7 +1,8 @@
 """Hugging Face folders to Megatron distributed checkpoints and back, one weight in memory at a time.
 
 A Megatron checkpoint made here is self-contained: beside the weights it keeps the Hugging Face
-``config.json`` and tokenizer in ``hf/``, from which the way back is built.
+``config.json`` and tokenizer in ``hf/``, from which the way back is built. What a conversion has written before it was
+killed is kept in a folder ``TARGET.writing``, proved by checksums, and the same conversion goes on from there.
 """
 
 from __future__ import annotations
@@ -9,23 +10,27 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_prime.config.schema import ModelSection
-from megatron_prime.errors import CheckpointError, WeightsError
+from megatron_prime.errors import CheckpointError, PrimeError, WeightsError
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
 from megatron_prime.weights.families import Layout, WeightSpec, weight_specs
 from megatron_prime.weights.hf_folder import HfFolder, expected_shapes
 from megatron_prime.weights.hf_writer import MAX_SHARD_BYTES, HfWriter, plan_shards
+from megatron_prime.weights.journal import Journal, fingerprint
 from megatron_prime.weights.layouts import local_shape, local_slice, merge
 from megatron_prime.weights.megatron_folder import (
     MegatronFolder,
     MegatronWriter,
+    Place,
     StoredChunk,
     file_name,
     shard_chunks,
@@ -83,7 +88,7 @@ def to_megatron(
 
     Args:
         source: folder with config.json and safetensors weights.
-        target: new or empty folder; it appears when it is complete.
+        target: new or empty folder; it appears when it is complete. A conversion that was stopped goes on.
         dtype: float32, bfloat16, or None for bfloat16 where all weights are stored so, else float32.
         cut: which layout reads it fastest.
         progress: told after each weight.
@@ -100,21 +105,16 @@ def to_megatron(
     dtype = dtype or kept_dtype(stored)
     stages = _stages(architecture, cut)
     meter = _Meter(sum(_megatron_files(architecture, stages, cut, dtype).values()), progress)
-    writing = target.with_name(target.name + ".writing")
-    shutil.rmtree(writing, ignore_errors=True)
-    try:
-        writer = MegatronWriter(writing, dtype)
+    job = {"to": "megatron", "dtype": str(dtype), "cut": [cut.tp_size, cut.pp_size], "source": fingerprint([source])}
+    with _resumable(target, job) as journal:
+        writer = MegatronWriter(journal, dtype)
         for rank, (stage, tp_rank) in enumerate(itertools.product(stages, range(cut.tp_size))):
-            writer.write_file(rank, _chunks(stage, tp_rank, folder, architecture, cut, dtype, meter))
-        _copy_side_files(source, writing / SIDE_FOLDER)
+            pieces = _Pieces(architecture=architecture, cut=cut, tp_rank=tp_rank, dtype=dtype, meter=meter)
+            writer.write_file(rank, pieces.read(stage, folder, writer.written(rank)))
+        _copy_side_files(source, journal.folder / SIDE_FOLDER)
         writer.finish()
         shutil.rmtree(target, ignore_errors=True)
-        writing.rename(target)
-    except (OSError, RuntimeError) as error:
-        reason = f"{target}: cannot be written: {error}; free space or choose another folder"
-        raise CheckpointError(reason) from error
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
+        journal.folder.rename(target)
 
 
 def to_hf(
@@ -129,7 +129,7 @@ def to_hf(
 
     Args:
         source: made by `to_megatron`, or a model of a run's checkpoint (``.../step_00000010/policy``), of any layout.
-        target: new folder; it appears when it is complete.
+        target: new folder; it appears when it is complete. A conversion that was stopped goes on.
         like: Hugging Face folder whose config.json and tokenizer to use; None: the checkpoint's own.
         dtype: float32, bfloat16, or None for what the checkpoint holds.
         progress: told after each weight.
@@ -151,21 +151,44 @@ def to_hf(
         )
     folder.validate(specs, architecture)
     dtype = dtype or kept_dtype(folder.dtypes)
-    meter = _Meter(sum(hf_sizes(architecture, dtype).values()), progress)
+    sizes = hf_sizes(architecture, dtype)
+    meter = _Meter(sum(sizes.values()), progress)
+    job = {"to": "hf", "dtype": str(dtype), "source": fingerprint([source, side])}
+    with (
+        _resumable(target, job) as journal,
+        HfWriter(target, side, architecture, dtype, overwrite=True, journal=journal) as writer,
+    ):
+        meter.add(sum(sizes[name] for name in writer.written))
+        for name, tensor in hf_tensors(folder, architecture, but=writer.written):
+            writer.add(name, tensor)
+            meter.add(sizes[name])
+
+
+@contextmanager
+def _resumable(target: Path, job: dict[str, Any]) -> Iterator[Journal]:
+    """A folder beside the target that what was finished stays in, whatever stops the conversion but bad input."""
+    writing = target.with_name(target.name + ".writing")
     try:
-        with HfWriter(target, side, architecture, dtype, overwrite=True) as writer:
-            for name, tensor in hf_tensors(folder, architecture):
-                writer.add(name, tensor)
-                meter.add(tensor.numel() * dtype.itemsize)
-    except OSError as error:
-        reason = f"{target}: cannot be written: {error}; free space or choose another folder"
-        raise CheckpointError(reason) from error
+        with closing(Journal(writing, job)) as journal:
+            yield journal
+    except PrimeError:
+        shutil.rmtree(writing)
+        raise
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{target}: cannot be written: {error}; free space and run the same command, which goes on, or remove"
+            f" {target.name}.writing"
+        ) from error
 
 
-def hf_tensors(folder: MegatronFolder, architecture: ModelArchitecture) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors of a validated checkpoint, one after the other, as stored."""
+def hf_tensors(
+    folder: MegatronFolder, architecture: ModelArchitecture, *, but: Collection[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors of a validated checkpoint, one after the other, as stored, some left out."""
     for spec in weight_specs(architecture):
-        yield from merge(spec, architecture, [folder.fetch(spec)], folder.num_rows(spec))
+        if not set(spec.hf_names) <= set(but):
+            merged = merge(spec, architecture, [folder.fetch(spec)], folder.num_rows(spec))
+            yield from ((name, tensor) for name, tensor in merged if name not in but)
 
 
 def plan_conversion(
@@ -274,40 +297,58 @@ def _megatron_files(
     return files
 
 
-def _chunks(
-    stage: list[WeightSpec],
-    tp_rank: int,
-    folder: HfFolder,
-    architecture: ModelArchitecture,
-    cut: Cut,
-    dtype: torch.dtype,
-    meter: _Meter,
-) -> Iterator[StoredChunk]:
-    """What one rank's file holds, read piece by piece."""
-    padded = _padded_vocab_size(architecture, cut)
-    unreleased = 0
-    for spec in stage:
-        if spec.layout is Layout.REPLICATED and tp_rank > 0:
-            continue
-        shard = local_slice(
-            spec, architecture, folder.fetch, tp_rank=tp_rank, tp_size=cut.tp_size, padded_vocab_size=padded
-        )
-        shape = stored_shape(spec, architecture, padded)
-        for offsets, part in shard_chunks(spec, shard, tp_rank=tp_rank, tp_size=cut.tp_size):
-            # torch.save writes the whole memory that a view is of.
-            yield stored_key(spec), shape, offsets, part.to(dtype, copy=True, memory_format=torch.contiguous_format)
-            meter.add(part.numel() * dtype.itemsize)
-        # A column slice touches every page of its tensor.
-        unreleased += shard.numel() * shard.itemsize * (cut.tp_size if spec.layout is Layout.ROW else 1)
-        del shard, part
-        if unreleased >= _RELEASE_BYTES:
-            folder.release()
-            unreleased = 0
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pieces:
+    """Reads what one rank's file holds, piece by piece."""
+
+    architecture: ModelArchitecture
+    cut: Cut
+    tp_rank: int
+    dtype: torch.dtype
+    meter: _Meter
+
+    def read(self, stage: list[WeightSpec], folder: HfFolder, written: Collection[Place]) -> Iterator[StoredChunk]:
+        """The chunks of a stage's weights but those that are written."""
+        cut, padded = self.cut, _padded_vocab_size(self.architecture, self.cut)
+        unreleased = 0
+        for spec in stage:
+            if spec.layout is Layout.REPLICATED and self.tp_rank > 0:
+                continue
+            shape = local_shape(spec, self.architecture, tp_size=cut.tp_size, padded_vocab_size=padded)
+            if self._places(spec, shape) <= set(written):
+                self.meter.add(math.prod(shape) * self.dtype.itemsize)
+                continue
+            shard = local_slice(
+                spec,
+                self.architecture,
+                folder.fetch,
+                tp_rank=self.tp_rank,
+                tp_size=cut.tp_size,
+                padded_vocab_size=padded,
+            )
+            stored = stored_shape(spec, self.architecture, padded)
+            for offsets, part in shard_chunks(spec, shard, tp_rank=self.tp_rank, tp_size=cut.tp_size):
+                if (stored_key(spec), offsets) not in written:
+                    # torch.save writes the whole memory that a view is of.
+                    own = part.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
+                    yield stored_key(spec), stored, offsets, own
+                self.meter.add(part.numel() * self.dtype.itemsize)
+            # A column slice touches every page of its tensor.
+            unreleased += shard.numel() * shard.itemsize * (cut.tp_size if spec.layout is Layout.ROW else 1)
+            del shard, part
+            if unreleased >= _RELEASE_BYTES:
+                folder.release()
+                unreleased = 0
+
+    def _places(self, spec: WeightSpec, shape: tuple[int, ...]) -> set[Place]:
+        nothing = torch.empty(shape, device="meta")
+        chunks = shard_chunks(spec, nothing, tp_rank=self.tp_rank, tp_size=self.cut.tp_size)
+        return {(stored_key(spec), offsets) for offsets, _ in chunks}
 
 
 def _copy_side_files(source: Path, target: Path) -> None:
     """Copies config.json, tokenizer and licence; weights of any format and folders stay behind."""
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     for file in source.iterdir():
         described = file.suffix in _SIDE_SUFFIXES or file.name.startswith(("LICENSE", "NOTICE"))
         if file.is_file() and described and not file.name.endswith(".index.json"):

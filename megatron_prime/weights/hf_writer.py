@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_prime.errors import WeightsError
 from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.hf_folder import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, expected_shapes
+from megatron_prime.weights.journal import HashedWriter, Journal
 
 MAX_SHARD_BYTES = 5 * 10**9
 _DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
@@ -66,12 +67,15 @@ class _ShardFile:
     """A safetensors file whose tensors are written in any order, each straight to its place.
 
     Args:
-        path: new file.
+        path: new file, or one that was begun.
         shapes: of all its tensors.
         dtype: of all its tensors.
+        written: tensors that it holds already.
     """
 
-    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    def __init__(
+        self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, written: Collection[str] = ()
+    ) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._offsets: dict[str, int] = {}
         end = 0
@@ -83,13 +87,23 @@ class _ShardFile:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _HEADER_ALIGNMENT)
         self._start = 8 + len(text)
-        self._file: BinaryIO = path.open("wb")
+        self._file: BinaryIO = path.open("r+b" if written else "wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
+        for name in written:
+            del self._offsets[name]
 
-    def write(self, name: str, tensor: Tensor) -> bool:
-        """Writes one tensor; says whether it was the last one."""
-        self._file.seek(self._start + self._offsets.pop(name))
-        self._file.write(tensor.flatten().view(torch.uint8).numpy().data)
+    def write(self, name: str, tensor: Tensor) -> tuple[int, str]:
+        """Writes one tensor; returns where it begins and its checksum."""
+        start = self._start + self._offsets.pop(name)
+        self._file.seek(start)
+        hashed = HashedWriter(self._file)
+        hashed.write(tensor.flatten().view(torch.uint8).numpy().data)
+        self._file.flush()
+        return start, hashed.digest
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left to write."""
         return not self._offsets
 
     def close(self) -> None:
@@ -104,7 +118,8 @@ class HfWriter:
     """Writes a model folder that transformers loads, one tensor in memory at a time, all or nothing.
 
     Used as a context manager. Everything goes to a hidden sibling folder that takes the final name when the
-    block ends; an error, or a weight that was not added, leaves the target as it was.
+    block ends; an error, or a weight that was not added, leaves the target as it was. With a journal, what was written
+    until then stays in the journal's folder, and the next writer with the same one begins with it.
 
     Args:
         path: folder to make.
@@ -113,6 +128,7 @@ class HfWriter:
         dtype: what weights are stored as.
         max_shard_bytes: a file holds no more than this (a larger tensor has a file of its own).
         overwrite: replace a folder that is there.
+        journal: of a sibling of the target.
 
     Raises:
         WeightsError: the target exists and is not empty.
@@ -127,22 +143,31 @@ class HfWriter:
         max_shard_bytes: int = MAX_SHARD_BYTES,
         *,
         overwrite: bool = False,
+        journal: Journal | None = None,
     ) -> None:
         self.path = Path(path)
         self.source_folder = Path(source_folder)
         self.architecture = architecture
         self.dtype = dtype
         self.overwrite = overwrite
-        self._expected = expected_shapes(architecture)
-        self._shards = plan_shards(self._expected, dtype.itemsize, max_shard_bytes)
+        self._shapes = expected_shapes(architecture)
+        self._expected = dict(self._shapes)
+        self._shards = plan_shards(self._shapes, dtype.itemsize, max_shard_bytes)
         self._shard_of = {name: file for file, names in self._shards.items() for name in names}
         self._open: dict[str, _ShardFile] = {}
         self._total_bytes = 0
         self._refuse_existing()
-        self._partial = self.path.absolute().parent / f".{self.path.name}.{uuid.uuid4().hex[:8]}.partial"
+        self._journal = journal
+        hidden = self.path.absolute().parent / f".{self.path.name}.{uuid.uuid4().hex[:8]}.partial"
+        self._partial = journal.folder if journal else hidden
+        self.written = frozenset(part["name"] for part in journal.parts) if journal else frozenset()
+        """Tensors that are there already; adding them is an error."""
+        for name in self.written:
+            self._total_bytes += math.prod(self._expected.pop(name)) * dtype.itemsize
 
     def __enter__(self) -> HfWriter:
-        self._partial.mkdir(parents=True)
+        if self._journal is None:
+            self._partial.mkdir(parents=True)
         return self
 
     def __exit__(
@@ -154,7 +179,8 @@ class HfWriter:
         finally:
             for file in self._open.values():
                 file.close()
-            shutil.rmtree(self._partial, ignore_errors=True)
+            if self._journal is None:
+                shutil.rmtree(self._partial, ignore_errors=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Writes one weight; it may change afterwards.
@@ -172,13 +198,17 @@ class HfWriter:
             raise WeightsError(f"{self.path}: {name}: shape {tuple(tensor.shape)}, expected {self._expected[name]}")
         file = self._shard_of[name]
         if file not in self._open:
-            shapes = {other: self._expected[other] for other in self._shards[file]}
-            self._open[file] = _ShardFile(self._partial / file, shapes, self.dtype)
+            shapes = {other: self._shapes[other] for other in self._shards[file]}
+            written = [other for other in shapes if other in self.written]
+            self._open[file] = _ShardFile(self._partial / file, shapes, self.dtype, written)
         stored = tensor.detach().to("cpu", self.dtype).contiguous()
-        if self._open[file].write(name, stored):
+        start, digest = self._open[file].write(name, stored)
+        if self._journal:
+            self._journal.note({"file": file, "start": start, "length": stored.nbytes, "digest": digest, "name": name})
+        if self._open[file].is_whole:
             self._open[file].close()
         del self._expected[name]
-        self._total_bytes += stored.numel() * stored.itemsize
+        self._total_bytes += stored.nbytes
 
     def _finish(self) -> None:
         if self._expected:
@@ -191,6 +221,8 @@ class HfWriter:
             for file in self.source_folder.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, self._partial / file.name)
+        if self._journal:
+            self._journal.finish()
         self._commit()
 
     def _config(self) -> dict[str, Any]:

@@ -34,10 +34,13 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_prime.errors import CheckpointError
 from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.families import Layout, WeightSpec, transformer_engine_name
+from megatron_prime.weights.journal import HashedWriter, Journal, Part
 from megatron_prime.weights.layouts import local_shape
 
 StoredChunk = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
 """Name and shape of a stored tensor, offsets in it, and what lies there."""
+Place = tuple[str, tuple[int, ...]]
+"""Name of a stored tensor and offsets in it."""
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _COMMON = {"common_backend": "torch", "common_backend_version": 1}
 _CONFIG_FILE, _METADATA_FILE, _COMMON_FILE = "metadata.json", ".metadata", "common.pt"
@@ -88,38 +91,68 @@ class MegatronWriter:
     """Writes the files of a checkpoint into a folder that is not taken for a checkpoint before `finish`.
 
     Args:
-        path: new folder.
+        journal: of that folder; chunks that it knows are there.
         dtype: of all weights.
     """
 
-    def __init__(self, path: Path, dtype: torch.dtype) -> None:
-        self._path = path
+    def __init__(self, journal: Journal, dtype: torch.dtype) -> None:
+        self._journal = journal
+        self._path = journal.folder
         self._dtype = dtype
         self._tensors: dict[str, TensorStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
-        path.mkdir(parents=True)
+
+    def written(self, rank: int) -> set[Place]:
+        """The chunks that a file begins with."""
+        return {(part["key"], tuple(part["offsets"])) for part in self._whole_parts(rank)}
 
     def write_file(self, rank: int, chunks: Iterable[StoredChunk]) -> None:
-        """Writes one file, taking its chunks one by one; a chunk's memory must be its own."""
+        """Writes the rest of one file, taking its chunks one by one; a chunk's memory must be its own."""
         name = file_name(rank)
-        with (self._path / name).open("wb") as file:
+        parts = self._whole_parts(rank)
+        end = parts[-1]["start"] + parts[-1]["length"] if parts else 0
+        for part in parts:
+            self._note(part)
+        with (self._path / name).open("r+b" if parts else "wb") as file:
+            file.truncate(end)
+            file.seek(end)
             for key, shape, offsets, tensor in chunks:
-                start = file.tell()
-                torch.save(tensor, file)
-                self._note(key, shape, offsets, tensor, _StorageInfo(name, start, file.tell() - start))
-            file.flush()
+                start, written = file.tell(), HashedWriter(file)
+                torch.save(tensor, written)  # type: ignore[arg-type]
+                part = {
+                    "file": name,
+                    "start": start,
+                    "length": file.tell() - start,
+                    "digest": written.digest,
+                    "key": key,
+                    "shape": list(shape),
+                    "offsets": list(offsets),
+                    "sizes": list(tensor.shape),
+                }
+                file.flush()
+                self._journal.note(part)
+                self._note(part)
             os.fsync(file.fileno())
 
-    def _note(
-        self, key: str, shape: Sequence[int], offsets: Sequence[int], tensor: Tensor, place: _StorageInfo
-    ) -> None:
+    def _whole_parts(self, rank: int) -> list[Part]:
+        """The parts of a file up to the first gap."""
+        parts: list[Part] = []
+        for part in self._journal.parts_of(file_name(rank)):
+            if part["start"] != (parts[-1]["start"] + parts[-1]["length"] if parts else 0):
+                break
+            parts.append(part)
+        return parts
+
+    def _note(self, part: Part) -> None:
+        key, offsets = part["key"], torch.Size(part["offsets"])
         if key not in self._tensors:
-            self._tensors[key] = TensorStorageMetadata(TensorProperties(dtype=self._dtype), torch.Size(shape), [])
-        self._tensors[key].chunks.append(ChunkStorageMetadata(torch.Size(offsets), tensor.shape))
-        self._places[MetadataIndex(key, torch.Size(offsets))] = place
+            properties = TensorProperties(dtype=self._dtype)
+            self._tensors[key] = TensorStorageMetadata(properties, torch.Size(part["shape"]), [])
+        self._tensors[key].chunks.append(ChunkStorageMetadata(offsets, torch.Size(part["sizes"])))
+        self._places[MetadataIndex(key, offsets)] = _StorageInfo(part["file"], part["start"], part["length"])
 
     def finish(self) -> None:
-        """Writes what makes the files a checkpoint."""
+        """Writes what makes the files a checkpoint, and ends the journal."""
         metadata = Metadata(dict(self._tensors), storage_data=self._places, storage_meta=StorageMeta())
         with (self._path / _METADATA_FILE).open("wb") as file:
             pickle.dump(metadata, file)
@@ -127,6 +160,7 @@ class MegatronWriter:
             os.fsync(file.fileno())
         torch.save({}, self._path / _COMMON_FILE)
         (self._path / _CONFIG_FILE).write_text(json.dumps(_FORMAT | _COMMON))
+        self._journal.finish()
 
 
 class _Into(DefaultLoadPlanner):

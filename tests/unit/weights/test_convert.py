@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -194,19 +195,58 @@ def test_progress_ends_at_the_bytes_of_the_plan(folders, tmp_path: Path) -> None
     ).read_bytes()
 
 
-def test_what_a_killed_conversion_left_is_neither_taken_nor_kept(folders, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def stopped(folders, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """By direction: the source of a conversion that was killed half-way, and the folder that it left."""
+    root = tmp_path_factory.mktemp("stopped")
+    convert.to_megatron(folders["llama"], root / "megatron")
     code = (
         "import os, sys; from pathlib import Path; from megatron_prime.weights.convert import to_megatron, to_hf;"
         "stop = lambda done, total: os._exit(9) if 2 * done > total else None;"
         "globals()[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]), progress=stop)"
     )
-    source, megatron, back = folders["llama"], tmp_path / "megatron", tmp_path / "back"
-    for way, origin, target in (("to_megatron", source, megatron), ("to_hf", megatron, back)):
-        killed = subprocess.run([sys.executable, "-c", code, way, str(origin), str(target)], check=False, timeout=60)
-        assert killed.returncode == 9 and not target.exists()
-        getattr(convert, way)(origin, target)
-    assert not (tmp_path / "megatron.writing").exists()
-    assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    left = {}
+    for way, source in (("to_megatron", folders["llama"]), ("to_hf", root / "megatron")):
+        command = [sys.executable, "-c", code, way, str(source), str(root / way)]
+        assert subprocess.run(command, check=False, timeout=60).returncode == 9 and not (root / way).exists()
+        left[way] = (source, root / f"{way}.writing")
+    return left
+
+
+@pytest.mark.parametrize("way", ["to_megatron", "to_hf"])
+@pytest.mark.parametrize("harm", ["none", "cut off", "changed", "other precision"])
+def test_a_killed_conversion_goes_on(folders, stopped, tmp_path: Path, way: str, harm: str, monkeypatch) -> None:
+    source, left = stopped[way]
+    target, writing, whole = tmp_path / "target", tmp_path / "target.writing", tmp_path / "whole"
+    shutil.copytree(left, writing)
+    (file,) = [path for path in writing.iterdir() if path.suffix in (".distcp", ".safetensors")]
+    # The newest part is the one that a stopped machine may have lost.
+    if harm == "cut off":
+        os.truncate(file, file.stat().st_size - 100)
+    elif harm == "changed":
+        content = bytearray(file.read_bytes())
+        content[-100] ^= 1
+        file.write_bytes(content)
+    dtype = torch.bfloat16 if harm == "other precision" else None
+
+    read: list[str] = []
+    reader = convert.HfFolder if way == "to_megatron" else convert.MegatronFolder
+    fetch = reader.fetch
+    monkeypatch.setattr(reader, "fetch", lambda self, what, *rest: read.append(str(what)) or fetch(self, what, *rest))
+    getattr(convert, way)(source, target, dtype=dtype)
+    num_read = len(read)
+    getattr(convert, way)(source, whole, dtype=dtype)
+    num_all = len(read) - num_read
+    assert num_read == num_all if harm == "other precision" else 0 < num_read < num_all
+    assert not writing.exists()
+    for path in whole.iterdir():
+        assert path.is_dir() or path.name == ".metadata" or (target / path.name).read_bytes() == path.read_bytes()
+    assert {path.name for path in target.iterdir()} == {path.name for path in whole.iterdir()}
+    if way == "to_megatron":
+        convert.to_hf(target, tmp_path / "back", dtype=torch.float32)
+        found, wanted = (load_file(path / "model.safetensors") for path in (tmp_path / "back", folders["llama"]))
+        rounded = dtype or torch.float32
+        assert all(torch.equal(found[name], wanted[name].to(rounded).float()) for name in wanted)
 
 
 def test_memory_is_a_few_tensors_not_the_model(tmp_path: Path) -> None:
@@ -247,12 +287,14 @@ def test_an_impossible_layout_is_refused(folders, tmp_path: Path, cut: convert.C
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_write_leaves_nothing(folders, tmp_path: Path) -> None:
+def test_a_failed_write_goes_on_when_there_is_room(folders, tmp_path: Path) -> None:
     limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, hard))
     try:
-        with pytest.raises(CheckpointError, match=r"cannot be written: .*free space"):
+        with pytest.raises(CheckpointError, match=r"cannot be written: .*free space .*remove target.writing"):
             convert.to_megatron(folders["llama"], tmp_path / "target")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["target.writing"]
+    convert.to_megatron(folders["llama"], tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
