@@ -71,6 +71,7 @@ def _run_prime(
         models.append(reference)
     for model in models:
         model.load_hf(start)
+    start.release()
     with (
         running_engine(
             config.model.path, config.model.dtype, config.rollout, architecture, layout, config.run.num_threads

@@ -146,7 +146,7 @@ def _phases(
     if last:
         score["logits"] = memory.head_bytes(architecture, layout, tokens, workspace, backward=False)
     phases = [
-        PhaseMemory(name="rollout", parts=resident | _rollout_parts(config, architecture, layout, work)),
+        PhaseMemory(name="rollout", parts=resident | _rollout_parts(config, architecture, layout, work, hardware)),
         PhaseMemory(name="score", parts=resident | score),
     ]
     if config.uses_prm:
@@ -171,14 +171,19 @@ def _resident(
         return parts
     if has_reference(config):
         parts["reference weights"] = trained.weights
-    whole = memory.num_parameters(architecture) * layout.item_bytes
-    if config.rollout.engine == "vllm":
-        tensor = config.rollout.vllm.tensor_parallel_size
-        parts["engine weights"] = whole / tensor
-        parts["engine KV cache"] = _engine_cache_bytes(config, hardware, whole / tensor)
-    else:
-        parts["engine weights"] = whole
+    if config.rollout.engine == "transformers":
+        parts["engine weights"] = memory.num_parameters(architecture) * layout.item_bytes
+    elif not (config.rollout.vllm.servers or config.rollout.vllm.in_ranks):
+        parts |= _vllm_parts(config, architecture, layout, hardware)
     return parts
+
+
+def _vllm_parts(
+    config: PrimeConfig, architecture: ModelArchitecture, layout: memory.Layout, hardware: Hardware
+) -> dict[str, float]:
+    """What a vLLM engine takes of each of its GPUs."""
+    weights = memory.num_parameters(architecture) * layout.item_bytes / config.rollout.vllm.tensor_parallel_size
+    return {"engine weights": weights, "engine KV cache": _engine_cache_bytes(config, hardware, weights)}
 
 
 def _engine_cache_bytes(config: PrimeConfig, hardware: Hardware, weights: float) -> float:
@@ -190,10 +195,11 @@ def _engine_cache_bytes(config: PrimeConfig, hardware: Hardware, weights: float)
 
 
 def _rollout_parts(
-    config: PrimeConfig, architecture: ModelArchitecture, layout: memory.Layout, work: Workload
+    config: PrimeConfig, architecture: ModelArchitecture, layout: memory.Layout, work: Workload, hardware: Hardware
 ) -> dict[str, float]:
     if config.rollout.engine == "vllm":
-        return {}
+        # Engines in the ranks sleep in the other phases.
+        return _vllm_parts(config, architecture, layout, hardware) if config.rollout.vllm.in_ranks else {}
     num_rows = min(config.rollout.max_batch_size, math.ceil(work.num_sampled / config.parallel.world_size))
     longest = work.prompt_tokens + work.max_response_tokens
     logits = memory.FLOAT32 * 2 * num_rows * architecture.vocab_size
@@ -217,7 +223,7 @@ def _host_bytes(
     total = ranks * (process + batches) + checkpoint / num_nodes
     if isinstance(config, PrimeConfig):
         total += ranks * config.verifier.num_workers * _GRADER_BYTES
-        if config.rollout.engine == "vllm":
+        if config.rollout.engine == "vllm" and not config.rollout.vllm.servers:
             group = layout.tensor * layout.pipeline
             engines = max(1, ranks // group)
             total += engines * memory.num_parameters(architecture) * layout.item_bytes

@@ -48,6 +48,10 @@ def _ranks(config: AnyConfig, plan: Plan) -> str:
     text = f"{world_size} on {nodes} {'node' if nodes == 1 else 'nodes'}, every one with its shard of every model"
     if not isinstance(config, PrimeConfig):
         return text
+    if config.rollout.engine == "vllm" and config.rollout.vllm.servers:
+        return f"{text}; {len(config.rollout.vllm.servers)} vLLM servers on other hosts"
+    if config.rollout.engine == "vllm" and config.rollout.vllm.in_ranks:
+        return f"{text}; every {config.rollout.vllm.tensor_parallel_size} of them a vLLM engine too"
     if config.rollout.engine == "vllm":
         engines, size = data_parallel_size(config.parallel), config.rollout.vllm.tensor_parallel_size
         return f"{text}; {engines} vLLM {'engine' if engines == 1 else 'engines'} of {size}, one per replica"

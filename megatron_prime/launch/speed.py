@@ -125,7 +125,8 @@ def _rollout_seconds(
     """Decoding: every wave reads the weights once per position up to the longest answer, and all keys and values."""
     if config.rollout.engine == "vllm":
         tensor, batch = config.rollout.vllm.tensor_parallel_size, config.rollout.vllm.max_num_seqs
-        num_engines = layout.data
+        section, world_size = config.rollout.vllm, config.parallel.world_size
+        num_engines = len(section.servers) or (world_size // tensor if section.in_ranks else layout.data)
     else:
         tensor, batch = 1, config.rollout.max_batch_size
         num_engines = config.parallel.world_size
