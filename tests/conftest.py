@@ -11,7 +11,7 @@ import pytest
 # Triton's kernels run as Python on CPU tensors; read when Triton is first imported, here and in processes of tests.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-SYSTEM_PACKAGES = ("no Slurm", "no bubblewrap", "vLLM is not installed")
+SYSTEM_PACKAGES = ("no Slurm", "no bubblewrap", "vLLM is not installed", "NeMo-Run is not installed")
 """How the reasons of tests begin that are skipped for want of something that can be installed."""
 
 

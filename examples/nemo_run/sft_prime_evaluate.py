@@ -1,10 +1,11 @@
 """SFT, then PRIME, then evaluation of the arithmetic model as three dependent NeMo-Run tasks.
 
-    python examples/nemo_run/sft_prime_evaluate.py            # two processes of this machine
-    python examples/nemo_run/sft_prime_evaluate.py slurm      # Slurm jobs, one after the other
-    python examples/nemo_run/sft_prime_evaluate.py dry-run    # prints what would run
+    .venv/nemo-run/bin/python examples/nemo_run/sft_prime_evaluate.py            # two processes of this machine
+    .venv/nemo-run/bin/python examples/nemo_run/sft_prime_evaluate.py slurm      # Slurm jobs, one after the other
+    .venv/nemo-run/bin/python examples/nemo_run/sft_prime_evaluate.py dry-run    # prints what would run
 
-Needs the extra `launch` and the folder of the repository as working directory.
+Overrides name their task: `sft.run.num_steps=500 prime.run.seed=2`. Needs `make setup-nemo-run` (or NeMo-Run in an
+environment of yours), and the folder of the repository as working directory.
 """
 
 import sys
@@ -16,6 +17,7 @@ from megatron_prime.launch.nemo_run import (
     local_executor,
     sft_recipe,
     slurm_executor,
+    succeeded,
     train_recipe,
 )
 from megatron_prime.launch.slurm import SlurmOptions
@@ -23,27 +25,31 @@ from megatron_prime.launch.slurm import SlurmOptions
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-def main(way: str = "local", *overrides: str) -> None:
-    """Runs or prints the experiment; overrides go to the two training runs."""
+def main(way: str = "local", *overrides: str) -> int:
+    """Runs or prints the experiment; 1 if a task has failed."""
 
     def executor(num_tasks: int):
-        if way == "slurm":
-            return slurm_executor(num_tasks, SlurmOptions(tasks_per_node=2, time="01:00:00"))
-        return local_executor(num_tasks)
+        if way == "local":
+            return local_executor(num_tasks)
+        return slurm_executor(num_tasks, SlurmOptions(tasks_per_node=2, time="01:00:00"))
+
+    def of(task: str) -> list[str]:
+        return [override.removeprefix(f"{task}.") for override in overrides if override.startswith(f"{task}.")]
 
     sft, prime = str(CONFIGS / "arithmetic_sft.yaml"), str(CONFIGS / "arithmetic.yaml")
     steps = [
-        ("sft", sft_recipe(sft, overrides), executor(2)),
-        ("prime", train_recipe(prime, overrides), executor(2)),
-        ("evaluate", evaluate_recipe(prime, ["model.path=runs/demo/hf"]), executor(1)),
+        ("sft", sft_recipe(sft, of("sft")), executor(2)),
+        ("prime", train_recipe(prime, of("prime")), executor(2)),
+        ("evaluate", evaluate_recipe(prime, ["model.path=runs/demo/hf", *of("evaluate")]), executor(1)),
     ]
     chain = experiment("sft-prime-evaluate", steps)
     with chain:
         if way == "dry-run":
             chain.dryrun()
-        else:
-            chain.run(sequential=True, detach=False)
+            return 0
+        chain.run(detach=False)
+    return 0 if succeeded(chain) else 1
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

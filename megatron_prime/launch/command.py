@@ -15,6 +15,8 @@ from megatron_prime.launch import slurm
 Start = Callable[[AnyConfig, list[str]], int]
 """Runs a configuration on this machine, given the arguments of its own command."""
 
+_SERVED = ("rollout.engine=vllm", "rollout.vllm.servers=[http://server:8000]")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Gives the parser its subcommands."""
@@ -22,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for way, text in (
         ("local", "processes of this machine"),
         ("slurm", "a job of Slurm, which saves, is requeued and goes on until it is done"),
-        ("nemo-run", "an experiment of NeMo-Run (extra `launch`)"),
+        ("nemo-run", "an experiment of NeMo-Run (make setup-nemo-run)"),
     ):
         sub = ways.add_parser(way, help=text, description=text)
         sub.add_argument("config", help="YAML file")
@@ -52,6 +54,8 @@ def _add_cluster_options(parser: argparse.ArgumentParser, way: str) -> None:
     parser.add_argument("--mounts", help="folders for the container, A:B,...")
     if way == "slurm":
         parser.add_argument("--seeds", type=_numbers, default=(), help="array job, one task per seed: 1,2,3")
+        text = "further nodes for vLLM servers, in the same (heterogeneous) job (default: 0, engines beside the ranks)"
+        parser.add_argument("--server-nodes", type=int, default=0, metavar="N", help=text)
         text = "more of sbatch's, repeatable: --sbatch=--mem=0"
         parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help=text)
     else:
@@ -81,6 +85,9 @@ def run(options: argparse.Namespace, start: Start, check: Callable[[AnyConfig], 
         command = slurm.attach_command(options.job)
         os.execvp(command[0], command)
     config = load_config(options.config, options.overrides)
+    if getattr(options, "server_nodes", 0) and isinstance(config, PrimeConfig):
+        # The job puts its servers' addresses there.
+        config = load_config(options.config, [*options.overrides, *_SERVED])
     if not options.dry_run:
         check(config)
     if way == "local":
@@ -107,6 +114,7 @@ def slurm_options(options: argparse.Namespace) -> slurm.SlurmOptions:
         tasks_per_node=options.tasks_per_node,
         gpus_per_node=options.gpus_per_node,
         seeds=getattr(options, "seeds", ()),
+        server_nodes=getattr(options, "server_nodes", 0),
         sbatch_options=tuple(getattr(options, "sbatch", ())),
         **{name: getattr(options, name) for name in names},
     )

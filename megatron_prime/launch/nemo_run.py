@@ -1,6 +1,6 @@
 """Runs as NeMo-Run tasks: recipes as `run.Partial`, executors, and an experiment that chains them.
 
-NeMo-Run (extra ``launch``) is imported on first use, and nowhere else in the package.
+NeMo-Run (``make setup-nemo-run``, or the extra ``launch``) is imported on first use, and nowhere else in the package.
 """
 
 from __future__ import annotations
@@ -23,35 +23,41 @@ def _nemo_run() -> Any:
         import nemo_run  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise LaunchError(
-            f"nemo_run: cannot be imported ({error}); pip install 'megatron-prime[launch]', which also pins leptonai to"
-            " a version that NeMo-Run can import"
+            f"nemo_run: cannot be imported ({error}); `make setup-nemo-run` installs it in an environment of its own,"
+            " run this with .venv/nemo-run/bin/python -m megatron_prime.cli"
         ) from error
     return nemo_run
 
 
-def run_command(arguments: list[str]) -> None:
-    """A task: becomes one rank of `megatron-prime ARGUMENTS`; its launcher has set RANK and the rest."""
+def run_command(arguments: list[str], folder: str) -> None:
+    """A task: becomes one rank of `megatron-prime ARGUMENTS` in a folder; its launcher has set RANK and the rest."""
+    # NeMo-Run starts jobs of Slurm in the experiment's own folder, where a configuration's relative paths lead nowhere.
+    os.chdir(folder)
     os.execv(sys.executable, [sys.executable, "-m", "megatron_prime.cli", *arguments])
 
 
+def _task(command: str, config: str, overrides: Sequence[str]) -> Any:
+    return _nemo_run().Partial(run_command, arguments=[command, config, *overrides], folder=os.getcwd())
+
+
 def train_recipe(config: str, overrides: Sequence[str] = ()) -> Any:
-    """A PRIME run as `run.Partial`.
+    """A PRIME run as `run.Partial`, in the folder that this is called in.
 
     Args:
         config: YAML file, as the job will read it.
         overrides: ``key=value``.
     """
-    return _nemo_run().Partial(run_command, arguments=["train", config, *overrides])
+    return _task("train", config, overrides)
 
 
 def sft_recipe(config: str, overrides: Sequence[str] = ()) -> Any:
     """A supervised run as `run.Partial`; arguments as for `train_recipe`."""
-    return _nemo_run().Partial(run_command, arguments=["sft", config, *overrides])
+    return _task("sft", config, overrides)
 
 
 def evaluate_recipe(config: str, overrides: Sequence[str] = ()) -> Any:
     """An evaluation in one process as `run.Partial`; arguments as for `train_recipe`."""
-    return _nemo_run().Partial(run_command, arguments=["evaluate", config, *overrides])
+    return _task("evaluate", config, overrides)
 
 
 def local_executor(num_tasks: int) -> Any:
@@ -119,6 +125,11 @@ def experiment(name: str, steps: Sequence[tuple[str, Any, Any]]) -> Any:
     return result
 
 
+def succeeded(finished: Any) -> bool:
+    """Whether every task of an experiment has ended well, after a run that waited for it."""
+    return all(job.state.name == "SUCCEEDED" for job in finished.jobs)
+
+
 def launch(options: argparse.Namespace, config: AnyConfig) -> int:
     """`megatron-prime launch nemo-run`: one run as an experiment of one task."""
     from megatron_prime.launch.command import slurm_options
@@ -132,10 +143,11 @@ def launch(options: argparse.Namespace, config: AnyConfig) -> int:
         else slurm_executor(world_size, slurm_options(options))
     )
     name = config.run.name.replace("/", "_")
+    detached = options.executor == "slurm"
     with _nemo_run().Experiment(name) as exp:
         exp.add(task, executor=executor, name=name)
         if options.dry_run:
             exp.dryrun()
-        else:
-            exp.run(detach=options.executor == "slurm")
-    return 0
+            return 0
+        exp.run(detach=detached)
+    return 0 if detached or succeeded(exp) else 1

@@ -36,6 +36,8 @@ class SlurmOptions:
     mounts: str | None = None
     seeds: tuple[int, ...] = ()
     """One array task each."""
+    server_nodes: int = 0
+    """Further nodes of a heterogeneous job, on which vLLM servers sample; 0: engines share the trainer's."""
     sbatch_options: tuple[str, ...] = ()
     """More options, as sbatch takes them."""
 
@@ -50,7 +52,7 @@ def sbatch_command(config: AnyConfig, config_path: str, overrides: Sequence[str]
         options: of the cluster.
 
     Raises:
-        LaunchError: ranks that do not fill nodes evenly.
+        LaunchError: ranks or servers that do not fill nodes evenly, or servers for a run that has no use for them.
     """
     world_size = config.parallel.world_size
     tasks = min(options.tasks_per_node, world_size)
@@ -66,20 +68,45 @@ def sbatch_command(config: AnyConfig, config_path: str, overrides: Sequence[str]
         f"--ntasks-per-node={tasks}",
         f"--signal=B:USR1@{options.save_seconds}",
     ]
-    if options.gpus_per_node:
-        command += [f"--gpus-per-node={options.gpus_per_node}", "--exclusive"]
-    for name in ("time", "partition", "account", "qos", "exclude"):
-        if value := getattr(options, name):
-            command.append(f"--{name}={value}")
     if options.seeds:
         command.append(f"--array={','.join(map(str, options.seeds))}")
         overrides = [*overrides, "run.seed=%a", f"run.name={config.run.name}_seed%a"]
-    command += [*options.sbatch_options, str(SCRIPT)]
+    command += _component_options(options)
+    if options.server_nodes:
+        servers = _servers_per_node(config, options)
+        command += [":", f"--nodes={options.server_nodes}", f"--ntasks-per-node={servers}"]
+        command += _component_options(options)
+    command.append(str(SCRIPT))
     for name in ("python", "container", "mounts"):
         if value := getattr(options, name):
             command += [f"--{name}", value]
     kind = "train" if isinstance(config, PrimeConfig) else "sft"
     return [*command, "--", kind, config_path, *overrides]
+
+
+def _component_options(options: SlurmOptions) -> list[str]:
+    """What is asked of the nodes that train and of those that sample alike."""
+    gpus = [f"--gpus-per-node={options.gpus_per_node}", "--exclusive"] if options.gpus_per_node else []
+    names = ("time", "partition", "account", "qos", "exclude")
+    given = [f"--{name}={value}" for name in names if (value := getattr(options, name))]
+    return [*gpus, *given, *options.sbatch_options]
+
+
+def _servers_per_node(config: AnyConfig, options: SlurmOptions) -> int:
+    """One server per `rollout.vllm.tensor_parallel_size` GPUs, or one on a node without GPUs."""
+    if not isinstance(config, PrimeConfig):
+        raise LaunchError("--server-nodes: a supervised run samples nothing; leave it out")
+    if options.seeds:
+        raise LaunchError("--server-nodes: Slurm has no arrays of heterogeneous jobs; submit each of --seeds by itself")
+    size = config.rollout.vllm.tensor_parallel_size
+    if not options.gpus_per_node:
+        return 1
+    if options.gpus_per_node % size:
+        raise LaunchError(
+            f"--server-nodes: servers of {size} GPUs do not fill nodes of {options.gpus_per_node}; choose a divisor for"
+            " rollout.vllm.tensor_parallel_size"
+        )
+    return options.gpus_per_node // size
 
 
 def submit(command: Sequence[str]) -> str:

@@ -53,6 +53,13 @@ SlurmdLogFile={root}/log/slurmd.%n.log
 SlurmdParameters=config_overrides
 """
 
+SACCT = """#!/bin/bash
+# Accounting needs a database; what NeMo-Run asks of it, the controller's memory knows too.
+echo 'JobID|JobName|State|ExitCode'
+scontrol -o show job "${@: -1}" | sed 's/ JobState=COMPLETING / JobState=RUNNING /' \\
+  | sed -nE 's/^JobId=([0-9]+) JobName=([^ ]+) .* JobState=([A-Z_]+) .* ExitCode=([0-9:]+) .*/\\1|\\2|\\3|\\4/p'
+"""
+
 
 def missing_programs() -> list[str]:
     """What is not installed."""
@@ -79,11 +86,13 @@ class SlurmCluster:
         self.nodes = [f"n{number}" for number in range(1, num_nodes + 1)]
         self.environment = os.environ | {
             "SLURM_CONF": str(root / "slurm.conf"),
-            "PATH": f"{os.environ['PATH']}:/usr/sbin",
+            "PATH": f"{root}/bin:{os.environ['PATH']}:/usr/sbin",
         }
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        for name in ("log", "run", "state", "spool", "munge"):
+        for name in ("log", "run", "state", "spool", "munge", "bin"):
             (root / name).mkdir(parents=True)
+        (root / "bin" / "sacct").write_text(SACCT)
+        (root / "bin" / "sacct").chmod(0o755)
         (root / "munge").chmod(0o755)
         key = root / "key" / "munge.key"
         key.parent.mkdir(mode=0o700)

