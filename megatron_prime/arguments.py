@@ -50,6 +50,10 @@ def build_parser(functions: Mapping[str, Callable[..., int]]) -> argparse.Argume
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this host only)")
     serve.add_argument("--port", type=_at_least_one, default=8000)
     command.add_arguments(add("launch", "start a run here, on Slurm or with NeMo-Run; watch and end jobs"))
+    replay = add("replay", "run an update again that was not finite, response by response")
+    replay.add_argument("file", type=Path, help="runs/NAME/failures/step_N_ROLE.pt")
+    text = "newest checkpoint before the update, if any (default), or the run's starting model"
+    replay.add_argument("--weights", choices=["checkpoint", "start"], default="checkpoint", help=text)
     text = "avg@k of a configuration's model.path on its evaluation prompts (JSON), or a model on published benchmarks"
     _add_evaluate(add("evaluate", text), overrides)
     _add_generate(add("generate", "sample answers of a model; prints one JSON row each"))

@@ -179,10 +179,24 @@ class ScoredBatch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ModelUpdate:
+    """What a model was to be trained on in a step."""
+
+    role: Literal["policy", "prm"]
+    step: int
+    batches: tuple[ScoredBatch, ...]
+    """The PRM's window, oldest first; the policy's one batch."""
+    advantages: torch.Tensor | None
+    """float32 [B, R] of the policy's batch."""
+    seed: int
+    """Of the mini-batch order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateResult:
     """What the update of a model on one batch has shown."""
 
     metrics: dict[str, float]
-    """Means over the optimizer steps; `max_*` maxima."""
+    """Means over the optimizer steps; `max_*` maxima; `skipped` the share of steps that were left out."""
     logprobs: torch.Tensor | None
     """float32 [B, R], of the model as it was before the update; None unless the batch came without them."""

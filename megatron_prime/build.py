@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,13 +22,17 @@ from megatron_prime.data.templates import complete_messages, render
 from megatron_prime.data.tokenizer import encode, load_tokenizer
 from megatron_prime.engines import loaded_engine, running_engine
 from megatron_prime.kernels import HeadOptions, choose_backend, choose_gemm
+from megatron_prime.launch.heartbeat import SIGNS
 from megatron_prime.launch.interrupt import stop_requests
+from megatron_prime.launch.last_words import last_words
+from megatron_prime.launch.watchdog import Watchdog
 from megatron_prime.mcore.checkpoint import Checkpointer
 from megatron_prime.mcore.dtypes import DTYPES
 from megatron_prime.mcore.export import export_hf
 from megatron_prime.mcore.parallel import Layout, parallel_layout
 from megatron_prime.mcore.prime_roles import PolicyRole, PrmRole, ReferenceRole, SftRole
 from megatron_prime.mcore.role import ModelRole, RoleSetup, TrainableRole
+from megatron_prime.observe.failed_updates import FailedUpdateFiles
 from megatron_prime.observe.metrics import MetricsLogger
 from megatron_prime.observe.report import draw_plots, write_summary
 from megatron_prime.observe.run_folder import RunFolder, commit
@@ -42,21 +48,48 @@ from megatron_prime.weights.hf_folder import HfFolder
 logger = logging.getLogger(__name__)
 
 
-def run(config: AnyConfig) -> Mapping[str, Any]:
-    """Runs a configuration in the started processes; returns the summary, which is also in the run folder."""
+@dataclass(frozen=True, kw_only=True)
+class _Process:
+    """How this rank hears of requests and tells of itself."""
+
+    should_stop: Callable[[], bool]
+    watchdog: Watchdog
+    last_words: Callable[[], AbstractContextManager[None]]
+
+
+def run(config: AnyConfig, *, ends_process: bool = False) -> Mapping[str, Any]:
+    """Runs a configuration in the started processes.
+
+    Args:
+        config: the configuration.
+        ends_process: a rank that fails in an unforeseen way ends its process, before anything is closed.
+
+    Returns:
+        The summary, which is also in the run folder.
+    """
     architecture = check(config)
     torch.set_num_threads(config.run.num_threads)
+    signs = RunFolder(config.run.directory, config.run.name).path / SIGNS
     with parallel_layout(config.parallel, config.run.seed) as layout, stop_requests() as should_stop:
-        if isinstance(config, PrimeConfig):
-            return _run_prime(config, architecture, layout, should_stop)
-        return _run_sft(config, architecture, layout, should_stop)
+        watchdog = Watchdog(
+            signs,
+            rank=world.rank(),
+            world_size=world.world_size(),
+            timeout_seconds=config.parallel.timeout_seconds,
+        )
+        words = partial(last_words, watchdog, ends_process=ends_process)
+        process = _Process(should_stop=should_stop, watchdog=watchdog, last_words=words)
+        with watchdog.watching(), words():
+            if isinstance(config, PrimeConfig):
+                return _run_prime(config, architecture, layout, process)
+            return _run_sft(config, architecture, layout, process)
 
 
 def _run_prime(
-    config: PrimeConfig, architecture: ModelArchitecture, layout: Layout, should_stop: Callable[[], bool]
+    config: PrimeConfig, architecture: ModelArchitecture, layout: Layout, process: _Process
 ) -> Mapping[str, Any]:
     folder = RunFolder(config.run.directory, config.run.name)
-    setup = _setup(config, architecture, layout, folder)
+    setup = role_setup(config, architecture, layout, folder)
     start = HfFolder(config.model.path)
     num_warmup_steps = config.prm.warmup_steps if config.uses_prm else 0
     policy = PolicyRole(setup, config.policy, num_steps=config.run.num_steps - num_warmup_steps)
@@ -78,7 +111,10 @@ def _run_prime(
         ) as engine,
         _prepared(folder, config, roles, setup) as (checkpoints, metrics),
         _verifier(config) as verifier,
+        # Innermost: a rank that fails speaks before it closes anything.
+        process.last_words(),
     ):
+        process.watchdog.enter("data", 0)
         prompts = _prompts(config)
         parts = PrimeParts(
             policy=policy,
@@ -89,11 +125,14 @@ def _run_prime(
             prompts=prompts,
             checkpoints=checkpoints,
             logger=metrics,
-            should_stop=should_stop,
+            failed_updates=FailedUpdateFiles(folder.failures, config),
+            enter=process.watchdog.enter,
+            should_stop=process.should_stop,
             min_groups=layout.dp_size
             * max(config.policy.num_minibatches, config.prm.num_minibatches if config.uses_prm else 1),
         )
         summary = PrimeTrainer(config, parts).train()
+        process.watchdog.enter("export", config.run.num_steps)
         if config.checkpoint.export_hf:
             export_hf(policy, folder.path / "hf", Path(config.model.path))
             if prm is not None:
@@ -102,17 +141,20 @@ def _run_prime(
 
 
 def _run_sft(
-    config: SftConfig, architecture: ModelArchitecture, layout: Layout, should_stop: Callable[[], bool]
+    config: SftConfig, architecture: ModelArchitecture, layout: Layout, process: _Process
 ) -> Mapping[str, Any]:
     folder = RunFolder(config.run.directory, config.run.name)
-    setup = _setup(config, architecture, layout, folder)
+    setup = role_setup(config, architecture, layout, folder)
     model = SftRole(setup, config.sft.optimizer, num_optimizer_steps=config.run.num_steps)
     if config.model.init == "weights":
         model.load_hf(HfFolder(config.model.path))
-    with _prepared(folder, config, {"model": model}, setup) as (checkpoints, metrics):
+    with _prepared(folder, config, {"model": model}, setup) as (checkpoints, metrics), process.last_words():
+        process.watchdog.enter("data", 0)
         examples = build_sft_source(config.data, load_tokenizer(config.model.path), seed=config.run.seed)
         logger.info("%d examples; left out: %s", len(examples), dict(examples.dropped.by_reason))
-        summary = SftTrainer(config, model, examples, checkpoints, metrics, should_stop).train()
+        trainer = SftTrainer(config, model, examples, checkpoints, metrics, process.should_stop, process.watchdog.enter)
+        summary = trainer.train()
+        process.watchdog.enter("export", config.run.num_steps)
         if config.checkpoint.export_hf:
             export_hf(model, folder.path / "hf", Path(config.model.path))
         return _finish(folder, summary, metrics)
@@ -200,7 +242,8 @@ def _generate(
         return loaded.generate(prompts, sampling)
 
 
-def _setup(config: AnyConfig, architecture: ModelArchitecture, layout: Layout, folder: RunFolder) -> RoleSetup:
+def role_setup(config: AnyConfig, architecture: ModelArchitecture, layout: Layout, folder: RunFolder) -> RoleSetup:
+    """What every model of a run is built from."""
     return RoleSetup(
         architecture=architecture,
         model=config.model,

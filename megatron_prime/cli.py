@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,8 +20,9 @@ from megatron_prime.config.plan import batch_plan
 from megatron_prime.config.schema import AnyConfig, PrimeConfig, SftConfig
 from megatron_prime.errors import ConfigError, PrimeError, RunInterrupted
 from megatron_prime.launch import command
+from megatron_prime.launch.exit_status import FAILED, INPUT_AT_FAULT, INTERRUPTED
 from megatron_prime.launch.hardware import PROFILES
-from megatron_prime.launch.interrupt import INTERRUPTED
+from megatron_prime.launch.heartbeat import SIGNS
 from megatron_prime.launch.local import is_launched, launch_local
 from megatron_prime.launch.plan import make_plan
 from megatron_prime.launch.plan_text import plan_rows
@@ -34,8 +37,7 @@ _CONFIGS = Path(megatron_prime.__file__).resolve().parents[1] / "configs"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status.
 
-    0: done. 1: `check` found that a plan does not fit. 2: the input is at fault. 75: stopped on request and saved; the
-    same command goes on. Anything else: a process ended in another way.
+    0: done. 1: `check` found that a plan does not fit. The others: `launch/exit_status.py`; 128 + n: ended by signal n.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(arguments)
@@ -54,7 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines = "\n".join(f"  {line}" for line in str(error).splitlines())
         where = "" if _is_main() else f"rank {os.environ['RANK']}: "
         print(f"{where}{type(error).__name__}:\n{lines}", file=sys.stderr)
-        return 2
+        return INPUT_AT_FAULT
+    except Exception:
+        traceback.print_exc()
+        return FAILED
 
 
 def _is_main() -> bool:
@@ -74,8 +79,11 @@ def _run(config: AnyConfig, arguments: list[str]) -> int:
 
     if not is_launched() and config.parallel.world_size > 1:
         check(config)
-        return launch_local(arguments, config.parallel.world_size, config.run.num_threads)
-    summary = build.run(config)
+        signs = Path(config.run.directory) / config.run.name / SIGNS
+        return launch_local(arguments, config.parallel.world_size, config.run.num_threads, signs)
+    # A crash in native code then shows where Python was.
+    faulthandler.enable()
+    summary = build.run(config, ends_process=True)
     if _is_main():
         from megatron_prime.observe.report import final_table
 
@@ -108,6 +116,19 @@ def _serve(options: argparse.Namespace, arguments: list[str]) -> int:
     )
     print(f"vLLM of {config.model.path} on http://{options.host}:{options.port}, without weights yet", flush=True)
     os.execvpe(command[0], command, environment)
+
+
+def _replay(options: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_prime.replay import ReplayOptions, replay, replay_config
+
+    chosen = ReplayOptions(file=options.file, weights=options.weights)
+    config = replay_config(chosen)
+    if not is_launched() and config.parallel.world_size > 1:
+        return launch_local(arguments, config.parallel.world_size, config.run.num_threads)
+    lines = replay(chosen)
+    if _is_main():
+        print("\n".join(lines))
+    return 0
 
 
 def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -293,6 +314,7 @@ def _parser() -> argparse.ArgumentParser:
             "sft": _train,
             "check": _check,
             "serve": _serve,
+            "replay": _replay,
             "launch": _launch,
             "evaluate": _evaluate,
             "generate": _generate,

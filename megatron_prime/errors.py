@@ -50,4 +50,8 @@ class LaunchError(PrimeError, RuntimeError):
 
 
 class TrainingError(PrimeError, RuntimeError):
-    """Training cannot go on: non-finite loss, no usable groups, ranks that disagree."""
+    """Training cannot go on: no usable groups, ranks that disagree."""
+
+
+class NonFiniteError(TrainingError):
+    """A loss, gradient or weight that is infinite or no number."""

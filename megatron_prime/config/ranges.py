@@ -44,6 +44,7 @@ OPTIMIZER = {
     "adam_eps": POSITIVE,
     "weight_decay": NOT_NEGATIVE,
     "clip_grad": NOT_NEGATIVE,
+    "max_skipped_steps": NOT_NEGATIVE,
 }
 
 RANGES: dict[str, Range] = {

@@ -46,6 +46,11 @@ class OptimizerSection:
     """Of matrices; norms and biases do not decay (Megatron's rule)."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """Where loss or gradients are infinite or no numbers: `stop` ends the run, `skip` leaves the optimizer step out. In
+    both no weight has changed, and the batch is kept for `megatron-prime replay`."""
+    max_skipped_steps: int = 3
+    """Optimizer steps in a row that `skip` leaves out before the run ends."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -45,7 +45,7 @@ class ParallelSection:
     overlap_param_gather: bool = False
     """Gather stepped parameters while the forward pass of the next mini-batch runs; needs both switches above."""
     timeout_seconds: float = 1800.0
-    """How long a collective may take before the run is given up."""
+    """How long a rank waits for the others, or for data, before the run ends and says which rank did not arrive."""
 
 
 @dataclass(kw_only=True, slots=True)

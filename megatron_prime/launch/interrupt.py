@@ -7,9 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-INTERRUPTED = 75
-"""Exit status of a run that was asked to stop and has saved (EX_TEMPFAIL of sysexits.h: try again)."""
-
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 """Slurm sends the first before the time limit, as asked, and the second on preemption and cancellation."""
 

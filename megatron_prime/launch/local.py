@@ -11,12 +11,16 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
-from megatron_prime.launch.interrupt import INTERRUPTED, STOP_SIGNALS
+from megatron_prime.launch.exit_status import EXPLAINED, INTERRUPTED, PEER_LOST
+from megatron_prime.launch.heartbeat import read_signs
+from megatron_prime.launch.interrupt import STOP_SIGNALS
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1
+_SIGNALLED = 128
 
 
 def is_launched() -> bool:
@@ -24,16 +28,17 @@ def is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launch_local(arguments: Sequence[str], world_size: int, num_threads: int) -> int:
+def launch_local(arguments: Sequence[str], world_size: int, num_threads: int, signs: Path | None = None) -> int:
     """Runs ``megatron-prime`` with the same arguments on ``world_size`` processes of this machine.
 
-    The first process to fail takes the others down; none outlives this one. A stop signal is passed on to all, which
-    then save and stop.
+    The first process to fail takes the others down; none outlives this one. One that could not say why is named with
+    what it was doing. A stop signal is passed on to all, which then save and stop.
 
     Args:
         arguments: of the command line, without the program.
         world_size: processes.
         num_threads: CPU threads of each.
+        signs: folder of the ranks' signs of life.
 
     Returns:
         The exit status: 0, or that of the process that failed first.
@@ -59,7 +64,9 @@ def launch_local(arguments: Sequence[str], world_size: int, num_threads: int) ->
     ]
     try:
         with _forward_stop_signals(processes):
-            status = _wait(processes)
+            rank, status = _wait(processes)
+        if status not in EXPLAINED | {0}:
+            print(_how_it_ended(rank, processes[rank].pid, status, signs), file=sys.stderr, flush=True)
         if status == INTERRUPTED:
             _wait_for_the_rest(processes)
         return status
@@ -75,16 +82,32 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Exit status of the first process that fails, 0 when all have ended well."""
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int]:
+    """Rank and exit status of the first process that fails; the status is 0 when all have ended well."""
     while True:
         statuses = [process.poll() for process in processes]
-        for status in statuses:
-            if status:
-                return status if status > 0 else 128 - status
+        failed = [
+            (rank, status if status > 0 else _SIGNALLED - status) for rank, status in enumerate(statuses) if status
+        ]
+        if failed:
+            # Among those that ended at the same time, one that has lost another is not the reason.
+            return min(failed, key=lambda end: end[1] == PEER_LOST)
         if all(status == 0 for status in statuses):
-            return 0
+            return 0, 0
         time.sleep(_POLL_SECONDS)
+
+
+def _how_it_ended(rank: int, pid: int, status: int, signs: Path | None) -> str:
+    """One line about a rank that ended without a word."""
+    if status > _SIGNALLED:
+        number = status - _SIGNALLED
+        known = number in {member.value for member in signal.Signals}
+        how = f"was killed by {signal.Signals(number).name if known else f'signal {number}'}"
+        how += " (often by the kernel, for want of memory)" if number == signal.SIGKILL else ""
+    else:
+        how = f"ended with status {status}"
+    sign = read_signs(signs).get(rank) if signs is not None else None
+    return f"rank {rank} {how}" + (f" in {sign.place()}" if sign is not None and sign.pid == pid else "")
 
 
 @contextmanager

@@ -125,6 +125,16 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+@on_megatron_platform
+def load_model(role: TrainableRole, path: Path) -> None:
+    """Loads a role's weights, without optimizer, from its part of a checkpoint of any layout; collective.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model.
+    """
+    role.load_sharded_state(load_state({"model": role.sharded_state(dict(_OPTIMIZER_METADATA))}, path)["model"])
+
+
 class Checkpointer:
     """Saves and restores the trained models of a run.
 

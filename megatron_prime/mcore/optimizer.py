@@ -5,12 +5,14 @@ Import this module only inside `cpu.megatron_platform`: it imports Megatron.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -93,6 +95,30 @@ def build_scheduler(optimizer: Any, section: OptimizerSection, num_steps: int) -
         override_opt_param_scheduler=True,
         use_checkpoint_opt_param_scheduler=False,
     )
+
+
+def gradient_norm(optimizer: Any) -> float:
+    """Norm of the accumulated gradients over all ranks, before anything is clipped or changed; collective."""
+    # True only where a loss scale found values that are not finite.
+    return math.inf if optimizer.prepare_grads() else float(optimizer.get_grad_norm())
+
+
+def step_with_norm(optimizer: Any, norm: float) -> None:
+    """The optimizer step after `gradient_norm`: Megatron's own, but for computing that norm again."""
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = inner.get_parameters()
+        if parameters and inner.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=inner.config.clip_grad, total_norm=norm)
+    succeeded = optimizer.step_with_ready_grads()
+    assert succeeded
+
+
+def stepped_parameters_are_finite(optimizer: Any) -> bool:
+    """Whether the parameters, or shards of them, that this rank steps are numbers."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parameters = [parameter.data for inner in parts for parameter in inner.get_parameters()]
+    # The largest value of each, which is not a number where one of its values is not.
+    return all(bool(norm.isfinite()) for norm in torch._foreach_norm(parameters, torch.inf)) if parameters else True
 
 
 def allocate_states(optimizer: Any) -> None:

@@ -22,6 +22,9 @@ from megatron_prime.weights.stream import ParallelGroups
 
 logger = logging.getLogger(__name__)
 
+_REPORT_SECONDS = 60.0
+"""Time for a watchdog, which knows who is missing, to speak before a collective gives up."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -119,7 +122,7 @@ def parallel_layout(config: ParallelSection, seed: int) -> Iterator[Layout]:
         store=store,
         rank=int(os.environ.get("RANK", "0")),
         world_size=started,
-        timeout=timedelta(seconds=config.timeout_seconds),
+        timeout=timedelta(seconds=config.timeout_seconds + _REPORT_SECONDS),
     )
     with megatron_platform():
         from megatron.core import parallel_state as megatron_state
@@ -132,7 +135,7 @@ def parallel_layout(config: ParallelSection, seed: int) -> Iterator[Layout]:
             pipeline_model_parallel_size=config.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
             context_parallel_size=config.context_parallel_size,
-            distributed_timeout_minutes=math.ceil(config.timeout_seconds / 60),
+            distributed_timeout_minutes=math.ceil((config.timeout_seconds + _REPORT_SECONDS) / 60),
         )
         model_parallel_cuda_manual_seed(seed)
         layout = Layout(

@@ -100,13 +100,10 @@ class PolicyRole(TrainableRole):
         old = batch.policy_logprobs
         for epoch in range(section.num_epochs):
             for selected in split_minibatches(batch.rollout.group_index, section.num_minibatches, seed + epoch):
-                weights = torch.zeros_like(advantages)
-                weights[selected] = loss_weights(rows.mask[selected], section.loss_normalization).float()
-                loss = _ppo_loss(self.options, weights, advantages, old, batch.reference_logprobs)
                 result = self.optimizer_step(
                     rows,
                     selected,
-                    loss,
+                    self._loss(batch, advantages, old, selected),
                     temperature=temperature,
                     with_entropy=True,
                     keep_logprobs=old is None,
@@ -116,6 +113,30 @@ class PolicyRole(TrainableRole):
                 old = result.logprobs if old is None else old
         self.settle()
         return UpdateResult(metrics=_mean([r.metrics for r in results]), logprobs=results[0].logprobs)
+
+    def measure_rows(self, batch: ScoredBatch, advantages: torch.Tensor, *, temperature: float) -> list[Metrics]:
+        """Each response's part of the loss over the whole batch and of its gradient; nothing changes.
+
+        Args:
+            batch: as for `update`.
+            advantages: as for `update`.
+            temperature: as for `update`.
+
+        Returns:
+            Metrics of `TrainableRole.measure` per response.
+        """
+        loss = self._loss(batch, advantages, batch.policy_logprobs, range(batch.rollout.num_responses))
+        return self._measure_each(
+            TokenRows.from_rollout(batch.rollout), loss, temperature=temperature, with_entropy=True
+        )
+
+    def _loss(
+        self, batch: ScoredBatch, advantages: torch.Tensor, old: torch.Tensor | None, selected: Sequence[int]
+    ) -> TokenLoss:
+        """PPO's loss of a mini-batch."""
+        selected, weights = list(selected), torch.zeros_like(advantages)
+        weights[selected] = loss_weights(batch.rollout.mask[selected], self.section.loss_normalization).float()
+        return _ppo_loss(self.options, weights, advantages, old, batch.reference_logprobs)
 
 
 def _ppo_loss(
@@ -195,6 +216,25 @@ class PrmRole(TrainableRole):
         return UpdateResult(metrics=_mean([r.metrics for r in results]), logprobs=results[-1].logprobs)
 
     def _minibatch(self, batch: ScoredBatch, selected: Sequence[int]) -> UpdateResult:
+        return self.optimizer_step(
+            TokenRows.from_rollout(batch.rollout),
+            selected,
+            self._loss(batch, len(selected)),
+            whole_sequences=True,
+            keep_logprobs=batch.prm_logprobs is None,
+        )
+
+    def measure_rows(self, batch: ScoredBatch) -> list[Metrics]:
+        """Each response's part of the loss over the whole batch and of its gradient; nothing changes.
+
+        Returns:
+            Metrics of `TrainableRole.measure` per response.
+        """
+        loss = self._loss(batch, batch.rollout.num_responses)
+        return self._measure_each(TokenRows.from_rollout(batch.rollout), loss, whole_sequences=True)
+
+    def _loss(self, batch: ScoredBatch, num_responses: int) -> TokenLoss:
+        """The loss of a mini-batch of so many responses."""
         section, rollout, reference = self.section, batch.rollout, batch.reference_logprobs
         assert reference is not None
         width = rollout.mask.shape[1]
@@ -215,19 +255,13 @@ class PrmRole(TrainableRole):
             )
             label = labels[mine].to(device)
             if opponents is not None:
-                value = pairwise_loss(logits, label, opponents[mine].to(device), num_responses=len(selected))
+                value = pairwise_loss(logits, label, opponents[mine].to(device), num_responses=num_responses)
             else:
-                value = cross_entropy_loss(logits, label, num_responses=len(selected))
-            correct = ((logits > 0) == (label > 0.5)).float().sum() / len(selected)
+                value = cross_entropy_loss(logits, label, num_responses=num_responses)
+            correct = ((logits > 0) == (label > 0.5)).float().sum() / num_responses
             return value, {"train_accuracy": correct}
 
-        return self.optimizer_step(
-            TokenRows.from_rollout(rollout),
-            selected,
-            loss,
-            whole_sequences=True,
-            keep_logprobs=batch.prm_logprobs is None,
-        )
+        return loss
 
     def _opponents(self, batch: ScoredBatch, labels: torch.Tensor) -> torch.Tensor:
         assert batch.prm_logprobs is not None and batch.reference_logprobs is not None

@@ -6,17 +6,16 @@ pipeline schedule happen inside.
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from megatron_prime import world
 from megatron_prime.batch import UpdateResult
 from megatron_prime.config.schema import MicroBatchSection, ModelSection, OptimizerSection, ParallelSection
-from megatron_prime.errors import TrainingError
+from megatron_prime.errors import NonFiniteError, TrainingError
 from megatron_prime.kernels import HeadOptions
 from megatron_prime.mcore.cpu import megatron_platform, on_megatron_platform
 from megatron_prime.mcore.packing import (
@@ -28,12 +27,11 @@ from megatron_prime.mcore.packing import (
 )
 from megatron_prime.mcore.parallel import Layout
 from megatron_prime.mcore.reports import TokenLoss, chunk_loss, combined, reduce_metrics
+from megatron_prime.mcore.skips import Skips
 from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.families import WeightSpec, transformer_engine_name, weight_specs
 from megatron_prime.weights.hf_folder import HfFolder
 from megatron_prime.weights.stream import WeightExport, import_weights
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +250,7 @@ class TrainableRole(ModelRole):
 
     def __init__(self, setup: RoleSetup, optimizer: OptimizerSection, *, num_optimizer_steps: int) -> None:
         super().__init__(setup)
+        self._skips = Skips(optimizer)
         with megatron_platform():
             from megatron_prime.mcore.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 
@@ -272,13 +271,54 @@ class TrainableRole(ModelRole):
         selected: Sequence[int],
         loss: TokenLoss,
         *,
+        check: Callable[[torch.Tensor], None] | None = None,
+        **options: Any,
+    ) -> UpdateResult:
+        """One optimizer step on the selected rows of the batch.
+
+        Args:
+            rows: as for `measure`, like everything that is not named here.
+            selected: the same.
+            loss: the same.
+            check: sees the log-probs [B, R] that the step began with before any weight changes, and may raise.
+            options: the same.
+
+        Returns:
+            As `measure`, with ``skipped``: 1 where the step was left out because it was not finite.
+
+        Raises:
+            NonFiniteError: loss, metrics or gradient norm are not finite (nothing has changed then), or the weights
+                are not after the step; go on from the last checkpoint.
+        """
+        from megatron_prime.mcore.optimizer import step_with_norm, stepped_parameters_are_finite
+
+        found = self.measure(rows, selected, loss, **options)
+        if check is not None and found.logprobs is not None:
+            check(found.logprobs)
+        if self._skips.skip(found.metrics):
+            return replace(found, metrics=found.metrics | {"skipped": 1.0})
+        step_with_norm(self.optimizer, found.metrics["grad_norm"])
+        if world.any_process(not stepped_parameters_are_finite(self.optimizer)):
+            raise NonFiniteError(
+                f"weights are infinite or no numbers after the step (learning rate {found.metrics['lr']:g}); lower it "
+                "and go on from the last checkpoint"
+            )
+        self.scheduler.step(increment=1)
+        return replace(found, metrics=found.metrics | {"skipped": 0.0})
+
+    @on_megatron_platform
+    def measure(
+        self,
+        rows: TokenRows,
+        selected: Sequence[int],
+        loss: TokenLoss,
+        *,
         temperature: float = 1.0,
         whole_sequences: bool = False,
         with_entropy: bool = False,
         keep_logprobs: bool = False,
-        check: Callable[[torch.Tensor], None] | None = None,
     ) -> UpdateResult:
-        """One optimizer step on the selected rows of the batch.
+        """Loss and gradients of the selected rows of the batch; the gradients stay until the next call.
 
         Args:
             rows: the whole batch.
@@ -288,18 +328,14 @@ class TrainableRole(ModelRole):
             temperature: divides the logits.
             whole_sequences: the loss needs all tokens of a response at once.
             with_entropy: the loss is given entropies.
-            keep_logprobs: return the log-probs that the step began with.
-            check: sees these log-probs [B, R] before any weight changes, and may raise.
+            keep_logprobs: return the log-probs.
 
         Returns:
             The summed metrics (a key starting with ``max_`` is maximised), ``grad_norm`` and ``lr``; log-probs of
             the selected rows, 0 elsewhere; the same on every rank.
-
-        Raises:
-            TrainingError: loss or metrics are not finite (nothing has changed then), or the gradient norm is not,
-                which shows only after the step (the weights are spoiled then); go on from the last checkpoint.
         """
         from megatron_prime.mcore.model import HeadLoss
+        from megatron_prime.mcore.optimizer import gradient_norm
 
         micro_batches = self._micro_batches(rows, selected)
         for chunk, wrapped in zip(self.chunks, self.wrapped, strict=True):
@@ -325,16 +361,9 @@ class TrainableRole(ModelRole):
 
         reports = self._schedule(self.wrapped, micro_batches, step, forward_only=False)
         metrics = reduce_metrics(self.layout, reports)
-        if not all(math.isfinite(v) for v in metrics.values()):
-            raise TrainingError(f"non-finite loss or metric: {metrics}; lower the learning rate or check the data")
         logprobs = None if kept is None else self.layout.sum_over_data(kept)
-        if check is not None and logprobs is not None:
-            check(logprobs)
-        succeeded, grad_norm, _ = self.optimizer.step()
-        if not succeeded or grad_norm is None or not math.isfinite(grad_norm):
-            raise TrainingError(f"optimizer step failed, gradient norm {grad_norm}; lower the learning rate")
-        metrics |= {"grad_norm": float(grad_norm), "lr": float(self.optimizer.param_groups[0]["lr"])}
-        self.scheduler.step(increment=1)
+        norm = gradient_norm(self.optimizer)
+        metrics |= {"grad_norm": norm, "lr": float(self.optimizer.param_groups[0]["lr"])}
         return UpdateResult(metrics=metrics, logprobs=logprobs)
 
     def settle(self) -> None:
@@ -343,3 +372,7 @@ class TrainableRole(ModelRole):
             with megatron_platform():
                 for wrapped in self.wrapped:
                     wrapped.start_param_sync(force_sync=True)
+
+    def _measure_each(self, rows: TokenRows, loss: TokenLoss, **options: Any) -> list[dict[str, float]]:
+        """`measure` of every row by itself; without data parallelism, which would need rows for each rank."""
+        return [self.measure(rows, [row], loss, **options).metrics for row in range(rows.mask.shape[0])]

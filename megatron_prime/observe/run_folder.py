@@ -28,6 +28,11 @@ _MAY_CHANGE = (
     "evaluation.",
     "checkpoint.",
     "verifier.",
+    *(
+        f"{section}.optimizer.{key}"
+        for section in ("policy", "prm", "sft")
+        for key in ("on_nonfinite", "max_skipped_steps")
+    ),
 )
 """Keys that a run may be resumed with other values of; a longer run stretches a decaying learning rate."""
 PACKAGES = ("torch", "megatron-core", "transformers", "megatron-prime")
@@ -51,6 +56,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.plots = self.path / "plots"
+        self.failures = self.path / "failures"
 
     def has_checkpoint(self) -> bool:
         """Whether there is a complete checkpoint (one being written has a suffix)."""

@@ -7,22 +7,24 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from megatron_prime.algorithm.advantage import AdvantageOptions, compute_advantages
+from megatron_prime.algorithm.advantage import compute_advantages
 from megatron_prime.algorithm.filtering import GroupCollector
 from megatron_prime.algorithm.implicit_reward import implicit_rewards
-from megatron_prime.batch import Group, RolloutBatch, SamplingParams, ScoredBatch, Verdict
+from megatron_prime.batch import Group, ModelUpdate, RolloutBatch, ScoredBatch, Verdict
 from megatron_prime.config.schema import PrimeConfig
 from megatron_prime.errors import RunInterrupted, TrainingError
 from megatron_prime.trainer.evaluation import Accuracy, accuracy, derive_seed, evaluation_sampling, sample_and_verify
 from megatron_prime.trainer.evidence import Evidence, measure_evidence, recent_step_auc
 from megatron_prime.trainer.mismatch import advantage_weights, compare_logprobs
+from megatron_prime.trainer.nonfinite import kept_if_nonfinite
 from megatron_prime.trainer.protocols import (
     Checkpoints,
     Engine,
+    FailedUpdates,
     Logger,
     Policy,
     Prompts,
@@ -30,8 +32,9 @@ from megatron_prime.trainer.protocols import (
     RewardModel,
     Verifier,
 )
+from megatron_prime.trainer.settings import advantage_options, sampling_params
 from megatron_prime.trainer.stages import Stages
-from megatron_prime.trainer.verdicts import verdict_metrics
+from megatron_prime.trainer.verdicts import rollout_metrics, verdict_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +58,10 @@ class PrimeParts:
     prompts: Prompts
     checkpoints: Checkpoints
     logger: Logger
+    failed_updates: FailedUpdates
+    """Where updates go that are not finite."""
+    enter: Callable[[str, int], None] = lambda phase, step: None
+    """Called with where the run is, and the step, whenever a stage starts or ends."""
     should_stop: Callable[[], bool] = bool
     """Asked after every step, by all ranks together; true on one is true on all."""
     min_groups: int
@@ -72,7 +79,7 @@ class PrimeTrainer:
     def __init__(self, config: PrimeConfig, parts: PrimeParts) -> None:
         self.config = config
         self.parts = parts
-        self.stages = Stages(parts.logger.progress)
+        self.stages = Stages(parts.logger.progress, parts.enter)
         self.collector = GroupCollector(
             num_groups=config.rollout.num_prompts,
             min_accuracy=config.filter.min_accuracy,
@@ -106,6 +113,7 @@ class PrimeTrainer:
             self.parts.logger.log(0, before)
         self.stages.drain()
         while self.num_steps_done < config.run.num_steps:
+            self.stages.step = self.num_steps_done + 1
             metrics = self.step()
             self.num_steps_done += 1
             last = self.num_steps_done == config.run.num_steps
@@ -114,10 +122,12 @@ class PrimeTrainer:
             metrics |= self.stages.drain()
             self.parts.logger.log(self.num_steps_done, metrics)
             stopping = not last and self.parts.should_stop()
-            if last or stopping or _is_due(self.num_steps_done, config.checkpoint.every_steps):
+            saving = last or stopping or _is_due(self.num_steps_done, config.checkpoint.every_steps)
+            if saving:
                 with self.stages("checkpoint"):
                     self.parts.checkpoints.save(self.num_steps_done, self.state_dict())
-            if stopping:
+            # A request that came while it was saved needs no other step.
+            if stopping or (saving and not last and self.parts.should_stop()):
                 raise RunInterrupted(f"stopped as asked and saved after step {self.num_steps_done}")
         return self.summary()
 
@@ -131,9 +141,10 @@ class PrimeTrainer:
             metrics |= compare_logprobs(batch, self.weight_version, self.config.rollout)
         rewards, prm_metrics = self.process_rewards(groups, batch)
         metrics |= prm_metrics
+        options = advantage_options(self.config.advantage, self._gate())
         with self.stages("advantage"):
             result = compute_advantages(
-                batch.rollout.outcomes, rewards, batch.rollout.mask, batch.rollout.group_index, self._options()
+                batch.rollout.outcomes, rewards, batch.rollout.mask, batch.rollout.group_index, options
             )
         metrics |= {f"advantage/{name}": value for name, value in result.metrics.items()}
         if not self._policy_waits():
@@ -148,14 +159,17 @@ class PrimeTrainer:
             scored = replace(batch, policy_logprobs=logprobs)
             metrics.update(compare_logprobs(scored, self.weight_version, self.config.rollout))
 
-        with self.stages("policy_update"):
+        advantages = advantages * advantage_weights(batch, self.config.policy)
+        update = self._update("policy", [batch], advantages)
+        with self.stages("policy_update"), kept_if_nonfinite(update, self.parts.failed_updates) as report:
             updated = self.parts.policy.update(
                 batch,
-                advantages * advantage_weights(batch, self.config.policy),
+                advantages,
                 temperature=self.config.rollout.temperature,
-                seed=self._seed("policy order"),
+                seed=update.seed,
                 check=check if batch.policy_logprobs is None else None,
             )
+            report(updated)
         self.refit(self.num_steps_done + 1)
         return metrics | {f"policy/{name}": value for name, value in updated.metrics.items()}
 
@@ -187,7 +201,7 @@ class PrimeTrainer:
         # The models that train next may need the accelerator's memory.
         self.parts.engine.sleep()
         counts = self.collector.take_counts()
-        metrics = _rollout_metrics(sampled) | verdict_metrics(verdicts)
+        metrics = rollout_metrics(sampled) | verdict_metrics(verdicts)
         metrics |= {f"filter/{name}": float(n) for name, n in asdict(counts).items()}
         metrics["filter/kept"] = counts.num_kept / max(counts.num_seen, 1)
         if len(self.collector) >= self.parts.min_groups:
@@ -203,8 +217,10 @@ class PrimeTrainer:
 
     def sample(self, num_prompts: int) -> tuple[list[Group], list[Verdict]]:
         """Fresh groups of the next prompts, and all verdicts; answers without one are left out of their groups."""
-        prompts = self.parts.prompts.take(self.position, num_prompts)
-        sampling = self._sampling(derive_seed(self.config.run.seed, "rollout", self.position))
+        with self.stages("data"):
+            prompts = self.parts.prompts.take(self.position, num_prompts)
+        seed = derive_seed(self.config.run.seed, "rollout", self.position)
+        sampling = sampling_params(self.config.rollout, seed)
         self.position += num_prompts
         with self.stages("rollout"):
             self.parts.engine.wake()
@@ -243,8 +259,10 @@ class PrimeTrainer:
         if prm is None:
             return None, {}
         self.window = [*self.window, batch][-section.num_window_batches :]
-        with self.stages("prm_update"):
-            updated = prm.update(self.window, seed=self._seed("prm order"))
+        update = self._update("prm", self.window)
+        with self.stages("prm_update"), kept_if_nonfinite(update, self.parts.failed_updates) as report:
+            updated = prm.update(self.window, seed=update.seed)
+            report(updated)
         if batch.prm_logprobs is None:
             batch = self.window[-1] = replace(batch, prm_logprobs=updated.logprobs)
         rewards = self._rewards(batch, batch.prm_logprobs)
@@ -332,6 +350,14 @@ class PrimeTrainer:
         self.evidence = list(state["evidence"])
         self.seconds_before = state["seconds"]
 
+    def _update(
+        self, role: Literal["policy", "prm"], batches: Sequence[ScoredBatch], advantages: torch.Tensor | None = None
+    ) -> ModelUpdate:
+        seed = self._seed(f"{role} order")
+        return ModelUpdate(
+            role=role, step=self.num_steps_done + 1, batches=tuple(batches), advantages=advantages, seed=seed
+        )
+
     def _policy_waits(self) -> bool:
         """Whether only the PRM trains in this step."""
         return self.parts.prm is not None and self.num_steps_done < self.config.prm.warmup_steps
@@ -346,31 +372,6 @@ class PrimeTrainer:
     def _seed(self, purpose: str) -> int:
         return derive_seed(self.config.run.seed, purpose, self.num_steps_done)
 
-    def _sampling(self, seed: int) -> SamplingParams:
-        section = self.config.rollout
-        return SamplingParams(
-            num_responses=section.num_responses,
-            temperature=section.temperature,
-            top_p=section.top_p,
-            max_response_tokens=section.max_response_tokens,
-            seed=seed,
-            stop_token_ids=tuple(section.stop_token_ids),
-        )
-
-    def _options(self) -> AdvantageOptions:
-        section = self.config.advantage
-        return AdvantageOptions(
-            estimator=section.estimator,
-            process_baseline=section.process_baseline,
-            outcome_coef=section.outcome_coef,
-            process_coef=section.process_coef,
-            outcome_gamma=section.outcome_gamma,
-            process_gamma=section.process_gamma,
-            process_scale=section.process_scale,
-            whiten=section.whiten,
-            process_gate=self._gate(),
-        )
-
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
@@ -378,15 +379,3 @@ def _finite(value: float) -> float | None:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    responses = [r for group in groups for r in group.responses]
-    if not responses:
-        return {}
-    rewards = [x for group in groups for x in group.rewards]
-    return {
-        "rollout/accuracy": sum(rewards) / len(rewards),
-        "rollout/response_tokens": sum(len(r.token_ids) for r in responses) / len(responses),
-        "rollout/truncated": sum(r.finish_reason != "stop" for r in responses) / len(responses),
-    }

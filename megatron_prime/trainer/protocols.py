@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from megatron_prime.batch import (
+    ModelUpdate,
     Prompt,
     Response,
     RolloutBatch,
@@ -104,6 +106,12 @@ class Checkpoints(Protocol):
     def save(self, step: int, trainer_state: Mapping[str, Any]) -> None: ...
 
     def restore(self) -> Mapping[str, Any] | None: ...
+
+
+class FailedUpdates(Protocol):
+    """Keeps what updates that are not finite were made of."""
+
+    def keep(self, update: ModelUpdate, reason: str) -> Path: ...
 
 
 class Logger(Protocol):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_prime.batch import SftExample
 from megatron_prime.config.schema import SftConfig
-from megatron_prime.errors import RunInterrupted
+from megatron_prime.errors import NonFiniteError, RunInterrupted
 from megatron_prime.trainer.protocols import Checkpoints, Examples, Imitator, Logger
 from megatron_prime.trainer.stages import Stages
 
@@ -25,6 +26,7 @@ class SftTrainer:
         checkpoints: where the state goes.
         metrics: where the metrics go.
         should_stop: asked after every step, by all ranks together; true on one is true on all.
+        enter: called with where the run is, and the step, whenever a stage starts or ends.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class SftTrainer:
         checkpoints: Checkpoints,
         metrics: Logger,
         should_stop: Callable[[], bool] = bool,
+        enter: Callable[[str, int], None] = lambda phase, step: None,
     ) -> None:
         self.config = config
         self.model = model
@@ -42,6 +45,7 @@ class SftTrainer:
         self.checkpoints = checkpoints
         self.metrics = metrics
         self.should_stop = should_stop
+        self.stages = Stages(metrics.progress, enter)
 
     def train(self) -> dict[str, Any]:
         """Runs to the last step and returns the summary of the run."""
@@ -49,20 +53,36 @@ class SftTrainer:
         state = self.checkpoints.restore() or {"num_steps_done": 0, "loss": None, "seconds": 0.0}
         done, loss = state["num_steps_done"], state["loss"]
         start = time.perf_counter() - state["seconds"]
-        stages = Stages(self.metrics.progress)
+        stages = self.stages
         while done < config.run.num_steps:
+            stages.step = done + 1
+            position = done * config.sft.batch_size
+            with stages("data"):
+                batch = self.examples.take(position, config.sft.batch_size)
             with stages("update"):
-                batch = self.examples.take(done * config.sft.batch_size, config.sft.batch_size)
-                updated = self.model.update(batch)
+                updated = self._update(batch, position)
             done += 1
             loss = updated["loss"]
             last = done == config.run.num_steps
             if last or done % config.sft.log_every_steps == 0:
                 self.metrics.log(done, {f"sft/{name}": value for name, value in updated.items()} | stages.drain())
             stopping = not last and self.should_stop()
-            if last or stopping or (config.checkpoint.every_steps > 0 and done % config.checkpoint.every_steps == 0):
+            every = config.checkpoint.every_steps
+            saving = last or stopping or (every > 0 and done % every == 0)
+            if saving:
                 seconds = time.perf_counter() - start
-                self.checkpoints.save(done, {"num_steps_done": done, "loss": loss, "seconds": seconds})
-            if stopping:
+                with stages("checkpoint"):
+                    self.checkpoints.save(done, {"num_steps_done": done, "loss": loss, "seconds": seconds})
+            # A request that came while it was saved needs no other step.
+            if stopping or (saving and not last and self.should_stop()):
                 raise RunInterrupted(f"stopped as asked and saved after step {done}")
         return {"num_steps": done, "final_loss": loss, "wall_seconds": time.perf_counter() - start}
+
+    def _update(self, batch: Sequence[SftExample], position: int) -> dict[str, float]:
+        try:
+            return self.model.update(batch)
+        except NonFiniteError as error:
+            first, last = position, position + len(batch) - 1
+            raise NonFiniteError(
+                f"step {self.stages.step}, examples {first} to {last} in the run's order: {error}"
+            ) from error

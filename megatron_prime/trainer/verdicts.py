@@ -1,4 +1,4 @@
-"""What a step's log says of its verdicts."""
+"""What a step's log says of its answers and their verdicts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
-from megatron_prime.batch import Verdict
+from megatron_prime.batch import Group, Verdict
 
 _MAX_MISSING = 0.01
 """Share of answers that may be left without a verdict before the log says so."""
@@ -34,3 +34,16 @@ def verdict_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
     for name, share in _PERCENTILES.items():
         metrics[f"time/verdict_seconds/{name}"] = seconds[min(count - 1, int(share * count))]
     return metrics | {"verdict/missing": missing.total() / count}
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Mean accuracy and length of the answers that have a verdict, and the share that was cut off."""
+    responses = [r for group in groups for r in group.responses]
+    if not responses:
+        return {}
+    rewards = [x for group in groups for x in group.rewards]
+    return {
+        "rollout/accuracy": sum(rewards) / len(rewards),
+        "rollout/response_tokens": sum(len(r.token_ids) for r in responses) / len(responses),
+        "rollout/truncated": sum(r.finish_reason != "stop" for r in responses) / len(responses),
+    }

@@ -69,10 +69,10 @@ def prime_config(start: str, directory: str, name: str, **sections: Any) -> dict
 
 
 def read_curve(directory: str, name: str) -> list[dict[str, float | None]]:
-    """The metrics log without what depends on the clock."""
+    """The metrics log without what depends on the clock and on the process."""
     lines = (Path(directory) / name / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+    return [{key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))} for row in rows]
 
 
 def run_prime(config: dict[str, Any]) -> None:

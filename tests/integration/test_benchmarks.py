@@ -19,7 +19,7 @@ from megatron_prime.cli import main
 from megatron_prime.config.schema import VerifierSection
 from megatron_prime.data.benchmarks.registry import load_benchmarks
 from megatron_prime.data.readers import read_rows
-from megatron_prime.launch.interrupt import INTERRUPTED
+from megatron_prime.launch.exit_status import INTERRUPTED
 from megatron_prime.verify.verifier import build_verifier
 
 ADD = "print(sum(map(int, input().split())))"

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +21,7 @@ from megatron_prime.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "megatron_prime.cli"]
-COMMANDS = ("demo", "train", "sft", "check", "evaluate", "launch", "generate", "prepare", "verify", "convert")
+COMMANDS = ("demo", "train", "sft", "check", "evaluate", "launch", "generate", "prepare", "verify", "convert", "replay")
 SHAPES = {
     "arithmetic": "arithmetic",
     "arithmetic_sft": "arithmetic",
@@ -278,52 +274,3 @@ def test_an_error_on_every_rank_is_printed_once(tmp_path: Path) -> None:
     assert result.returncode == 2
     lines = result.stderr.splitlines()
     assert lines.count("CheckpointError:") == 1 and sum("written at layout" in line for line in lines) == 1
-
-
-def children_of(pid: int) -> list[int]:
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def endless_sft(directory: Path) -> Path:
-    config: dict[str, Any] = {
-        "kind": "sft",
-        "run": {"name": "endless", "directory": str(directory), "num_steps": 10**6},
-        "model": {"path": str(ROOT / "configs" / "models" / "arithmetic"), "init": "random"},
-        "parallel": {"world_size": 2, "tensor_model_parallel_size": 2},
-        "data": {"kind": "arithmetic"},
-        "sft": {"batch_size": 2, "log_every_steps": 1, "optimizer": {"lr": 1e-3}},
-        "checkpoint": {"every_steps": 0},
-    }
-    path = directory / "endless.yaml"
-    path.write_text(json.dumps(config))  # JSON is YAML
-    return path
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_rank_that_dies_takes_the_others_down(tmp_path: Path) -> None:
-    launcher = subprocess.Popen(
-        [*COMMAND, "sft", str(endless_sft(tmp_path))], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        metrics, deadline = tmp_path / "endless" / "metrics.jsonl", time.monotonic() + 120
-        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-            assert launcher.poll() is None
-            time.sleep(0.05)
-        ranks = children_of(launcher.pid)
-        assert len(ranks) == 2
-        os.kill(ranks[1], signal.SIGKILL)
-        assert launcher.wait(timeout=15) == 128 + signal.SIGKILL
-        assert not any(is_running(pid) for pid in ranks)
-    finally:
-        launcher.kill()
-        launcher.wait()

@@ -15,7 +15,8 @@ import pytest
 
 from megatron_prime.cli import main
 from megatron_prime.launch import health
-from megatron_prime.launch.interrupt import INTERRUPTED, stop_requests
+from megatron_prime.launch.exit_status import INTERRUPTED
+from megatron_prime.launch.interrupt import stop_requests
 from megatron_prime.launch.progress import newest_step
 
 ROOT = Path(__file__).resolve().parents[3]

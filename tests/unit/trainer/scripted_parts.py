@@ -9,11 +9,13 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_prime.batch import (
+    ModelUpdate,
     Prompt,
     Response,
     RolloutBatch,
@@ -214,6 +216,17 @@ class MemoryCheckpoints:
         return pickle.loads(self.saved[max(self.saved)]) if self.saved else None
 
 
+class MemoryUpdates:
+    """Keeps updates that are not finite, with the reasons."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[ModelUpdate, str]] = []
+
+    def keep(self, update: ModelUpdate, reason: str) -> Path:
+        self.kept.append((update, reason))
+        return Path(f"{update.role}_{update.step}.pt")
+
+
 class MemoryLogger:
     """Keeps rows and stages."""
 
@@ -264,6 +277,7 @@ def make_trainer(
         prompts=NumberedPrompts(),
         checkpoints=checkpoints or MemoryCheckpoints(),
         logger=MemoryLogger(),
+        failed_updates=MemoryUpdates(),
         min_groups=min_groups,
     )
     return PrimeTrainer(config, parts), events

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 
@@ -24,13 +25,17 @@ from megatron_prime.trainer.stages import Stages
 
 def test_stages_add_up_and_start_anew() -> None:
     announced: list[str] = []
-    stages = Stages(announced.append)
+    entered: list[tuple[str, int]] = []
+    stages = Stages(announced.append, lambda phase, step: entered.append((phase, step)))
+    stages.step = 3
     for name, seconds in (("rollout", 0.02), ("score", 0.01), ("rollout", 0.03)):
         with stages(name):
             time.sleep(seconds)
     assert announced == ["rollout", "score", "rollout"]
+    assert entered == [(phase, 3) for name in announced for phase in (name, "step")]
     metrics = stages.drain()
-    assert metrics.keys() == {"time/rollout_seconds", "time/score_seconds", "time/step_seconds"}
+    times = {"time/rollout_seconds", "time/score_seconds", "time/step_seconds"}
+    assert times == {key for key in metrics if key.startswith("time/")}
     assert metrics["time/rollout_seconds"] >= 0.05
     assert metrics["time/score_seconds"] >= 0.01
     # The step also has the time between its stages.
@@ -38,6 +43,18 @@ def test_stages_add_up_and_start_anew() -> None:
     rest = stages.drain()
     assert rest.keys() == {"time/step_seconds"}
     assert rest["time/step_seconds"] < 0.01
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_each_stage_has_its_own_peak_of_memory() -> None:
+    stages = Stages(lambda name: None)
+    for name, num_mib in (("large", 256), ("small", 8)):
+        with stages(name):
+            # 1, because memory that was only promised takes no room.
+            block = bytearray(b"\1") * (num_mib * 2**20)
+            del block
+    metrics = stages.drain()
+    assert 0.2 < metrics["memory/large_gib"] - metrics["memory/small_gib"] < 0.3
 
 
 def test_a_stage_that_fails_is_timed_too() -> None:

@@ -1,0 +1,91 @@
+"""Signs of life: what each rank does, in a file of its own below the run folder.
+
+Nobody has to take part for a file to be read, so they also tell about ranks that are stuck, stopped or dead. Ranks on
+several hosts need what checkpoints need as well: a run folder that all of them see.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+SIGNS = "ranks"
+"""Name of the folder of signs in the run folder."""
+_NUM_BYTES = 1024
+_MAX_FAILURE_CHARACTERS = 200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sign:
+    """What a rank last said of itself."""
+
+    rank: int
+    host: str
+    pid: int
+    phase: str
+    step: int
+    """0 before the first one."""
+    phase_seconds: float
+    """In this phase."""
+    num_looks: int
+    """How often the rank's watchdog has looked so far: a process that is stopped does not."""
+    waits_in: str | None = None
+    """The collective that it waits in."""
+    failure: str | None = None
+    """Why it ends."""
+
+    def place(self) -> str:
+        """Where it is, for a message."""
+        return f"phase {self.phase} of step {self.step}" if self.step else f"phase {self.phase}"
+
+
+class SignFile:
+    """The file of one rank.
+
+    Args:
+        folder: of all ranks' files; made where it is missing.
+        rank: its number.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(folder / f"rank_{rank:05}.json", os.O_WRONLY | os.O_CREAT, 0o644)
+
+    def write(self, sign: Sign) -> None:
+        """Replaces what is there in one call, so that a reader sees the old or the new."""
+        content = asdict(sign) | {"failure": sign.failure and sign.failure[:_MAX_FAILURE_CHARACTERS]}
+        os.pwrite(self._file, json.dumps(content).encode().ljust(_NUM_BYTES), 0)
+
+    def close(self) -> None:
+        """Ends the writing; the last sign stays."""
+        os.close(self._file)
+
+
+def read_signs(folder: Path) -> dict[int, Sign]:
+    """The newest sign of every rank that has given one, by rank."""
+    found: dict[int, Sign] = {}
+    for path in sorted(folder.glob("rank_*.json")):
+        try:
+            sign = Sign(**json.loads(path.read_bytes()))
+            age = max(0.0, time.time() - path.stat().st_mtime)
+        except (OSError, ValueError, TypeError):
+            continue
+        found[sign.rank] = replace(sign, phase_seconds=sign.phase_seconds + age)
+    return found
+
+
+def rank_list(ranks: Iterable[int]) -> str:
+    """``rank 1``, ``ranks 0-2, 5``."""
+    numbers = sorted(ranks)
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+    return f"rank{'s' if len(numbers) > 1 else ''} {text}"

@@ -1,0 +1,34 @@
+"""Peak memory of a part of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+import torch
+
+_GIB = 2**30
+_PEAK = re.compile(rb"VmHWM:\s+(\d+) kB")
+
+
+class PeakMemory:
+    """The largest resident size of this process, and of CUDA's allocations where there are any, since `reset`."""
+
+    def reset(self) -> None:
+        """Starts from the present sizes; where the system does not allow it, peaks are those of the whole run."""
+        # 5 resets the peak resident size, and nothing else (man 5 proc).
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+
+    def gib(self, name: str) -> dict[str, float]:
+        """The peaks as metrics of a stage; nothing where the system does not say."""
+        found: dict[str, float] = {}
+        with contextlib.suppress(OSError):
+            if peak := _PEAK.search(Path("/proc/self/status").read_bytes()):
+                found[f"memory/{name}_gib"] = int(peak[1]) * 1024 / _GIB
+        if torch.cuda.is_initialized():
+            found[f"memory/{name}_gpu_gib"] = torch.cuda.max_memory_allocated() / _GIB
+        return found
