@@ -117,8 +117,11 @@ def stepped_parameters_are_finite(optimizer: Any) -> bool:
     """Whether the parameters, or shards of them, that this rank steps are numbers."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     parameters = [parameter.data for inner in parts for parameter in inner.get_parameters()]
+    if not parameters:
+        return True
     # The largest value of each, which is not a number where one of its values is not.
-    return all(bool(norm.isfinite()) for norm in torch._foreach_norm(parameters, torch.inf)) if parameters else True
+    largest = torch._foreach_norm(parameters, torch.inf)  # pyright: ignore[reportPrivateImportUsage]
+    return all(bool(norm.isfinite()) for norm in largest)
 
 
 def allocate_states(optimizer: Any) -> None:

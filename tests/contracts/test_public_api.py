@@ -49,6 +49,7 @@ BATCH = {
     "Group": "prompt responses rewards",
     "RolloutBatch": "prompt_token_ids response_ids mask rollout_logprobs outcomes group_index weight_versions",
     "ScoredBatch": "rollout policy_logprobs reference_logprobs prm_logprobs",
+    "ModelUpdate": "role step batches advantages seed",
     "UpdateResult": "metrics logprobs",
 }
 
