@@ -6,7 +6,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from megatron_prime.data.sources import PromptSource, build_prompt_source, build
 from megatron_prime.data.templates import complete_messages, render
 from megatron_prime.data.tokenizer import encode, load_tokenizer
 from megatron_prime.engines import loaded_engine, running_engine
+from megatron_prime.errors import ConfigError
 from megatron_prime.kernels import HeadOptions, choose_backend, choose_gemm
 from megatron_prime.launch.heartbeat import SIGNS
 from megatron_prime.launch.interrupt import stop_requests
@@ -31,7 +32,7 @@ from megatron_prime.mcore.dtypes import DTYPES
 from megatron_prime.mcore.export import export_hf
 from megatron_prime.mcore.parallel import Layout, parallel_layout
 from megatron_prime.mcore.prime_roles import PolicyRole, PrmRole, ReferenceRole, SftRole
-from megatron_prime.mcore.role import ModelRole, RoleSetup, TrainableRole
+from megatron_prime.mcore.role import RoleSetup, TrainableRole
 from megatron_prime.observe.failed_updates import FailedUpdateFiles
 from megatron_prime.observe.metrics import MetricsLogger
 from megatron_prime.observe.report import draw_plots, write_summary
@@ -41,7 +42,7 @@ from megatron_prime.trainer.evaluation import accuracy, evaluation_sampling, sam
 from megatron_prime.trainer.prime import PrimeParts, PrimeTrainer
 from megatron_prime.trainer.sft import SftTrainer
 from megatron_prime.verify.verifier import RoutingVerifier, build_verifier
-from megatron_prime.weights.architecture import ModelArchitecture
+from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
 from megatron_prime.weights.convert import SIDE_FOLDER, to_hf
 from megatron_prime.weights.hf_folder import HfFolder
 
@@ -88,23 +89,23 @@ def run(config: AnyConfig, *, ends_process: bool = False) -> Mapping[str, Any]:
 def _run_prime(
     config: PrimeConfig, architecture: ModelArchitecture, layout: Layout, process: _Process
 ) -> Mapping[str, Any]:
+    if config.parallel.offload_idle == "all" and layout.device.type == "cpu":
+        raise ConfigError("parallel.offload_idle: all moves models off a GPU, and there is none; use gradients or none")
     folder = RunFolder(config.run.directory, config.run.name)
     setup = role_setup(config, architecture, layout, folder)
-    start = HfFolder(config.model.path)
     num_warmup_steps = config.prm.warmup_steps if config.uses_prm else 0
     policy = PolicyRole(setup, config.policy, num_steps=config.run.num_steps - num_warmup_steps)
     roles: dict[str, TrainableRole] = {"policy": policy}
-    models: list[ModelRole] = [policy]
+    policy.load_hf(HfFolder(config.model.path))
     prm = reference = None
     if config.uses_prm:
-        prm = roles["prm"] = PrmRole(setup, config.prm, num_steps=config.run.num_steps)
-        prm.load_hf(HfFolder(config.prm.path) if config.prm.path is not None else start)
+        prm_start = config.prm.path or config.model.path
+        prm = roles["prm"] = PrmRole(_setup_of(prm_start, setup), config.prm, num_steps=config.run.num_steps)
+        prm.load_hf(HfFolder(prm_start))
     if config.reference.source == "sft" and (config.uses_prm or config.policy.kl_coef > 0):
-        reference = ReferenceRole(setup)
-        models.append(reference)
-    for model in models:
-        model.load_hf(start)
-    start.release()
+        reference_path = config.reference.path or config.model.path
+        reference = ReferenceRole(_setup_of(reference_path, setup))
+        reference.load_hf(HfFolder(reference_path))
     with (
         running_engine(
             config.model.path, config.model.dtype, config.rollout, architecture, layout, config.run.num_threads
@@ -134,9 +135,11 @@ def _run_prime(
         summary = PrimeTrainer(config, parts).train()
         process.watchdog.enter("export", config.run.num_steps)
         if config.checkpoint.export_hf:
+            policy.wake()
             export_hf(policy, folder.path / "hf", Path(config.model.path))
             if prm is not None:
-                export_hf(prm, folder.path / "hf_prm", Path(config.model.path))
+                prm.wake()
+                export_hf(prm, folder.path / "hf_prm", Path(config.prm.path or config.model.path))
         return _finish(folder, summary, metrics)
 
 
@@ -252,6 +255,11 @@ def role_setup(config: AnyConfig, architecture: ModelArchitecture, layout: Layou
         layout=layout,
         head=_head_options(config, architecture, layout, folder),
     )
+
+
+def _setup_of(path: str, setup: RoleSetup) -> RoleSetup:
+    """The same for the model of a folder."""
+    return replace(setup, architecture=read_architecture(path))
 
 
 def _head_options(config: AnyConfig, architecture: ModelArchitecture, layout: Layout, folder: RunFolder) -> HeadOptions:

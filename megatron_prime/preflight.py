@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_prime.config.checks import check_config, raise_for_problems
+from collections.abc import Mapping
+
+from megatron_prime.config.checks import check_architecture, check_config, raise_for_problems
 from megatron_prime.config.schema import AnyConfig, FileData, PrimeConfig
 from megatron_prime.errors import ConfigError, WeightsError
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
@@ -43,9 +45,34 @@ def _check_files(config: AnyConfig, architecture: ModelArchitecture) -> None:
         render(tokenizer, [{"role": "user", "content": "?"}], "chat")
     if config.model.init == "weights":
         HfFolder(config.model.path).validate(architecture)
-    if isinstance(config, PrimeConfig) and config.uses_prm and config.prm.path is not None:
-        if read_architecture(config.prm.path) != architecture:
-            raise ConfigError(
-                f"prm.path: {config.prm.path} has another architecture than model.path; it must be the same for now"
-            )
-        HfFolder(config.prm.path).validate(architecture)
+    if isinstance(config, PrimeConfig):
+        vocabulary = tokenizer.get_vocab()
+        if config.uses_prm and config.prm.path is not None:
+            found = _check_other_model("prm.path", config.prm.path, config, vocabulary)
+            if found != architecture and config.reference.source == "sft" and config.reference.path is None:
+                raise ConfigError(
+                    f"reference.path: missing; prm.path {config.prm.path} has another shape than model.path, so its "
+                    "reference cannot be the policy's start; name the model that the PRM started from"
+                )
+        if config.reference.path is not None:
+            _check_other_model("reference.path", config.reference.path, config, vocabulary)
+
+
+def _check_other_model(key: str, path: str, config: PrimeConfig, vocabulary: Mapping[str, int]) -> ModelArchitecture:
+    """A model beside the policy: of any shape that fits the layout, with weights and the same tokens."""
+    from megatron_prime.data.tokenizer import load_tokenizer
+    from megatron_prime.weights.hf_folder import HfFolder
+
+    architecture = read_architecture(path)
+    raise_for_problems([f"{problem} ({key} {path})" for problem in check_architecture(config, architecture)])
+    HfFolder(path).validate(architecture)
+    if load_tokenizer(path).get_vocab() != vocabulary:
+        raise ConfigError(
+            f"{key}: {path} has another tokenizer than model.path {config.model.path}; token by token log-probs cannot "
+            "be compared; use a model of the same family"
+        )
+    if max(vocabulary.values()) >= architecture.vocab_size:
+        raise ConfigError(
+            f"{key}: {path} has {architecture.vocab_size} rows for tokens up to {max(vocabulary.values())}; use another"
+        )
+    return architecture

@@ -18,7 +18,7 @@ from megatron_prime.config.schema import PrimeConfig
 from megatron_prime.data.tokenizer import load_tokenizer
 from megatron_prime.errors import ConfigError
 from megatron_prime.mcore.checkpoint import load_model
-from megatron_prime.mcore.parallel import Layout, parallel_layout
+from megatron_prime.mcore.parallel import parallel_layout
 from megatron_prime.mcore.prime_roles import PolicyRole, PrmRole
 from megatron_prime.observe.failed_updates import FailedUpdate, read_failed_update
 from megatron_prime.observe.run_folder import RunFolder
@@ -77,14 +77,24 @@ def replay(options: ReplayOptions) -> list[str]:
 
     Raises:
         DataError: the file is no failed update.
-        ConfigError: weights are asked for that are not there.
+        ConfigError: the run's starting model is gone.
     """
     failed, config = read_failed_update(options.file), replay_config(options)
     folder = RunFolder(options.file.resolve().parents[2], options.file.resolve().parents[1].name)
     torch.set_num_threads(config.run.num_threads)
     with parallel_layout(config.parallel, config.run.seed) as layout:
-        role = _role(config, failed.update.role, layout, folder)
-        source = _load_weights(role, config, failed.update, options, folder)
+        start = config.model.path
+        if failed.update.role == "prm" and config.prm.path is not None:
+            start = config.prm.path
+        if not Path(start).is_dir():
+            raise ConfigError(f"{start}: no such folder; put the run's starting model back there")
+        setup = role_setup(config, read_architecture(start), layout, folder)
+        role: PolicyRole | PrmRole
+        if failed.update.role == "policy":
+            role = PolicyRole(setup, config.policy, num_steps=config.run.num_steps)
+        else:
+            role = PrmRole(setup, config.prm, num_steps=config.run.num_steps)
+        source = _load_weights(role, start, failed.update, options, folder)
         responses = _measured(role, failed.update, config.rollout.temperature)
         if world.is_main():
             content = {"weights": source, "responses": [asdict(response) for response in responses]}
@@ -93,15 +103,8 @@ def replay(options: ReplayOptions) -> list[str]:
     return _lines(failed, source, responses, options.file)
 
 
-def _role(config: PrimeConfig, name: str, layout: Layout, folder: RunFolder) -> PolicyRole | PrmRole:
-    setup = role_setup(config, read_architecture(config.model.path), layout, folder)
-    if name == "policy":
-        return PolicyRole(setup, config.policy, num_steps=config.run.num_steps)
-    return PrmRole(setup, config.prm, num_steps=config.run.num_steps)
-
-
 def _load_weights(
-    role: PolicyRole | PrmRole, config: PrimeConfig, update: ModelUpdate, options: ReplayOptions, folder: RunFolder
+    role: PolicyRole | PrmRole, start: str, update: ModelUpdate, options: ReplayOptions, folder: RunFolder
 ) -> str:
     """Loads the weights and says which they are."""
     checkpoints = {
@@ -115,11 +118,8 @@ def _load_weights(
         load_model(role, checkpoints[newest] / update.role)
         exact = "the update's own" if newest == update.step - 1 else f"{update.step - 1 - newest} steps before it"
         return f"{checkpoints[newest]}, {exact}"
-    path = config.prm.path if update.role == "prm" and config.prm.path is not None else config.model.path
-    if not Path(path).is_dir():
-        raise ConfigError(f"model.path: no such folder: {path}; put the run's starting model back there")
-    role.load_hf(HfFolder(path))
-    return f"{path}, the start, {update.step - 1} steps before the update"
+    role.load_hf(HfFolder(start))
+    return f"{start}, the start, {update.step - 1} steps before the update"
 
 
 def _measured(role: PolicyRole | PrmRole, update: ModelUpdate, temperature: float) -> list[ReplayedResponse]:

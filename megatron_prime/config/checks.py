@@ -70,7 +70,7 @@ def check_config(config: AnyConfig, architecture: Architecture | None = None, ch
         problems += check_engine(config, architecture, check_files)
         problems += _check_updates(config)
     if architecture is not None:
-        problems += _check_architecture(config, architecture)
+        problems += check_architecture(config, architecture)
     return problems
 
 
@@ -190,8 +190,10 @@ def _check_folders(config: AnyConfig) -> list[str]:
         advice = "fetch the weights or set model.init=random"
         return _check_model_folder("model.path", config.model.path, needs_weights, advice)
     problems = _check_model_folder("model.path", config.model.path, needs_weights, "fetch the weights")
-    if config.uses_prm and config.prm.path is not None:
-        problems += _check_model_folder("prm.path", config.prm.path, True, "fetch the weights")
+    others = {"prm.path": config.prm.path if config.uses_prm else None, "reference.path": config.reference.path}
+    for key, path in others.items():
+        if path is not None:
+            problems += _check_model_folder(key, path, True, "fetch the weights")
     return problems
 
 
@@ -246,6 +248,13 @@ def _check_start(config: PrimeConfig) -> list[str]:
         problems.append(
             "model.init: random would start policy, PRM and reference from different weights"
             "; make a start with `megatron-prime sft` and give its hf/ folder as model.path"
+        )
+    if config.reference.path is not None and config.reference.source == "policy":
+        problems.append("reference.path: has no effect while reference.source is policy; leave one of them out")
+    if config.reference.path is not None and config.policy.kl_coef != 0:
+        problems.append(
+            "policy.kl_coef: would pull the policy towards reference.path, which is the PRM's reference"
+            "; set policy.kl_coef=0 or leave reference.path out"
         )
     if config.policy.kl_coef != 0 and config.rollout.temperature != 1:
         problems.append(
@@ -311,7 +320,8 @@ def _check_sft(config: SftConfig) -> list[str]:
     return problems
 
 
-def _check_architecture(config: AnyConfig, architecture: Architecture) -> list[str]:
+def check_architecture(config: AnyConfig, architecture: Architecture) -> list[str]:
+    """Whether a model of this shape can be cut and fed as configured; lines as those of `check_config`."""
     parallel = config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     sharded = {

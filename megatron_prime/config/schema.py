@@ -174,7 +174,8 @@ class PrmSection:
     """The implicit process reward model."""
 
     path: str | None = None
-    """Hugging Face folder to start from; the policy's where null (what PRIME does)."""
+    """Hugging Face folder to start from, also of a smaller model with the same tokenizer; null: the policy's start, as
+    PRIME does."""
     beta: float = 0.05
     """Scale of the log ratio in rewards and loss."""
     loss: Literal["cross_entropy", "pairwise"] = "cross_entropy"
@@ -199,6 +200,9 @@ class ReferenceSection:
 
     source: Literal["sft", "policy"] = "sft"
     """`sft`: a frozen copy of the start; `policy`: the policy before its update (no extra model)."""
+    path: str | None = None
+    """Hugging Face folder of the frozen model; the policy's start where null. A PRM of another shape than the policy
+    (`prm.path`) needs the model that it started from here."""
 
 
 @dataclass(kw_only=True, slots=True)

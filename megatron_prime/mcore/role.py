@@ -27,6 +27,7 @@ from megatron_prime.mcore.packing import (
 )
 from megatron_prime.mcore.parallel import Layout
 from megatron_prime.mcore.reports import TokenLoss, chunk_loss, combined, reduce_metrics
+from megatron_prime.mcore.residency import Residency
 from megatron_prime.mcore.skips import Skips
 from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.families import WeightSpec, transformer_engine_name, weight_specs
@@ -53,6 +54,7 @@ class ModelRole:
         self.setup = setup
         self.layout = setup.layout
         self.architecture = setup.architecture
+        self.residency = Residency(setup.parallel.offload_idle)
         self.sequence_multiple = setup.layout.tp_size if setup.parallel.sequence_parallel else 1
         self.padded_vocab_size = setup.architecture.padded_vocab_size(
             setup.model.make_vocab_size_divisible_by, setup.layout.tp_size
@@ -138,6 +140,14 @@ class ModelRole:
         states = [state] if len(self.chunks) == 1 else [state[f"chunk{n}"] for n in range(len(self.chunks))]
         for chunk, values in zip(self.chunks, states, strict=True):
             chunk.load_state_dict(values)
+
+    def sleep(self) -> None:
+        """Gives memory away until `wake`, as `parallel.offload_idle` says."""
+        self.residency.sleep(self.chunks)
+
+    def wake(self, *, training: bool = False) -> None:
+        """Brings back the weights, and for training gradients and optimizer states."""
+        self.residency.wake(training=training)
 
     def export_weights(self) -> WeightExport:
         """The weights for an engine or a folder; every rank must take part in reading them."""
@@ -365,6 +375,10 @@ class TrainableRole(ModelRole):
         norm = gradient_norm(self.optimizer)
         metrics |= {"grad_norm": norm, "lr": float(self.optimizer.param_groups[0]["lr"])}
         return UpdateResult(metrics=metrics, logprobs=logprobs)
+
+    def sleep(self) -> None:
+        """See `ModelRole.sleep`."""
+        self.residency.sleep(self.chunks, self.wrapped, self.optimizer)
 
     def settle(self) -> None:
         """Waits for parameters that other ranks have stepped; before anything but another optimizer step reads them."""

@@ -24,6 +24,7 @@ _MAY_CHANGE = (
     "run.num_steps",
     "run.num_threads",
     "run.resume",
+    "parallel.offload_idle",
     "parallel.timeout_seconds",
     "evaluation.",
     "checkpoint.",

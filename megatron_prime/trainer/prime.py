@@ -29,6 +29,7 @@ from megatron_prime.trainer.protocols import (
     Policy,
     Prompts,
     Reference,
+    Resident,
     RewardModel,
     Verifier,
 )
@@ -104,7 +105,8 @@ class PrimeTrainer:
     def train(self) -> dict[str, Any]:
         """Runs to the last step and returns the summary of the run."""
         config = self.config
-        state = self.parts.checkpoints.restore()
+        with self.stages("restore", *self._trained(), training=True):
+            state = self.parts.checkpoints.restore()
         if state is not None:
             self.load_state_dict(state)
             logger.info("resumed after step %d", self.num_steps_done)
@@ -124,7 +126,7 @@ class PrimeTrainer:
             stopping = not last and self.parts.should_stop()
             saving = last or stopping or _is_due(self.num_steps_done, config.checkpoint.every_steps)
             if saving:
-                with self.stages("checkpoint"):
+                with self.stages("checkpoint", *self._trained(), training=True):
                     self.parts.checkpoints.save(self.num_steps_done, self.state_dict())
             # A request that came while it was saved needs no other step.
             if stopping or (saving and not last and self.parts.should_stop()):
@@ -161,7 +163,8 @@ class PrimeTrainer:
 
         advantages = advantages * advantage_weights(batch, self.config.policy)
         update = self._update("policy", [batch], advantages)
-        with self.stages("policy_update"), kept_if_nonfinite(update, self.parts.failed_updates) as report:
+        stage = self.stages("policy_update", self.parts.policy, training=True)
+        with stage, kept_if_nonfinite(update, self.parts.failed_updates) as report:
             updated = self.parts.policy.update(
                 batch,
                 advantages,
@@ -239,15 +242,19 @@ class PrimeTrainer:
         rollout = RolloutBatch.from_groups(groups)
         temperature = config.rollout.temperature
         policy = reference = prm = None
-        with self.stages("score"):
-            if self._policy_waits() or not config.policy_scores_in_update:
+        if self._policy_waits() or not config.policy_scores_in_update:
+            with self.stages("score", parts.policy):
                 policy = parts.policy.score(rollout, temperature=temperature)
-            if parts.reference is not None:
+        if parts.reference is not None:
+            with self.stages("score", parts.reference):
                 reference = parts.reference.score(rollout)
-            elif config.reference.source == "policy":
-                is_policy = policy is not None and temperature == 1.0
-                reference = policy if is_policy else parts.policy.score(rollout, temperature=1.0)
-            if parts.prm is not None and not config.prm_scores_in_update:
+        elif config.reference.source == "policy":
+            reference = policy
+            if policy is None or temperature != 1.0:
+                with self.stages("score", parts.policy):
+                    reference = parts.policy.score(rollout, temperature=1.0)
+        if parts.prm is not None and not config.prm_scores_in_update:
+            with self.stages("score", parts.prm):
                 prm = parts.prm.score(rollout)
         return ScoredBatch(rollout=rollout, policy_logprobs=policy, reference_logprobs=reference, prm_logprobs=prm)
 
@@ -260,7 +267,8 @@ class PrimeTrainer:
             return None, {}
         self.window = [*self.window, batch][-section.num_window_batches :]
         update = self._update("prm", self.window)
-        with self.stages("prm_update"), kept_if_nonfinite(update, self.parts.failed_updates) as report:
+        stage = self.stages("prm_update", prm, training=True)
+        with stage, kept_if_nonfinite(update, self.parts.failed_updates) as report:
             updated = prm.update(self.window, seed=update.seed)
             report(updated)
         if batch.prm_logprobs is None:
@@ -271,7 +279,7 @@ class PrimeTrainer:
         self.gate = smoothing * self.gate + (1 - smoothing) * evidence.gate
         self.evidence = [*self.evidence, evidence][-_NUM_EVIDENCE:]
         if section.update == "before":
-            with self.stages("score"):
+            with self.stages("score", prm):
                 rescored = prm.score(batch.rollout)
             rewards = self._rewards(batch, rescored)
         metrics = {f"prm/{name}": value for name, value in updated.metrics.items()}
@@ -287,7 +295,7 @@ class PrimeTrainer:
         Raises:
             RolloutError: the engine's weights are not the trainer's; it then samples nothing.
         """
-        with self.stages("refit"):
+        with self.stages("refit", self.parts.policy):
             self.parts.engine.load_weights(self.parts.policy.export_weights(), version)
         self.weight_version = version
 
@@ -349,6 +357,9 @@ class PrimeTrainer:
         self.evaluations = dict(state["evaluations"])
         self.evidence = list(state["evidence"])
         self.seconds_before = state["seconds"]
+
+    def _trained(self) -> list[Resident]:
+        return [self.parts.policy, *([self.parts.prm] if self.parts.prm is not None else [])]
 
     def _update(
         self, role: Literal["policy", "prm"], batches: Sequence[ScoredBatch], advantages: torch.Tensor | None = None

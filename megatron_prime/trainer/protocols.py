@@ -23,7 +23,15 @@ from megatron_prime.batch import (
 )
 
 
-class Policy(Protocol):
+class Resident(Protocol):
+    """A model that may give memory away while it does not compute."""
+
+    def sleep(self) -> None: ...
+
+    def wake(self, *, training: bool = False) -> None: ...
+
+
+class Policy(Resident, Protocol):
     """The model that learns to answer."""
 
     def score(self, batch: RolloutBatch, *, temperature: float) -> torch.Tensor: ...
@@ -41,13 +49,13 @@ class Policy(Protocol):
     def export_weights(self) -> Iterable[tuple[str, torch.Tensor]]: ...
 
 
-class Reference(Protocol):
+class Reference(Resident, Protocol):
     """The frozen model."""
 
     def score(self, batch: RolloutBatch) -> torch.Tensor: ...
 
 
-class RewardModel(Protocol):
+class RewardModel(Resident, Protocol):
     """The implicit process reward model. Scoring never trains."""
 
     def score(self, batch: RolloutBatch) -> torch.Tensor: ...

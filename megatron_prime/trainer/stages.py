@@ -5,18 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from megatron_prime import world
 from megatron_prime.trainer.memory import PeakMemory
-
-
-class Resident(Protocol):
-    """A model that can wait in host memory."""
-
-    def wake(self) -> None: ...
-
-    def sleep(self) -> None: ...
+from megatron_prime.trainer.protocols import Resident
 
 
 class Stages:
@@ -41,8 +33,14 @@ class Stages:
         self._step_start = time.perf_counter()
 
     @contextmanager
-    def __call__(self, name: str, *roles: Resident) -> Iterator[None]:
-        """Times a ``with`` block, in which the roles are in the accelerator's memory; one name's blocks add up."""
+    def __call__(self, name: str, *roles: Resident, training: bool = False) -> Iterator[None]:
+        """Times a ``with`` block; one name's blocks add up.
+
+        Args:
+            name: of the stage.
+            roles: models that are awake in the block, and sleep afterwards.
+            training: the models need their gradients and optimizer states too.
+        """
         outer = self._phase
         self._announce(name)
         self._enter(name)
@@ -50,7 +48,7 @@ class Stages:
         self._memory.reset()
         try:
             for role in roles:
-                role.wake()
+                role.wake(training=training)
             yield
             for role in roles:
                 role.sleep()

@@ -130,7 +130,19 @@ class ScriptVerifier:
         return future
 
 
-class CountingPolicy:
+class Sleeper:
+    """A model that must be awake for whatever it does."""
+
+    is_awake = trains = False
+
+    def sleep(self) -> None:
+        self.is_awake = self.trains = False
+
+    def wake(self, *, training: bool = False) -> None:
+        self.is_awake, self.trains = True, training
+
+
+class CountingPolicy(Sleeper):
     """A policy whose one weight is its number of updates, and whose log-probs are -(updates + 1) / temperature."""
 
     def __init__(self, events: list[str]) -> None:
@@ -139,6 +151,7 @@ class CountingPolicy:
         self.batches: list[tuple[ScoredBatch, torch.Tensor]] = []
 
     def score(self, batch: RolloutBatch, *, temperature: float) -> torch.Tensor:
+        assert self.is_awake
         self.events.append(f"policy scores at {temperature:g}")
         return self.logprobs(batch, temperature)
 
@@ -159,6 +172,7 @@ class CountingPolicy:
             before = self.logprobs(batch.rollout, temperature)
             assert check is not None
             check(before)
+        assert self.trains
         self.events.append("policy trains")
         self.batches.append((batch, advantages))
         self.weight += 1
@@ -168,18 +182,19 @@ class CountingPolicy:
         yield "w", self.weight
 
 
-class CountingReference:
+class CountingReference(Sleeper):
     """A reference with log-probs of -1."""
 
     def __init__(self, events: list[str]) -> None:
         self.events = events
 
     def score(self, batch: RolloutBatch) -> torch.Tensor:
+        assert self.is_awake
         self.events.append("reference scores")
         return -batch.mask.float()
 
 
-class CountingPrm:
+class CountingPrm(Sleeper):
     """A PRM that gives right answers 1 + its number of updates more than the reference, and wrong ones as much less."""
 
     def __init__(self, events: list[str]) -> None:
@@ -188,6 +203,7 @@ class CountingPrm:
         self.windows: list[list[ScoredBatch]] = []
 
     def score(self, batch: RolloutBatch) -> torch.Tensor:
+        assert self.is_awake
         self.events.append("prm scores")
         return self.logprobs(batch)
 
@@ -196,6 +212,7 @@ class CountingPrm:
         return batch.mask * (-1 + sign * (1 + self.num_updates))
 
     def update(self, batches: Sequence[ScoredBatch], *, seed: int) -> UpdateResult:
+        assert self.trains
         self.events.append("prm trains")
         self.windows.append(list(batches))
         before = self.logprobs(batches[-1].rollout) if batches[-1].prm_logprobs is None else None

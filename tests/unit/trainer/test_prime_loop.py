@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from megatron_prime.config.schema import (
     RolloutSection,
     RunSection,
 )
-from megatron_prime.errors import TrainingError
+from megatron_prime.errors import RunInterrupted, TrainingError
 from megatron_prime.trainer.evaluation import derive_seed
 
 KEPT, EASY, HARD = "1100", "1111", "0000"
@@ -307,3 +308,12 @@ def test_a_resumed_run_goes_on_where_it_stopped() -> None:
     for key in ("num_steps", "num_prompts_sampled", "accuracy_before", "accuracy_after"):
         assert found[key] == expected[key]
     assert ids(resumed.collector.take()) == ids(whole.collector.take())
+
+
+def test_a_request_during_a_save_needs_no_other_step() -> None:
+    checkpoints, engine = MemoryCheckpoints(), ScriptedEngine([KEPT])
+    trainer = run_of(5, checkpoints, engine)
+    trainer.parts = replace(trainer.parts, should_stop=lambda: bool(checkpoints.saved))
+    with pytest.raises(RunInterrupted, match="saved after step 2"):
+        trainer.train()
+    assert list(checkpoints.saved) == [2] and list(trainer.parts.logger.rows) == [0, 1, 2]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 from scripted_parts import MemoryCheckpoints, MemoryLogger
@@ -19,6 +20,7 @@ from megatron_prime.config.schema import (
     SftConfig,
     SftSection,
 )
+from megatron_prime.errors import RunInterrupted
 from megatron_prime.trainer.sft import SftTrainer
 from megatron_prime.trainer.stages import Stages
 
@@ -119,3 +121,23 @@ def test_a_finished_sft_run_reports_again_without_training() -> None:
     assert len(model.batches) == 2
     assert (again["num_steps"], again["final_loss"]) == (2, first["final_loss"]) == (2, 1.0)
     assert again["wall_seconds"] > 0
+
+
+class InterruptedCheckpoints(MemoryCheckpoints):
+    """Somebody asks the run to stop while it is saved."""
+
+    asked = False
+
+    def save(self, step: int, trainer_state: Mapping[str, Any]) -> None:
+        super().save(step, trainer_state)
+        self.asked = True
+
+
+def test_a_request_during_a_save_needs_no_other_step() -> None:
+    model, checkpoints = RecordingImitator(), InterruptedCheckpoints()
+    trainer = SftTrainer(
+        sft_config(5), model, CountedExamples(), checkpoints, MemoryLogger(), lambda: checkpoints.asked
+    )
+    with pytest.raises(RunInterrupted, match="saved after step 2"):
+        trainer.train()
+    assert list(checkpoints.saved) == [2] and len(model.batches) == 2

@@ -1,0 +1,121 @@
+"""A model's memory given away while the model does not compute, and brought back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+
+
+class ParkedStorages:
+    """Tensors whose memory can be given away for a time; views of them stay what they are.
+
+    On CUDA copies run on a stream of their own: giving away returns at once, and memory is used again after its copy.
+
+    Args:
+        keeps_values: false for memory whose values nobody needs again; it comes back as zeros.
+    """
+
+    def __init__(self, *, keeps_values: bool = True) -> None:
+        self._keeps_values = keeps_values
+        self._parked: list[tuple[torch.UntypedStorage, int, torch.Tensor | None]] = []
+        self._stream: torch.cuda.Stream | None = None
+
+    @property
+    def is_parked(self) -> bool:
+        return bool(self._parked)
+
+    def park(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Gives the tensors' memory away; none of them may be read until `restore`."""
+        assert not self._parked
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+        for storage in storages.values():
+            host = self._to_host(storage) if self._keeps_values else None
+            self._parked.append((storage, storage.nbytes(), host))
+            storage.resize_(0)
+
+    def restore(self) -> None:
+        """Brings the memory and its values back, in the order of the current stream."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        for storage, num_bytes, host in self._parked:
+            storage.resize_(num_bytes)
+            values = _bytes_of(storage)
+            if host is None:
+                values.zero_()
+            else:
+                values.copy_(host, non_blocking=True)
+        self._parked = []
+
+    def _to_host(self, storage: torch.UntypedStorage) -> torch.Tensor:
+        values = _bytes_of(storage)
+        if values.device.type != "cuda":
+            return values.clone()
+        host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=True)
+        stream = self._stream = self._stream or torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            host.copy_(values, non_blocking=True)
+        # The allocator hands this memory out again only after the copy.
+        values.record_stream(stream)
+        return host
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # pyright: ignore[reportArgumentType]
+
+
+class Residency:
+    """What of one model is in the accelerator's memory; all of it until the first `sleep`.
+
+    Args:
+        gives_away: ``none``; ``gradients``: their buffers, whose values every update begins anew; ``all``: weights and
+            optimizer states to host memory as well.
+    """
+
+    def __init__(self, gives_away: Literal["none", "gradients", "all"]) -> None:
+        self._gives_away = gives_away
+        self._weights = ParkedStorages()
+        self._states = ParkedStorages()
+        self._gradients = ParkedStorages(keeps_values=False)
+
+    def sleep(self, chunks: Sequence[torch.nn.Module], wrapped: Sequence[Any] = (), optimizer: Any = None) -> None:
+        """Gives away what may be given away and is there.
+
+        Args:
+            chunks: the parts of the model.
+            wrapped: the same in Megatron's data-parallel wrapper; none for a frozen model.
+            optimizer: Megatron's, of a trained model.
+        """
+        if self._gives_away == "none":
+            return
+        buffers = [b for ddp in wrapped for b in (*ddp.buffers, *ddp.expert_parallel_buffers)]
+        if not self._gradients.is_parked:
+            self._gradients.park(buffer.grad_data for buffer in buffers)
+        if self._gives_away == "gradients":
+            return
+        weights = [p.data for chunk in chunks for p in chunk.parameters()]
+        # Weights without masters are what the optimizer steps.
+        shared = {weight.untyped_storage().data_ptr() for weight in weights}
+        if not self._states.is_parked:
+            self._states.park(s for s in _states_of(optimizer) if s.untyped_storage().data_ptr() not in shared)
+        if not self._weights.is_parked:
+            self._weights.park(weights)
+
+    def wake(self, *, training: bool) -> None:
+        """Brings back the weights, and for training the rest."""
+        self._weights.restore()
+        if training:
+            self._states.restore()
+            self._gradients.restore()
+
+
+def _states_of(optimizer: Any) -> list[torch.Tensor]:
+    """Moments and float32 masters of Megatron's optimizer, on the accelerator."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer]) if optimizer is not None else []
+    found = [parameter.data for part in parts for parameter in part.get_parameters()]
+    for part in parts:
+        found += [x for state in part.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    # A step count of one number lies on the CPU wherever Adam is not fused.
+    return [x for x in found if x.numel() > 1]
