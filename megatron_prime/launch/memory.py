@@ -25,7 +25,11 @@ class Layout:
 
     tensor: int
     pipeline: int
+    context: int
     data: int
+    """Replicas, each of tensor x pipeline x context ranks."""
+    virtual: int
+    """Parts of the model on a pipeline stage."""
     sequence_parallel: bool
     distributed_optimizer: bool
     item_bytes: int
@@ -47,7 +51,9 @@ class Layout:
         return cls(
             tensor=tensor,
             pipeline=pipeline,
-            data=parallel.world_size // (tensor * pipeline),
+            context=parallel.context_parallel_size,
+            data=parallel.world_size // (tensor * pipeline * parallel.context_parallel_size),
+            virtual=parallel.virtual_pipeline_model_parallel_size or 1,
             sequence_parallel=parallel.sequence_parallel,
             distributed_optimizer=parallel.use_distributed_optimizer,
             item_bytes=ITEM_BYTES[model.dtype],
@@ -122,7 +128,7 @@ def model_bytes(architecture: ModelArchitecture, layout: Layout, stage: int, *, 
     if not trained:
         return ModelBytes(weights=count * layout.item_bytes, gradients=0, optimizer=0)
     master = FLOAT32 if layout.item_bytes < FLOAT32 else 0
-    shards = layout.data if layout.distributed_optimizer else 1
+    shards = layout.data * layout.context if layout.distributed_optimizer else 1
     return ModelBytes(
         weights=count * layout.item_bytes,
         gradients=count * FLOAT32,
@@ -131,12 +137,15 @@ def model_bytes(architecture: ModelArchitecture, layout: Layout, stage: int, *, 
 
 
 def layer_activation_bytes(architecture: ModelArchitecture, layout: Layout) -> float:
-    """What one layer keeps of one token for its backward pass, on one rank."""
+    """What one layer keeps of one of a rank's tokens for its backward pass."""
     a, item = architecture, layout.item_bytes
     query, key = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
     # Rotated queries, keys and values repeated for every head, the output; or without repeats: the joint projection,
     # which stays alive through the values, rotated queries and keys, the output.
     attention = item * (4 * query if layout.local_layers and query != key else 3 * query + 3 * key)
+    if layout.local_layers:
+        # Gathered keys and values of the other context-parallel ranks' tokens.
+        attention += item * 2 * query * (layout.context - 1)
     if a.qk_layernorm:
         # A local norm keeps float32 copies of input and product; unconverted input keeps the whole projection.
         copies = (3 if item == FLOAT32 else 2) if layout.local_layers else 0
@@ -168,15 +177,19 @@ def kept_bytes(
         architecture: shape of the model.
         layout: how it is sharded, and what it recomputes.
         stage: pipeline stage; stage 0 has the most micro-batches in flight.
-        num_tokens: of a micro-batch.
+        num_tokens: of a micro-batch, the rank's own.
         num_micro_batches: of one optimizer step on this replica.
     """
-    a, in_flight = architecture, min(layout.pipeline - stage, num_micro_batches)
+    a, virtual = architecture, layout.virtual
+    later = layout.pipeline - stage - 1
+    # Interleaved: Narayanan et al., arXiv 2104.04473, section 2.2, counted in parts of a stage.
+    parts = later + 1 if virtual == 1 else 2 * later + (virtual - 1) * layout.pipeline + 1
+    in_flight = min(parts, num_micro_batches * virtual)
     if layout.recompute == "full":
         per_layer = layout.item_bytes * a.hidden_size / layout.norm_shards
     else:
         per_layer = layer_activation_bytes(a, layout)
-    kept = in_flight * a.num_layers // layout.pipeline * per_layer
+    kept = in_flight * (a.num_layers // (layout.pipeline * virtual)) * per_layer
     if stage == layout.pipeline - 1:
         # The final norm without its output, of which the head keeps the response tokens: nearly all.
         final_output = layout.item_bytes * a.hidden_size

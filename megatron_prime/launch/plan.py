@@ -126,12 +126,13 @@ def _phases(
 ) -> list[PhaseMemory]:
     """Every phase's memory on a rank of one pipeline stage."""
     resident = _resident(config, architecture, layout, hardware, stage)
-    tokens = micro_batch_tokens(config, work)
+    whole = micro_batch_tokens(config, work)
+    tokens = math.ceil(whole / layout.context)
     last = stage == layout.pipeline - 1
     workspace = config.head.workspace_mib * 2**20
 
     def update(name: str, num_rows: int, num_steps: int) -> PhaseMemory:
-        num_micro_batches = math.ceil(num_rows * work.row_tokens / max(num_steps, 1) / layout.data / tokens)
+        num_micro_batches = math.ceil(num_rows * work.row_tokens / max(num_steps, 1) / layout.data / whole)
         parts = {
             "activations": memory.kept_bytes(architecture, layout, stage, tokens, num_micro_batches),
             "layer workspace": memory.backward_bytes(architecture, layout, tokens),
@@ -224,7 +225,7 @@ def _host_bytes(
     if isinstance(config, PrimeConfig):
         total += ranks * config.verifier.num_workers * _GRADER_BYTES
         if config.rollout.engine == "vllm" and not config.rollout.vllm.servers:
-            group = layout.tensor * layout.pipeline
+            group = layout.tensor * layout.pipeline * layout.context
             engines = max(1, ranks // group)
             total += engines * memory.num_parameters(architecture) * layout.item_bytes
     return total

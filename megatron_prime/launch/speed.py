@@ -36,10 +36,11 @@ def traffic_bytes(
     if layout.pipeline > 1:
         boundary = layout.item_bytes * architecture.hidden_size
         result["pipeline"] = boundary * (2 * train_tokens + score_tokens)
-    if layout.data > 1:
+    replicas = layout.data * layout.context
+    if replicas > 1:
         reduced = memory.FLOAT32 if layout.distributed_optimizer else 2 * memory.FLOAT32
         gathered = layout.item_bytes if layout.distributed_optimizer else 0
-        result["data"] = steps * _ring_share(layout.data) * per_gpu * (reduced + gathered)
+        result["data"] = steps * _ring_share(replicas) * per_gpu * (reduced + gathered)
     if isinstance(config, PrimeConfig):
         result["refit"] = per_gpu * layout.item_bytes
     return result
@@ -50,11 +51,13 @@ def _ring_share(size: int) -> float:
 
 
 def _tokens_per_replica(config: AnyConfig, layout: memory.Layout, work: Workload) -> tuple[float, float]:
-    """Tokens that a replica trains on (policy and PRM) and scores, per step."""
+    """Tokens that a rank's tensor and pipeline group trains on (policy and PRM) and scores, per step."""
     epochs = config.policy.num_epochs if isinstance(config, PrimeConfig) else 1
     trained = work.num_rows * epochs + work.num_prm_rows
     scored = work.num_rows * work.num_scored
-    return trained * work.row_tokens / layout.data, scored * work.row_tokens / layout.data
+    # Context-parallel ranks share a replica's tokens; what they exchange for it is not counted.
+    shares = layout.data * layout.context
+    return trained * work.row_tokens / shares, scored * work.row_tokens / shares
 
 
 def step_seconds(
@@ -110,7 +113,7 @@ def _bubble(config: AnyConfig, layout: memory.Layout, work: Workload) -> float:
     """Factor by which an idle pipeline stretches an update (Narayanan et al., arXiv 2104.04473, section 2.2)."""
     tokens = work.num_rows * work.row_tokens / work.num_optimizer_steps / layout.data
     num_micro_batches = max(math.ceil(tokens / micro_batch_tokens(config, work)), 1)
-    return 1 + (layout.pipeline - 1) / num_micro_batches
+    return 1 + (layout.pipeline - 1) / (num_micro_batches * layout.virtual)
 
 
 def _data_bandwidth(config: AnyConfig, layout: memory.Layout, hardware: Hardware) -> float:
@@ -124,9 +127,10 @@ def _rollout_seconds(
 ) -> float:
     """Decoding: every wave reads the weights once per position up to the longest answer, and all keys and values."""
     if config.rollout.engine == "vllm":
-        tensor, batch = config.rollout.vllm.tensor_parallel_size, config.rollout.vllm.max_num_seqs
-        section, world_size = config.rollout.vllm, config.parallel.world_size
-        num_engines = len(section.servers) or (world_size // tensor if section.in_ranks else layout.data)
+        section = config.rollout.vllm
+        tensor, batch = section.tensor_parallel_size, section.max_num_seqs
+        beside = config.parallel.world_size // tensor if section.in_ranks else layout.data
+        num_engines = len(section.servers) or beside
     else:
         tensor, batch = 1, config.rollout.max_batch_size
         num_engines = config.parallel.world_size
