@@ -27,7 +27,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ARITHMETIC = ROOT / "configs" / "models" / "arithmetic"
-PHASES = ("rollout", "score", "prm_update", "policy_update", "update")
 SHAPE = {
     "hidden_size": 512,
     "intermediate_size": 1408,
@@ -73,7 +72,9 @@ def make_model(folder: Path, family: str, shape: Mapping[str, Any]) -> Path:
         return folder
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, tie_word_embeddings=family == "qwen2", **shape)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)

@@ -77,7 +77,8 @@ def measure(place: Place, num_bytes: int, timeout_seconds: float, min_gb_per_sec
     import torch
     import torch.distributed as dist
 
-    timeout = timedelta(seconds=timeout_seconds)
+    # The others hear of rank 0's list only when it has waited long enough.
+    timeout = timedelta(seconds=timeout_seconds if place.rank == 0 else 2 * timeout_seconds)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
         address, port, is_master=place.rank == 0, timeout=timeout, wait_for_workers=False

@@ -83,6 +83,9 @@ def test_bytes_per_parameter_are_those_of_mixed_precision() -> None:
         (("model.recompute_granularity=full",), "policy_update", "activations"),
         (("head.workspace_mib=1",), "policy_update", "logits"),
         (("micro_batch.micro_batch_tokens=4096",), "policy_update", "activations"),
+        (("parallel.context_parallel_size=2",), "policy_update", "activations"),
+        (("rollout.vllm.in_ranks=true",), "policy_update", "engine weights"),
+        (("rollout.vllm.servers=[http://node7:8000]",), "rollout", "engine KV cache"),
     ],
 )
 def test_settings_that_save_memory_save_it(overrides: tuple[str, ...], phase: str, part: str) -> None:
@@ -99,6 +102,22 @@ def test_the_peak_is_named() -> None:
     embedded = plan_of("prime_qwen2.5_math_7b", "qwen2.5-math-7b", "rollout.engine=transformers")
     assert embedded.peak.name == "rollout" and not embedded.fits
     assert embedded.peak.parts["engine weights"] == 2 * PUBLISHED_PARAMETERS["qwen2.5-math-7b"]
+
+
+def test_more_engines_sample_faster() -> None:
+    def seconds(*overrides: str) -> float:
+        return plan_of("prime_qwen2.5_72b", "qwen2.5-72b", *overrides).seconds["rollout"]
+
+    beside, in_ranks = seconds(), seconds("rollout.vllm.in_ranks=true")
+    one_server = seconds("rollout.vllm.servers=[http://node7:8000]")
+    assert in_ranks < beside < one_server  # sixteen engines, four, one
+
+
+def test_interleaved_stages_wait_less_and_keep_more() -> None:
+    plain = plan_of("prime_qwen2.5_72b", "qwen2.5-72b")
+    changed = plan_of("prime_qwen2.5_72b", "qwen2.5-72b", "parallel.virtual_pipeline_model_parallel_size=5")
+    assert changed.seconds["update"] < plain.seconds["update"]
+    assert changed.peak.parts["activations"] > plain.peak.parts["activations"]
 
 
 def test_pipeline_and_recomputation_trade_memory_for_time() -> None:
