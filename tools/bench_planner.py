@@ -106,7 +106,7 @@ def make_config(case: Mapping[str, Any], model: Path, folder: Path, name: str) -
             section, _, field = key.partition(".")
             config[section][field] = value
     if "micro_batch_size" in config["micro_batch"]:
-        del config["micro_batch"]["micro_batch_tokens"]
+        config["micro_batch"]["micro_batch_tokens"] = None
     return config
 
 

@@ -198,10 +198,13 @@ def kept_bytes(
 
 
 def backward_bytes(architecture: ModelArchitecture, layout: Layout, num_tokens: int) -> int:
-    """Gradients of activations that exist at one time in a layer's backward pass: the feed-forward part is widest."""
+    """What exists at one time in a layer's backward pass beside what was kept: gradients of activations, of which the
+    feed-forward part is widest, and what the layer recomputes."""
     a = architecture
-    per_token = 3 * a.ffn_hidden_size / layout.tensor + 2 * a.hidden_size
-    return int(layout.item_bytes * num_tokens * per_token)
+    per_token = layout.item_bytes * (3 * a.ffn_hidden_size / layout.tensor + 2 * a.hidden_size)
+    if layout.recompute == "full":
+        per_token += layer_activation_bytes(a, layout)
+    return int(num_tokens * per_token)
 
 
 def forward_bytes(architecture: ModelArchitecture, layout: Layout, num_tokens: int) -> int:

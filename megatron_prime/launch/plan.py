@@ -133,13 +133,12 @@ def _phases(
 
     def update(name: str, num_rows: int, num_steps: int) -> PhaseMemory:
         num_micro_batches = math.ceil(num_rows * work.row_tokens / max(num_steps, 1) / layout.data / whole)
-        parts = {
-            "activations": memory.kept_bytes(architecture, layout, stage, tokens, num_micro_batches),
-            "layer workspace": memory.backward_bytes(architecture, layout, tokens),
-        }
-        if last:
-            parts["logits"] = memory.head_bytes(architecture, layout, tokens, workspace, backward=True)
-        return PhaseMemory(name=name, parts=resident | parts)
+        kept = memory.kept_bytes(architecture, layout, stage, tokens, num_micro_batches)
+        layer = memory.backward_bytes(architecture, layout, tokens)
+        logits = memory.head_bytes(architecture, layout, tokens, workspace, backward=True) if last else 0
+        # The head's backward pass is over when the layers' begins.
+        passing = {"logits": logits} if logits > layer else {"layer workspace": layer}
+        return PhaseMemory(name=name, parts=resident | {"activations": kept} | passing)
 
     if not isinstance(config, PrimeConfig):
         return [update("update", work.num_rows, 1)]

