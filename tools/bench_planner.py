@@ -129,9 +129,9 @@ def run_rank(scratch: Path, second_port: str) -> dict[str, int]:
         """Stages that know the memory of their latest pass."""
 
         @contextmanager
-        def __call__(self, name: str) -> Iterator[None]:
+        def __call__(self, name: str, *roles: Any) -> Iterator[None]:
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-            with super().__call__(name):
+            with super().__call__(name, *roles):
                 yield
             peaks[name] = memory_bytes("VmHWM")
 
