@@ -48,8 +48,9 @@ are stated. Seconds per step:
 {table}
 
 * The H100 profile's efficiencies were set by the first row; the others are predictions.
-* The published runs move models and engine out of the GPU's memory in turn. Here policy, PRM and reference stay where
-  they are, so not every published layout fits (last column), and our recipes shard wider or recompute.
+* The published runs move models and engine out of the GPU's memory in turn; the first three plans do so too
+  (`parallel.offload_idle: all`, `rollout.vllm.in_ranks`). What does not fit (last column) are the activations of
+  micro-batches of 8,192 tokens without recomputation; our recipes shard wider or recompute.
 * Llama-3.1-70B: the plan is too fast where engines of eight GPUs decode, whose efficiency it takes from the engines of
   one GPU in the first row, and too slow in the update, to which it adds the pipeline's bubble and all tensor-parallel
   traffic, as if nothing of it were overlapped.
@@ -76,6 +77,8 @@ _ONE_MODEL = (
     "rollout.num_prompts=64",
     "rollout.num_responses=32",
     "model.recompute_granularity=none",
+    "parallel.offload_idle=all",
+    "rollout.vllm.in_ranks=true",
 )
 PUBLISHED = (
     (
@@ -97,7 +100,6 @@ PUBLISHED = (
             "parallel.world_size=64",
             "parallel.tensor_model_parallel_size=4",
             "parallel.pipeline_model_parallel_size=4",
-            "rollout.vllm.in_ranks=true",
         ),
         "147 = 84 rollout + 18 score + 28 update + 14 refit",
     ),
@@ -111,7 +113,6 @@ PUBLISHED = (
             "rollout.max_response_tokens=4096",
             "rollout.vllm.max_model_len=5120",
             "rollout.vllm.tensor_parallel_size=4",
-            "rollout.vllm.in_ranks=true",
         ),
         "376",
     ),

@@ -125,57 +125,85 @@ def _phases(
     stage: int,
 ) -> list[PhaseMemory]:
     """Every phase's memory on a rank of one pipeline stage."""
-    resident = _resident(config, architecture, layout, hardware, stage)
+    engine = _engine_parts(config, architecture, layout, hardware)
     whole = micro_batch_tokens(config, work)
     tokens = math.ceil(whole / layout.context)
     last = stage == layout.pipeline - 1
     workspace = config.head.workspace_mib * 2**20
 
-    def update(name: str, num_rows: int, num_steps: int) -> PhaseMemory:
+    def resident(computing: str | None, training: bool = False) -> dict[str, float]:
+        return _model_parts(config, architecture, layout, stage, computing, training) | engine
+
+    def update(name: str, model: str, num_rows: int, num_steps: int) -> PhaseMemory:
         num_micro_batches = math.ceil(num_rows * work.row_tokens / max(num_steps, 1) / layout.data / whole)
         kept = memory.kept_bytes(architecture, layout, stage, tokens, num_micro_batches)
         layer = memory.backward_bytes(architecture, layout, tokens)
         logits = memory.head_bytes(architecture, layout, tokens, workspace, backward=True) if last else 0
         # The head's backward pass is over when the layers' begins.
         passing = {"logits": logits} if logits > layer else {"layer workspace": layer}
-        return PhaseMemory(name=name, parts=resident | {"activations": kept} | passing)
+        return PhaseMemory(name=name, parts=resident(model, training=True) | {"activations": kept} | passing)
 
     if not isinstance(config, PrimeConfig):
-        return [update("update", work.num_rows, 1)]
+        return [update("update", "policy", work.num_rows, 1)]
     score = {"layer workspace": memory.forward_bytes(architecture, layout, tokens)}
     if last:
         score["logits"] = memory.head_bytes(architecture, layout, tokens, workspace, backward=False)
     phases = [
-        PhaseMemory(name="rollout", parts=resident | _rollout_parts(config, architecture, layout, work, hardware)),
-        PhaseMemory(name="score", parts=resident | score),
+        PhaseMemory(
+            name="rollout", parts=resident(None) | _rollout_parts(config, architecture, layout, work, hardware)
+        ),
+        PhaseMemory(name="score", parts=resident("policy") | score),
     ]
     if config.uses_prm:
-        phases.append(update("prm_update", work.num_prm_rows, work.num_prm_optimizer_steps))
-    return [*phases, update("policy_update", work.num_rows * config.policy.num_epochs, work.num_optimizer_steps)]
+        phases.append(update("prm_update", "PRM", work.num_prm_rows, work.num_prm_optimizer_steps))
+    return [
+        *phases,
+        update("policy_update", "policy", work.num_rows * config.policy.num_epochs, work.num_optimizer_steps),
+    ]
 
 
-def _resident(
-    config: AnyConfig, architecture: ModelArchitecture, layout: memory.Layout, hardware: Hardware, stage: int
-) -> dict[str, float]:
-    """What lies on a rank in every phase."""
-    trained = memory.model_bytes(architecture, layout, stage, trained=True)
-    names = ["policy", "PRM"] if isinstance(config, PrimeConfig) and config.uses_prm else ["policy"]
-    parts: dict[str, float] = {}
-    for name in names:
-        parts |= {
-            f"{name} weights": trained.weights,
-            f"{name} gradients": trained.gradients,
-            f"{name} optimizer": trained.optimizer,
-        }
+def _models(config: AnyConfig) -> tuple[list[str], list[str]]:
+    """Names of the trained and of the frozen models."""
     if not isinstance(config, PrimeConfig):
-        return parts
-    if has_reference(config):
-        parts["reference weights"] = trained.weights
-    if config.rollout.engine == "transformers":
-        parts["engine weights"] = memory.num_parameters(architecture) * layout.item_bytes
-    elif not (config.rollout.vllm.servers or config.rollout.vllm.in_ranks):
-        parts |= _vllm_parts(config, architecture, layout, hardware)
+        return ["policy"], []
+    return ["policy", "PRM"] if config.uses_prm else ["policy"], ["reference"] if has_reference(config) else []
+
+
+def _model_parts(
+    config: AnyConfig,
+    architecture: ModelArchitecture,
+    layout: memory.Layout,
+    stage: int,
+    computing: str | None,
+    training: bool,
+) -> dict[str, float]:
+    """What lies on a rank of the models while one of them computes, or none."""
+    size = memory.model_bytes(architecture, layout, stage, trained=True)
+    given_away = config.parallel.offload_idle
+    trained, frozen = _models(config)
+    parts: dict[str, float] = {}
+    for name in [*trained, *frozen]:
+        trains = training and name == computing
+        if given_away != "all" or name == computing:
+            parts[f"{name} weights"] = size.weights
+        if name in trained and (given_away == "none" or trains):
+            parts[f"{name} gradients"] = size.gradients
+        if name in trained and (given_away != "all" or trains):
+            parts[f"{name} optimizer"] = size.optimizer
     return parts
+
+
+def _engine_parts(
+    config: AnyConfig, architecture: ModelArchitecture, layout: memory.Layout, hardware: Hardware
+) -> dict[str, float]:
+    """What lies on a rank of the engine in every phase."""
+    if not isinstance(config, PrimeConfig):
+        return {}
+    if config.rollout.engine == "transformers":
+        return {"engine weights": memory.num_parameters(architecture) * layout.item_bytes}
+    if config.rollout.vllm.servers or config.rollout.vllm.in_ranks:
+        return {}
+    return _vllm_parts(config, architecture, layout, hardware)
 
 
 def _vllm_parts(
@@ -221,6 +249,10 @@ def _host_bytes(
     process = _PROCESS_BYTES if hardware.name != "cpu" else 0
     batches = 8 * _BATCH_FIELDS * work.num_rows * work.max_response_tokens
     total = ranks * (process + batches) + checkpoint / num_nodes
+    if config.parallel.offload_idle == "all":
+        trained, frozen = _models(config)
+        size = memory.model_bytes(architecture, layout, 0, trained=True)
+        total += ranks * (len(trained) * (size.weights + size.optimizer) + len(frozen) * size.weights)
     if isinstance(config, PrimeConfig):
         total += ranks * config.verifier.num_workers * _GRADER_BYTES
         if config.rollout.engine == "vllm" and not config.rollout.vllm.servers:

@@ -85,6 +85,8 @@ def test_bytes_per_parameter_are_those_of_mixed_precision() -> None:
         (("micro_batch.micro_batch_tokens=4096",), "policy_update", "activations"),
         (("parallel.context_parallel_size=2",), "policy_update", "activations"),
         (("rollout.vllm.in_ranks=true",), "policy_update", "engine weights"),
+        (("parallel.offload_idle=gradients",), "rollout", "policy gradients"),
+        (("parallel.offload_idle=all",), "policy_update", "PRM optimizer"),
         (("rollout.vllm.servers=[http://node7:8000]",), "rollout", "engine KV cache"),
     ],
 )
@@ -102,6 +104,20 @@ def test_the_peak_is_named() -> None:
     embedded = plan_of("prime_qwen2.5_math_7b", "qwen2.5-math-7b", "rollout.engine=transformers")
     assert embedded.peak.name == "rollout" and not embedded.fits
     assert embedded.peak.parts["engine weights"] == 2 * PUBLISHED_PARAMETERS["qwen2.5-math-7b"]
+
+
+def test_what_computes_is_there_and_the_rest_waits_in_host_memory() -> None:
+    plain, idle = (
+        plan_of("prime_qwen2.5_math_7b", "qwen2.5-math-7b"),
+        plan_of("prime_qwen2.5_math_7b", "qwen2.5-math-7b", "parallel.offload_idle=all"),
+    )
+    parts = {phase.name: phase.parts for phase in idle.phases}
+    models = {name: {part.split()[0] for part in of} & {"policy", "PRM", "reference"} for name, of in parts.items()}
+    assert models == {"rollout": set(), "score": {"policy"}, "prm_update": {"PRM"}, "policy_update": {"policy"}}
+    assert parts["policy_update"]["policy optimizer"] == plain.peak.parts["policy optimizer"]
+    assert idle.host_bytes - plain.host_bytes > 8 * sum(
+        plain.peak.parts[name] for name in ("policy optimizer", "PRM optimizer", "reference weights")
+    )
 
 
 def test_more_engines_sample_faster() -> None:
