@@ -21,13 +21,15 @@ from megatron_prime.data.sources import PromptSource, build_prompt_source, build
 from megatron_prime.data.templates import complete_messages, render
 from megatron_prime.data.tokenizer import encode, load_tokenizer
 from megatron_prime.engines import loaded_engine, running_engine
-from megatron_prime.errors import ConfigError
+from megatron_prime.errors import CheckpointError, ConfigError
 from megatron_prime.kernels import HeadOptions, choose_backend, choose_gemm
 from megatron_prime.launch.heartbeat import SIGNS
 from megatron_prime.launch.interrupt import stop_requests
 from megatron_prime.launch.last_words import last_words
 from megatron_prime.launch.watchdog import Watchdog
-from megatron_prime.mcore.checkpoint import Checkpointer
+from megatron_prime.manifest import step_of
+from megatron_prime.mcore.checkpoint.checkpointer import Checkpointer
+from megatron_prime.mcore.checkpoint.resume import find_checkpoint, identity_of
 from megatron_prime.mcore.dtypes import DTYPES
 from megatron_prime.mcore.export import export_hf
 from megatron_prime.mcore.parallel import Layout, parallel_layout
@@ -37,7 +39,7 @@ from megatron_prime.observe.failed_updates import FailedUpdateFiles
 from megatron_prime.observe.metrics import MetricsLogger
 from megatron_prime.observe.report import draw_plots, write_summary
 from megatron_prime.observe.run_folder import RunFolder, commit
-from megatron_prime.preflight import check
+from megatron_prime.preflight import check, check_disk
 from megatron_prime.trainer.evaluation import accuracy, evaluation_sampling, sample_and_verify
 from megatron_prime.trainer.prime import PrimeParts, PrimeTrainer
 from megatron_prime.trainer.sft import SftTrainer
@@ -72,6 +74,7 @@ def run(config: AnyConfig, *, ends_process: bool = False) -> Mapping[str, Any]:
     torch.set_num_threads(config.run.num_threads)
     signs = RunFolder(config.run.directory, config.run.name).path / SIGNS
     with parallel_layout(config.parallel, config.run.seed) as layout, stop_requests() as should_stop:
+        _check_disk(config, architecture)
         watchdog = Watchdog(
             signs,
             rank=world.rank(),
@@ -91,7 +94,10 @@ def _run_prime(
 ) -> Mapping[str, Any]:
     if config.parallel.offload_idle == "all" and layout.device.type == "cpu":
         raise ConfigError("parallel.offload_idle: all moves models off a GPU, and there is none; use gradients or none")
-    folder = RunFolder(config.run.directory, config.run.name)
+    starts = {"policy": config.model.path}
+    if config.uses_prm:
+        starts["prm"] = config.prm.path or config.model.path
+    folder, resume_from = _run_folder(config, starts)
     setup = role_setup(config, architecture, layout, folder)
     num_warmup_steps = config.prm.warmup_steps if config.uses_prm else 0
     policy = PolicyRole(setup, config.policy, num_steps=config.run.num_steps - num_warmup_steps)
@@ -99,9 +105,8 @@ def _run_prime(
     policy.load_hf(HfFolder(config.model.path))
     prm = reference = None
     if config.uses_prm:
-        prm_start = config.prm.path or config.model.path
-        prm = roles["prm"] = PrmRole(_setup_of(prm_start, setup), config.prm, num_steps=config.run.num_steps)
-        prm.load_hf(HfFolder(prm_start))
+        prm = roles["prm"] = PrmRole(_setup_of(starts["prm"], setup), config.prm, num_steps=config.run.num_steps)
+        prm.load_hf(HfFolder(starts["prm"]))
     if config.reference.source == "sft" and (config.uses_prm or config.policy.kl_coef > 0):
         reference_path = config.reference.path or config.model.path
         reference = ReferenceRole(_setup_of(reference_path, setup))
@@ -110,7 +115,7 @@ def _run_prime(
         running_engine(
             config.model.path, config.model.dtype, config.rollout, architecture, layout, config.run.num_threads
         ) as engine,
-        _prepared(folder, config, roles, setup) as (checkpoints, metrics),
+        _prepared(folder, config, roles, starts, resume_from) as (checkpoints, metrics),
         _verifier(config) as verifier,
         # Innermost: a rank that fails speaks before it closes anything.
         process.last_words(),
@@ -139,19 +144,20 @@ def _run_prime(
             export_hf(policy, folder.path / "hf", Path(config.model.path))
             if prm is not None:
                 prm.wake()
-                export_hf(prm, folder.path / "hf_prm", Path(config.prm.path or config.model.path))
+                export_hf(prm, folder.path / "hf_prm", Path(starts["prm"]))
         return _finish(folder, summary, metrics)
 
 
 def _run_sft(
     config: SftConfig, architecture: ModelArchitecture, layout: Layout, process: _Process
 ) -> Mapping[str, Any]:
-    folder = RunFolder(config.run.directory, config.run.name)
+    folder, resume_from = _run_folder(config, {"model": config.model.path})
     setup = role_setup(config, architecture, layout, folder)
     model = SftRole(setup, config.sft.optimizer, num_optimizer_steps=config.run.num_steps)
     if config.model.init == "weights":
         model.load_hf(HfFolder(config.model.path))
-    with _prepared(folder, config, {"model": model}, setup) as (checkpoints, metrics), process.last_words():
+    prepared = _prepared(folder, config, {"model": model}, {"model": config.model.path}, resume_from)
+    with prepared as (checkpoints, metrics), process.last_words():
         process.watchdog.enter("data", 0)
         examples = build_sft_source(config.data, load_tokenizer(config.model.path), seed=config.run.seed)
         logger.info("%d examples; left out: %s", len(examples), dict(examples.dropped.by_reason))
@@ -245,6 +251,26 @@ def _generate(
         return loaded.generate(prompts, sampling)
 
 
+def _check_disk(config: AnyConfig, architecture: ModelArchitecture) -> None:
+    """`check_disk` by the main process, heard by all."""
+    problem = None
+    if world.is_main():
+        try:
+            check_disk(config, architecture)
+        except CheckpointError as error:
+            problem = error
+    if problem := world.broadcast(problem):
+        raise problem
+
+
+def _run_folder(config: AnyConfig, starts: Mapping[str, str]) -> tuple[RunFolder, Path | None]:
+    """The run's folder, and the checkpoint to go on from; `starts` are the folders that trained models come from."""
+    folder = RunFolder(config.run.directory, config.run.name)
+    folder.prepare(config, config.run.resume)
+    identity = identity_of({role: read_architecture(path) for role, path in starts.items()}, config.model.dtype)
+    return folder, find_checkpoint(folder.checkpoints, identity)
+
+
 def role_setup(config: AnyConfig, architecture: ModelArchitecture, layout: Layout, folder: RunFolder) -> RoleSetup:
     """What every model of a run is built from."""
     return RoleSetup(
@@ -285,20 +311,23 @@ def _head_options(config: AnyConfig, architecture: ModelArchitecture, layout: La
 
 @contextmanager
 def _prepared(
-    folder: RunFolder, config: AnyConfig, roles: Mapping[str, TrainableRole], setup: RoleSetup
+    folder: RunFolder,
+    config: AnyConfig,
+    roles: Mapping[str, TrainableRole],
+    starts: Mapping[str, str],
+    resume_from: Path | None,
 ) -> Iterator[tuple[Checkpointer, MetricsLogger]]:
-    layout = setup.layout
-    folder.prepare(config, config.run.resume)
     folder.write_versions()
+    setup = next(iter(roles.values())).setup
     folder.write_head({"backend": setup.head.backend, "gemm": setup.head.gemm})
-    sizes = {"tp": layout.tp_size, "pp": layout.pp_size, "dp": layout.dp_size}
-    checkpoints = Checkpointer(folder.checkpoints, roles, sizes, config.checkpoint.keep_last)
+    checkpoints = Checkpointer(folder.checkpoints, roles, config.checkpoint, starts, resume_from)
     # Without a checkpoint the evaluation before the first step is repeated too.
-    folder.truncate_metrics(checkpoints.newest_step() if checkpoints.complete() else -1)
+    folder.truncate_metrics(step_of(resume_from) if resume_from else -1)
     metrics = MetricsLogger(folder, config.run.num_steps, enabled=world.is_main())
     try:
         yield checkpoints, metrics
     finally:
+        checkpoints.close()
         metrics.close()
 
 

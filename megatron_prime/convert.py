@@ -16,7 +16,7 @@ from megatron_prime.batch import SftExample
 from megatron_prime.config.schema import MicroBatchSection, ModelSection, ParallelSection
 from megatron_prime.data.tokenizer import encode, load_tokenizer
 from megatron_prime.errors import CheckpointError, ConfigError, DataError
-from megatron_prime.mcore.checkpoint import load_state
+from megatron_prime.mcore.checkpoint.state import load_weights
 from megatron_prime.mcore.cpu import on_megatron_platform
 from megatron_prime.mcore.dtypes import DTYPES
 from megatron_prime.mcore.packing import TokenRows
@@ -206,7 +206,7 @@ def _megatron_logprobs(
                 layout=layout,
             )
         )
-        role.load_sharded_state(load_state({"model": role.sharded_state()}, megatron)["model"])
+        load_weights(role.chunks, megatron)
         examples = [SftExample(prompt_token_ids=ids[:1], response_token_ids=ids[1:]) for ids in prompts]
         scores = role.logprobs(TokenRows.from_examples(examples))
     return [scores[row, : len(ids) - 1] for row, ids in enumerate(prompts)]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 from megatron_prime.config.checks import check_architecture, check_config, raise_for_problems
 from megatron_prime.config.schema import AnyConfig, FileData, PrimeConfig
-from megatron_prime.errors import ConfigError, WeightsError
+from megatron_prime.errors import CheckpointError, ConfigError, WeightsError
+from megatron_prime.launch.memory import Layout, checkpoint_bytes, exported_bytes, num_checkpoints
+from megatron_prime.manifest import committed
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
 
 
@@ -76,3 +81,31 @@ def _check_other_model(key: str, path: str, config: PrimeConfig, vocabulary: Map
             f"{key}: {path} has {architecture.vocab_size} rows for tokens up to {max(vocabulary.values())}; use another"
         )
     return architecture
+
+
+def check_disk(config: AnyConfig, architecture: ModelArchitecture) -> None:
+    """Looks whether the run's folder can be written and has room for what the run will leave; makes the folder.
+
+    Raises:
+        CheckpointError: it cannot or has not.
+    """
+    folder = Path(config.run.directory) / config.run.name / "checkpoints"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"run.directory: {folder} cannot be written: {error.strerror}; choose another, or change its rights"
+        ) from error
+    layout = Layout.of(config, local_layers=False)
+    size = checkpoint_bytes(config, architecture, layout)
+    num_missing = max(1, num_checkpoints(config) - len(committed(folder)))
+    needed = num_missing * size + exported_bytes(config, architecture, layout)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"run.directory: {folder} has {free / 1e9:.3g} GB free; {num_missing} more checkpoints of {size / 1e9:.3g}"
+            f" GB and the exported models need {needed / 1e9:.3g} GB; free space, choose another run.directory, or"
+            " lower checkpoint.keep_last, checkpoint.keep_best or checkpoint.export_every_saves"
+        )

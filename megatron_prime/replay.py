@@ -17,7 +17,8 @@ from megatron_prime.build import role_setup
 from megatron_prime.config.schema import PrimeConfig
 from megatron_prime.data.tokenizer import load_tokenizer
 from megatron_prime.errors import ConfigError
-from megatron_prime.mcore.checkpoint import load_model
+from megatron_prime.manifest import committed, step_of
+from megatron_prime.mcore.checkpoint.state import load_weights
 from megatron_prime.mcore.parallel import parallel_layout
 from megatron_prime.mcore.prime_roles import PolicyRole, PrmRole
 from megatron_prime.observe.failed_updates import FailedUpdate, read_failed_update
@@ -107,15 +108,11 @@ def _load_weights(
     role: PolicyRole | PrmRole, start: str, update: ModelUpdate, options: ReplayOptions, folder: RunFolder
 ) -> str:
     """Loads the weights and says which they are."""
-    checkpoints = {
-        int(path.parent.name.removeprefix("step_")): path.parent
-        for path in folder.checkpoints.glob("step_*/manifest.json")
-        if path.parent.suffix == ""
-    }
+    checkpoints = {step_of(path): path for path in committed(folder.checkpoints)}
     earlier = [step for step in checkpoints if step < update.step]
     if options.weights == "checkpoint" and earlier:
         newest = max(earlier)
-        load_model(role, checkpoints[newest] / update.role)
+        load_weights(role.chunks, checkpoints[newest] / update.role)
         exact = "the update's own" if newest == update.step - 1 else f"{update.step - 1 - newest} steps before it"
         return f"{checkpoints[newest]}, {exact}"
     role.load_hf(HfFolder(start))

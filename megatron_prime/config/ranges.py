@@ -124,6 +124,8 @@ RANGES: dict[str, Range] = {
     "checkpoint.every_steps": NOT_NEGATIVE,
     "sft.log_every_steps": AT_LEAST_ONE,
     "checkpoint.keep_last": AT_LEAST_ONE,
+    "checkpoint.keep_best": AT_LEAST_ONE,
+    "checkpoint.export_every_saves": NOT_NEGATIVE,
     "sft.batch_size": AT_LEAST_ONE,
     **{f"{section}.optimizer.{name}": r for section in ("prm", "policy", "sft") for name, r in OPTIMIZER.items()},
 }

@@ -7,6 +7,7 @@ Two kinds of run: `PrimeConfig` (``kind: prime``) and `SftConfig` (``kind: sft``
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_prime.config.schema_checkpoint import CheckpointSection
 from megatron_prime.config.schema_model import HeadSection, MicroBatchSection, ModelSection, ParallelSection
 from megatron_prime.config.schema_verifier import VerifierSection
 
@@ -262,17 +263,6 @@ class EvaluationSection:
     num_responses: int = 1
     """k of avg@k."""
     temperature: float = 1.0
-
-
-@dataclass(kw_only=True, slots=True)
-class CheckpointSection:
-    """What is kept."""
-
-    every_steps: int = 10
-    """0: only at the end."""
-    keep_last: int = 2
-    export_hf: bool = True
-    """Write the final policy (PRIME: and PRM) as Hugging Face folders `hf/` and `hf_prm/` of the run."""
 
 
 @dataclass(kw_only=True, slots=True)

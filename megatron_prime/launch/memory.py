@@ -8,9 +8,10 @@ keys and an attention that stores no scores. `tests/distributed/test_planned_byt
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from megatron_prime.config.schema import AnyConfig, ModelSection, ParallelSection
+from megatron_prime.config.schema import AnyConfig, ModelSection, ParallelSection, PrimeConfig
 from megatron_prime.weights.architecture import ModelArchitecture
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -134,6 +135,36 @@ def model_bytes(architecture: ModelArchitecture, layout: Layout, stage: int, *, 
         gradients=count * FLOAT32,
         optimizer=count * (master + 2 * FLOAT32) // shards,
     )
+
+
+def num_trained_models(config: AnyConfig) -> int:
+    """Models with an optimizer."""
+    return 1 + int(isinstance(config, PrimeConfig) and config.uses_prm)
+
+
+def num_checkpoints(config: AnyConfig) -> int:
+    """Checkpoints that exist at one time at the most; one more than is kept while it is written."""
+    section = config.checkpoint
+    num_saves = math.ceil(config.run.num_steps / section.every_steps) if section.every_steps else 1
+    # A supervised run has no accuracy, and one without evaluations neither.
+    rated = isinstance(config, PrimeConfig) and config.evaluation.num_prompts > 0
+    return min(num_saves, section.keep_last + (section.keep_best or 0 if rated else 0) + 1)
+
+
+def checkpoint_bytes(config: AnyConfig, architecture: ModelArchitecture, layout: Layout) -> int:
+    """A checkpoint of all trained models over all ranks: weights, masters and moments."""
+    stages = range(layout.pipeline)
+    count = sum(stage_parameters(architecture, layout, stage) * layout.tensor for stage in stages)
+    master = FLOAT32 if layout.item_bytes < FLOAT32 else 0
+    return num_trained_models(config) * count * (layout.item_bytes + master + 2 * FLOAT32)
+
+
+def exported_bytes(config: AnyConfig, architecture: ModelArchitecture, layout: Layout) -> int:
+    """The trained models as Hugging Face folders, of the end of a run and of `export_every_saves`."""
+    section = config.checkpoint
+    every = section.every_steps * section.export_every_saves
+    num_exports = int(section.export_hf) + (config.run.num_steps // every if every else 0)
+    return num_exports * num_trained_models(config) * num_parameters(architecture) * layout.item_bytes
 
 
 def layer_activation_bytes(architecture: ModelArchitecture, layout: Layout) -> float:

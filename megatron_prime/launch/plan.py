@@ -93,27 +93,17 @@ def make_plan(
     work = workload_of(config, mean_response_tokens)
     stages = [_phases(config, architecture, layout, work, hardware, stage) for stage in range(layout.pipeline)]
     phases = tuple(max(same, key=lambda phase: phase.total) for same in zip(*stages, strict=True))
-    num_trained = _num_trained(config)
-    state = sum(
-        memory.stage_parameters(architecture, layout, stage) * layout.tensor for stage in range(layout.pipeline)
-    ) * (layout.item_bytes + (12 if layout.item_bytes == 2 else 8))
-    checkpoint = num_trained * state
-    exported = num_trained * memory.num_parameters(architecture) * layout.item_bytes
+    checkpoint = memory.checkpoint_bytes(config, architecture, layout)
     return Plan(
         hardware=hardware,
         workload=work,
         phases=phases,
         host_bytes=_host_bytes(config, architecture, layout, work, checkpoint, hardware),
         checkpoint_bytes=checkpoint,
-        # One more than is kept exists while it is written.
-        disk_bytes=(config.checkpoint.keep_last + 1) * checkpoint + exported,
+        disk_bytes=memory.num_checkpoints(config) * checkpoint + memory.exported_bytes(config, architecture, layout),
         traffic=traffic_bytes(config, architecture, layout, work),
         seconds=step_seconds(config, architecture, layout, work, hardware),
     )
-
-
-def _num_trained(config: AnyConfig) -> int:
-    return 1 + int(isinstance(config, PrimeConfig) and config.uses_prm)
 
 
 def _phases(
@@ -248,7 +238,9 @@ def _host_bytes(
     num_nodes = math.ceil(config.parallel.world_size / hardware.num_gpus_per_node)
     process = _PROCESS_BYTES if hardware.name != "cpu" else 0
     batches = 8 * _BATCH_FIELDS * work.num_rows * work.max_response_tokens
-    total = ranks * (process + batches) + checkpoint / num_nodes
+    total = ranks * (process + batches)
+    if config.checkpoint.asynchronous:
+        total += checkpoint / num_nodes
     if config.parallel.offload_idle == "all":
         trained, frozen = _models(config)
         size = memory.model_bytes(architecture, layout, 0, trained=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from megatron_prime.config.checks import data_parallel_size
 from megatron_prime.config.schema import AnyConfig, PrimeConfig
 from megatron_prime.launch.hardware import GIB
+from megatron_prime.launch.memory import num_checkpoints
 from megatron_prime.launch.plan import PhaseMemory, Plan
 
 
@@ -27,8 +28,8 @@ def plan_rows(config: AnyConfig, plan: Plan) -> list[tuple[str, str]]:
     host = plan.host_bytes / GIB
     fitting = "fits" if host <= hardware.host_memory_gib else "DOES NOT FIT; lower verifier.num_workers"
     rows.append(("host memory", f"{host:.3g} of {hardware.host_memory_gib:g} GiB on a full node: {fitting}"))
-    kept = config.checkpoint.keep_last
-    checkpoints = f"{kept} + 1 checkpoints of {_size(plan.checkpoint_bytes)} and the exported models"
+    count = num_checkpoints(config)
+    checkpoints = f"{count} checkpoints of {_size(plan.checkpoint_bytes)} and the exported models"
     rows.append(("disk", f"{_size(plan.disk_bytes)}: {checkpoints}"))
     rows.append(("sent per GPU", f"{_sum(plan.traffic, _size)} per step"))
     lengths = f"prompts of {work.prompt_tokens:.0f} and answers of {work.response_tokens:.0f} tokens on average"

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_prime.config import load_config
+from megatron_prime.manifest import committed, step_of
 
 
 def newest_step(config_path: str, overrides: Sequence[str]) -> int:
     """Step of the newest complete checkpoint, -1 without one."""
     run = load_config(config_path, list(overrides)).run
-    folder = Path(run.directory) / run.name / "checkpoints"
-    steps = [int(path.name.removeprefix("step_")) for path in folder.glob("step_*") if path.suffix == ""]
-    return max(steps, default=-1)
+    found = committed(Path(run.directory) / run.name / "checkpoints")
+    return step_of(found[-1]) if found else -1
 
 
 if __name__ == "__main__":

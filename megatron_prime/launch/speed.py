@@ -19,6 +19,8 @@ _COLLECTIVE_SECONDS = 15e-6
 """Start of one collective inside a node; what a decoded layer pays twice under tensor parallelism."""
 _DISK_BYTES_PER_SECOND = 2e9
 """Of a node's share of a parallel file system; an assumption."""
+_PCIE_BYTES_PER_SECOND = 20e9
+"""Between a GPU and host memory; an assumption."""
 
 
 def traffic_bytes(
@@ -93,12 +95,14 @@ def step_seconds(
     if isinstance(config, PrimeConfig):
         whole = memory.num_parameters(architecture) * layout.item_bytes
         # The refit goes through host memory, written by the ranks and read by the engine: two copies at PCIe's pace.
-        seconds["refit"] = 2 * whole / 20e9
+        seconds["refit"] = 2 * whole / _PCIE_BYTES_PER_SECOND
     if config.checkpoint.every_steps:
-        num_nodes = math.ceil(config.parallel.world_size / hardware.num_gpus_per_node)
-        trained = 2 if isinstance(config, PrimeConfig) and config.uses_prm else 1
-        state = trained * memory.num_parameters(architecture) * (layout.item_bytes + 12)
-        seconds["checkpoint"] = state / num_nodes / _DISK_BYTES_PER_SECOND / config.checkpoint.every_steps
+        ranks = config.parallel.world_size
+        num_nodes = math.ceil(ranks / hardware.num_gpus_per_node)
+        # In the background only the copy to host memory holds training up.
+        pace = ranks * _PCIE_BYTES_PER_SECOND if config.checkpoint.asynchronous else num_nodes * _DISK_BYTES_PER_SECOND
+        state = memory.checkpoint_bytes(config, architecture, layout)
+        seconds["checkpoint"] = state / pace / config.checkpoint.every_steps
     return seconds
 
 

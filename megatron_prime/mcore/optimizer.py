@@ -13,7 +13,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_prime.config.schema import ModelSection, OptimizerSection, ParallelSection
@@ -122,31 +121,3 @@ def stepped_parameters_are_finite(optimizer: Any) -> bool:
     # The largest value of each, which is not a number where one of its values is not.
     largest = torch._foreach_norm(parameters, torch.inf)  # pyright: ignore[reportPrivateImportUsage]
     return all(bool(norm.isfinite()) for norm in largest)
-
-
-def allocate_states(optimizer: Any) -> None:
-    """Gives a new distributed optimizer over torch's Adam the states that a checkpoint is to be read into.
-
-    Megatron asks for their step count before it reads; its own initialiser makes a step with zero
-    gradients, whose effect the checkpoint's parameters and states then replace.
-    """
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(inner, DistributedOptimizer) and not inner.optimizer.state:
-            inner._init_optimizer_states_with_dummy_values()
-
-
-def restore_step_counts(optimizer: Any, num_steps: int) -> None:
-    """Gives each parameter of a distributed optimizer over torch's Adam its step count after a load.
-
-    Megatron keeps the count of the initialising step instead, in one tensor for all parameters, and
-    torch's Adam counts in place.
-
-    Args:
-        optimizer: just loaded.
-        num_steps: optimizer steps that the checkpoint has seen.
-    """
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(inner, DistributedOptimizer):
-            for state in inner.optimizer.state.values():
-                if isinstance(state.get("step"), torch.Tensor):
-                    state["step"] = torch.full_like(state["step"], num_steps)

@@ -129,18 +129,6 @@ class ModelRole:
                 source = parallel_state.get_pipeline_model_parallel_first_rank()
                 torch.distributed.broadcast(weight, src=source, group=parallel_state.get_embedding_group())
 
-    def sharded_state(self, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
-        """What `mcore.checkpoint` saves of the model; inside `megatron_platform`."""
-        states = [chunk.sharded_state_dict(metadata=metadata) for chunk in self.chunks]
-        # Names of shards are those of the whole model; the keys around them only have to differ.
-        return states[0] if len(states) == 1 else {f"chunk{number}": state for number, state in enumerate(states)}
-
-    def load_sharded_state(self, state: Mapping[str, Any]) -> None:
-        """Takes over what was loaded into `sharded_state`."""
-        states = [state] if len(self.chunks) == 1 else [state[f"chunk{n}"] for n in range(len(self.chunks))]
-        for chunk, values in zip(self.chunks, states, strict=True):
-            chunk.load_state_dict(values)
-
     def sleep(self) -> None:
         """Gives memory away until `wake`, as `parallel.offload_idle` says."""
         self.residency.sleep(self.chunks)

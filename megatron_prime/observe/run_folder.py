@@ -15,6 +15,7 @@ import megatron_prime
 from megatron_prime import world
 from megatron_prime.config import AnyConfig, load_config, save_config, to_dict
 from megatron_prime.errors import ConfigError
+from megatron_prime.manifest import committed
 from megatron_prime.observe.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,10 @@ _MAY_CHANGE = (
     "run.num_steps",
     "run.num_threads",
     "run.resume",
-    "parallel.offload_idle",
-    "parallel.timeout_seconds",
+    "parallel.",
+    "micro_batch.",
+    "model.make_vocab_size_divisible_by",
+    "model.recompute_granularity",
     "evaluation.",
     "checkpoint.",
     "verifier.",
@@ -60,8 +63,8 @@ class RunFolder:
         self.failures = self.path / "failures"
 
     def has_checkpoint(self) -> bool:
-        """Whether there is a complete checkpoint (one being written has a suffix)."""
-        return any(path.suffix == "" for path in self.checkpoints.glob("step_*"))
+        """Whether there is a checkpoint to go on from."""
+        return bool(committed(self.checkpoints))
 
     def prepare(self, config: AnyConfig, resume: Literal["auto", "never"]) -> None:
         """Makes the folders and writes the resolved configuration; collective.

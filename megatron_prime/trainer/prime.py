@@ -123,13 +123,17 @@ class PrimeTrainer:
                 metrics |= self.evaluate()
             metrics |= self.stages.drain()
             self.parts.logger.log(self.num_steps_done, metrics)
+            self.parts.checkpoints.check()
             stopping = not last and self.parts.should_stop()
             saving = last or stopping or _is_due(self.num_steps_done, config.checkpoint.every_steps)
             if saving:
-                with self.stages("checkpoint", *self._trained(), training=True):
-                    self.parts.checkpoints.save(self.num_steps_done, self.state_dict())
+                self.save()
             # A request that came while it was saved needs no other step.
-            if stopping or (saving and not last and self.parts.should_stop()):
+            stopping = stopping or (saving and not last and self.parts.should_stop())
+            if last or stopping:
+                with self.stages("checkpoint"):
+                    self.parts.checkpoints.finish()
+            if stopping:
                 raise RunInterrupted(f"stopped as asked and saved after step {self.num_steps_done}")
         return self.summary()
 
@@ -312,6 +316,13 @@ class PrimeTrainer:
         result = accuracy([[verdict for _, verdict in row] for row in answers])
         self.evaluations[self.num_steps_done] = result
         return result.metrics()
+
+    def save(self) -> None:
+        """Begins to save everything."""
+        evaluated = self.evaluations.get(self.num_steps_done)
+        accuracy = _finite(evaluated.value) if evaluated else None
+        with self.stages("checkpoint", *self._trained(), training=True):
+            self.parts.checkpoints.save(self.num_steps_done, self.state_dict(), accuracy=accuracy)
 
     def summary(self) -> dict[str, Any]:
         """What the run leaves in summary.json, less the launcher's part (commit, machine)."""

@@ -66,6 +66,7 @@ class SftTrainer:
             last = done == config.run.num_steps
             if last or done % config.sft.log_every_steps == 0:
                 self.metrics.log(done, {f"sft/{name}": value for name, value in updated.items()} | stages.drain())
+            self.checkpoints.check()
             stopping = not last and self.should_stop()
             every = config.checkpoint.every_steps
             saving = last or stopping or (every > 0 and done % every == 0)
@@ -74,7 +75,11 @@ class SftTrainer:
                 with stages("checkpoint"):
                     self.checkpoints.save(done, {"num_steps_done": done, "loss": loss, "seconds": seconds})
             # A request that came while it was saved needs no other step.
-            if stopping or (saving and not last and self.should_stop()):
+            stopping = stopping or (saving and not last and self.should_stop())
+            if last or stopping:
+                with stages("checkpoint"):
+                    self.checkpoints.finish()
+            if stopping:
                 raise RunInterrupted(f"stopped as asked and saved after step {done}")
         return {"num_steps": done, "final_loss": loss, "wall_seconds": time.perf_counter() - start}
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_prime.config.schema import ModelSection
 from megatron_prime.errors import CheckpointError, PrimeError, WeightsError
+from megatron_prime.manifest import FileRecord, write_file
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
 from megatron_prime.weights.families import Layout, WeightSpec, weight_specs
 from megatron_prime.weights.hf_folder import HfFolder, expected_shapes
@@ -31,12 +32,11 @@ from megatron_prime.weights.megatron_folder import (
     MegatronFolder,
     MegatronWriter,
     Place,
-    StoredChunk,
-    file_name,
     shard_chunks,
     stored_key,
     stored_shape,
 )
+from megatron_prime.weights.torch_dist import StoredChunk, file_name
 
 SIDE_FOLDER = "hf"
 Progress = Callable[[int, int], None]
@@ -111,7 +111,7 @@ def to_megatron(
         for rank, (stage, tp_rank) in enumerate(itertools.product(stages, range(cut.tp_size))):
             pieces = _Pieces(architecture=architecture, cut=cut, tp_rank=tp_rank, dtype=dtype, meter=meter)
             writer.write_file(rank, pieces.read(stage, folder, writer.written(rank)))
-        _copy_side_files(source, journal.folder / SIDE_FOLDER)
+        copy_side_files(source, journal.folder / SIDE_FOLDER)
         writer.finish()
         shutil.rmtree(target, ignore_errors=True)
         journal.folder.rename(target)
@@ -331,7 +331,7 @@ class _Pieces:
                 if (stored_key(spec), offsets) not in written:
                     # torch.save writes the whole memory that a view is of.
                     own = part.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
-                    yield stored_key(spec), stored, offsets, own
+                    yield StoredChunk(stored_key(spec), stored, offsets, own)
                 self.meter.add(part.numel() * self.dtype.itemsize)
             # A column slice touches every page of its tensor.
             unreleased += shard.numel() * shard.itemsize * (cut.tp_size if spec.layout is Layout.ROW else 1)
@@ -346,10 +346,12 @@ class _Pieces:
         return {(stored_key(spec), offsets) for offsets, _ in chunks}
 
 
-def _copy_side_files(source: Path, target: Path) -> None:
-    """Copies config.json, tokenizer and licence; weights of any format and folders stay behind."""
+def copy_side_files(source: Path, target: Path) -> dict[str, FileRecord]:
+    """Copies config.json, tokenizer and licence into a folder; weights of any format and folders stay behind."""
     target.mkdir(exist_ok=True)
-    for file in source.iterdir():
+    copied = {}
+    for file in sorted(source.iterdir()):
         described = file.suffix in _SIDE_SUFFIXES or file.name.startswith(("LICENSE", "NOTICE"))
         if file.is_file() and described and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, target / file.name)
+            copied[file.name] = write_file(target / file.name, file.read_bytes())
+    return copied

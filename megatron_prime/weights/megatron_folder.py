@@ -7,10 +7,8 @@ Transformer Engine's layers. Weights load at any layout, whatever the chunks.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,39 +16,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_prime.errors import CheckpointError
 from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.families import Layout, WeightSpec, transformer_engine_name
 from megatron_prime.weights.journal import HashedWriter, Journal, Part
 from megatron_prime.weights.layouts import local_shape
+from megatron_prime.weights.torch_dist import (
+    COMMON_FILE,
+    ChunkRecord,
+    StoredChunk,
+    file_name,
+    read_chunks,
+    read_description,
+    write_description,
+)
 
-StoredChunk = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
-"""Name and shape of a stored tensor, offsets in it, and what lies there."""
 Place = tuple[str, tuple[int, ...]]
 """Name of a stored tensor and offsets in it."""
-_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-_COMMON = {"common_backend": "torch", "common_backend_version": 1}
-_CONFIG_FILE, _METADATA_FILE, _COMMON_FILE = "metadata.json", ".metadata", "common.pt"
 _NO_WEIGHTS = ("optimizer.",)
 _EXTRA_STATE = "_extra_state"
-
-
-def file_name(rank: int) -> str:
-    """The file that a rank of the layout reads for which the checkpoint was cut."""
-    return f"__{rank}_0.distcp"
 
 
 def stored_key(spec: WeightSpec) -> str:
@@ -99,8 +85,7 @@ class MegatronWriter:
         self._journal = journal
         self._path = journal.folder
         self._dtype = dtype
-        self._tensors: dict[str, TensorStorageMetadata] = {}
-        self._places: dict[MetadataIndex, _StorageInfo] = {}
+        self._records: list[ChunkRecord] = []
 
     def written(self, rank: int) -> set[Place]:
         """The chunks that a file begins with."""
@@ -144,37 +129,14 @@ class MegatronWriter:
         return parts
 
     def _note(self, part: Part) -> None:
-        key, offsets = part["key"], torch.Size(part["offsets"])
-        if key not in self._tensors:
-            properties = TensorProperties(dtype=self._dtype)
-            self._tensors[key] = TensorStorageMetadata(properties, torch.Size(part["shape"]), [])
-        self._tensors[key].chunks.append(ChunkStorageMetadata(offsets, torch.Size(part["sizes"])))
-        self._places[MetadataIndex(key, offsets)] = _StorageInfo(part["file"], part["start"], part["length"])
+        shape, offsets, sizes = (tuple(part[name]) for name in ("shape", "offsets", "sizes"))
+        place = part["file"], part["start"], part["length"]
+        self._records.append(ChunkRecord(part["key"], shape, offsets, sizes, self._dtype, *place))
 
     def finish(self) -> None:
         """Writes what makes the files a checkpoint, and ends the journal."""
-        metadata = Metadata(dict(self._tensors), storage_data=self._places, storage_meta=StorageMeta())
-        with (self._path / _METADATA_FILE).open("wb") as file:
-            pickle.dump(metadata, file)
-            file.flush()
-            os.fsync(file.fileno())
-        torch.save({}, self._path / _COMMON_FILE)
-        (self._path / _CONFIG_FILE).write_text(json.dumps(_FORMAT | _COMMON))
+        write_description(self._path, self._records, common={})
         self._journal.finish()
-
-
-class _Into(DefaultLoadPlanner):
-    """Reads chunks into their places of one tensor."""
-
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
-        self._target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        target = self._target
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            target = target.narrow(dim, start, length)
-        return target
 
 
 class MegatronFolder:
@@ -189,18 +151,8 @@ class MegatronFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not (path / _CONFIG_FILE).is_file():
-            raise CheckpointError(f"{path}: is no Megatron distributed checkpoint (no {_CONFIG_FILE})")
-        self._reader = FileSystemReader(path)
-        try:
-            config = json.loads((path / _CONFIG_FILE).read_text(encoding="utf-8"))
-            self._metadata: Any = self._reader.read_metadata()
-            stored = dict(self._metadata.state_dict_metadata)
-            self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-        except Exception as error:  # it is unpickled: damage shows as anything
-            raise CheckpointError(f"{path}: no checkpoint, or a damaged one: {_one_line(error)}") from error
-        if {key: config.get(key) for key in _FORMAT} != _FORMAT:
-            raise CheckpointError(f"{path}: {_CONFIG_FILE} says {config}, only {_FORMAT} is read")
+        self._metadata: Any = read_description(path)
+        stored = self._metadata.state_dict_metadata
         self._check_files()
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: tensor
@@ -250,16 +202,13 @@ class MegatronFolder:
         """
         key = stored_key(spec)
         stored = self._tensors[key]
-        shape = stored.size if spec.layer is None else stored.size[1:]
-        place = (0,) * len(shape) if spec.layer is None else (spec.layer, *(0,) * len(shape))
-        wanted = ChunkStorageMetadata(torch.Size(place), torch.Size(shape if spec.layer is None else (1, *shape)))
-        target = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
-        items = create_read_items_for_chunk_list(key, stored, [wanted])
-        try:
-            self._reader.read_data(LoadPlan(items), _Into(target))
-        except Exception as error:  # torch unzips and unpickles: damage shows as anything
-            raise CheckpointError(f"{self.path}: damaged: {key}: {_one_line(error)}") from error
-        return target.reshape(shape)
+        shape = tuple(stored.size if spec.layer is None else stored.size[1:])
+        target = torch.empty(shape, dtype=stored.properties.dtype)
+        layer = () if spec.layer is None else (spec.layer,)
+        whole = target[None] if layer else target
+        wanted = StoredChunk(key, tuple(stored.size), (*layer, *(0,) * len(shape)), whole)
+        read_chunks(self.path, self._metadata, [wanted])
+        return target
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}
@@ -269,9 +218,5 @@ class MegatronFolder:
             file = self.path / name
             if not file.is_file() or file.stat().st_size < end:
                 raise CheckpointError(f"{self.path}: damaged: {name} is missing or shorter than {end} bytes")
-        if not zipfile.is_zipfile(self.path / _COMMON_FILE):
-            raise CheckpointError(f"{self.path}: damaged: {_COMMON_FILE} is missing or truncated")
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if not zipfile.is_zipfile(self.path / COMMON_FILE):
+            raise CheckpointError(f"{self.path}: damaged: {COMMON_FILE} is missing or truncated")

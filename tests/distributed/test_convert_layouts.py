@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron_files import megatron_loads, megatron_saves
 from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 
 from megatron_prime.config.schema import MicroBatchSection, ModelSection, ParallelSection
-from megatron_prime.mcore.checkpoint import load_state, save_state
 from megatron_prime.mcore.cpu import on_megatron_platform
 from megatron_prime.mcore.export import export_hf
 from megatron_prime.mcore.parallel import parallel_layout
@@ -51,9 +51,9 @@ def megatron_at(layout: str, writes: bool, paths: list[tuple[Path, Path, Path]])
 def _write_or_read(role: ModelRole, writes: bool, folder: Path, checkpoint: Path, target: Path) -> None:
     if writes:
         role.load_hf(HfFolder(folder))
-        save_state({"model": role.chunks[0].sharded_state_dict()}, checkpoint)
+        megatron_saves(role.chunks[0], checkpoint)
     else:
-        role.chunks[0].load_state_dict(load_state({"model": role.chunks[0].sharded_state_dict()}, checkpoint)["model"])
+        megatron_loads(role.chunks[0], checkpoint)
         export_hf(role, target, folder)
 
 

@@ -33,7 +33,7 @@ def test_never_refuses_a_folder_with_a_checkpoint_and_auto_keeps_it(tmp_path, co
     folder = RunFolder(tmp_path, "a")
     folder.prepare(config, "auto")
     folder.metrics_path.write_text('{"step": 1}\n')
-    (folder.checkpoints / "step_10").mkdir()
+    (folder.checkpoints / "step_00000010").mkdir()
     folder.prepare(config, "auto")
     assert folder.metrics_path.exists()
     with pytest.raises(ConfigError, match=r"^run\.resume: never, but .*checkpoints"):

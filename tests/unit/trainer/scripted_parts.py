@@ -226,8 +226,17 @@ class MemoryCheckpoints:
     def __init__(self) -> None:
         self.saved: dict[int, bytes] = {}
 
-    def save(self, step: int, trainer_state: Mapping[str, Any]) -> None:
+        self.accuracies: dict[int, float | None] = {}
+        self.awaited: set[int] = set()
+
+    def save(self, step: int, trainer_state: Mapping[str, Any], *, accuracy: float | None = None) -> None:
         self.saved[step] = pickle.dumps(dict(trainer_state))
+        self.accuracies[step] = accuracy
+
+    def check(self) -> None: ...
+
+    def finish(self) -> None:
+        self.awaited.add(max(self.saved))
 
     def restore(self) -> Mapping[str, Any] | None:
         return pickle.loads(self.saved[max(self.saved)]) if self.saved else None

@@ -101,7 +101,7 @@ def test_sft_takes_every_example_once_logs_and_saves() -> None:
     assert model.batches == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11], [12, 13, 14]]
     assert {step: row["sft/loss"] for step, row in logger.rows.items()} == {2: 1.0, 4: 3.0, 5: 4.0}
     assert "time/update_seconds" in logger.rows[2]
-    assert sorted(checkpoints.saved) == [2, 4, 5]
+    assert sorted(checkpoints.saved) == [2, 4, 5] and checkpoints.awaited == {5}
     assert (summary["num_steps"], summary["final_loss"]) == (5, 4.0)
 
 
@@ -128,8 +128,8 @@ class InterruptedCheckpoints(MemoryCheckpoints):
 
     asked = False
 
-    def save(self, step: int, trainer_state: Mapping[str, Any]) -> None:
-        super().save(step, trainer_state)
+    def save(self, step: int, trainer_state: Mapping[str, Any], *, accuracy: float | None = None) -> None:
+        super().save(step, trainer_state, accuracy=accuracy)
         self.asked = True
 
 
@@ -141,3 +141,4 @@ def test_a_request_during_a_save_needs_no_other_step() -> None:
     with pytest.raises(RunInterrupted, match="saved after step 2"):
         trainer.train()
     assert list(checkpoints.saved) == [2] and len(model.batches) == 2
+    assert checkpoints.awaited == {2}
