@@ -33,7 +33,7 @@ from megatron_prime.trainer.protocols import (
     RewardModel,
     Verifier,
 )
-from megatron_prime.trainer.settings import advantage_options, sampling_params
+from megatron_prime.trainer.settings import advantage_options, is_due, sampling_params
 from megatron_prime.trainer.stages import Stages
 from megatron_prime.trainer.verdicts import rollout_metrics, verdict_metrics
 
@@ -119,13 +119,13 @@ class PrimeTrainer:
             metrics = self.step()
             self.num_steps_done += 1
             last = self.num_steps_done == config.run.num_steps
-            if last or _is_due(self.num_steps_done, config.evaluation.every_steps):
+            if last or is_due(self.num_steps_done, config.evaluation.every_steps):
                 metrics |= self.evaluate()
             metrics |= self.stages.drain()
             self.parts.logger.log(self.num_steps_done, metrics)
             self.parts.checkpoints.check()
             stopping = not last and self.parts.should_stop()
-            saving = last or stopping or _is_due(self.num_steps_done, config.checkpoint.every_steps)
+            saving = last or stopping or is_due(self.num_steps_done, config.checkpoint.every_steps)
             if saving:
                 self.save()
             # A request that came while it was saved needs no other step.
@@ -397,7 +397,3 @@ class PrimeTrainer:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

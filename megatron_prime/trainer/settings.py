@@ -32,3 +32,8 @@ def advantage_options(section: AdvantageSection, gate: float) -> AdvantageOption
         whiten=section.whiten,
         process_gate=gate,
     )
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0

@@ -11,6 +11,7 @@ from megatron_prime.batch import SftExample
 from megatron_prime.config.schema import SftConfig
 from megatron_prime.errors import NonFiniteError, RunInterrupted
 from megatron_prime.trainer.protocols import Checkpoints, Examples, Imitator, Logger
+from megatron_prime.trainer.settings import is_due
 from megatron_prime.trainer.stages import Stages
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,7 @@ class SftTrainer:
                 self.metrics.log(done, {f"sft/{name}": value for name, value in updated.items()} | stages.drain())
             self.checkpoints.check()
             stopping = not last and self.should_stop()
-            every = config.checkpoint.every_steps
-            saving = last or stopping or (every > 0 and done % every == 0)
+            saving = last or stopping or is_due(done, config.checkpoint.every_steps)
             if saving:
                 seconds = time.perf_counter() - start
                 with stages("checkpoint"):
