@@ -1,9 +1,9 @@
 """Compares the planner's memory with that of real runs: twelve configurations on this machine's CPU.
 
 Every rank is a process that first runs the same configuration with a tiny model (so that all libraries are loaded) and
-then the configuration itself. Measured is the rank's peak resident memory in each stage of the second step, less what
-it held before the second run; planned is what `megatron-prime check` prints for the same stage. The
-fullest rank counts, as it does in a plan. The C library is told to give large blocks back at once
+then the configuration itself. Measured is the peak resident memory in each stage of the second step, which runs log as
+`memory/STAGE_gib`, less what a rank held before the second run; planned is what `megatron-prime check` prints for the
+stage. The fullest rank counts, as it does in a plan. The C library is told to give large blocks back at once
 (MALLOC_MMAP_THRESHOLD_); what it would hoard is no part of the plan. Prints a table and writes
 build/bench/planner.json.
 """
@@ -18,10 +18,10 @@ import os
 import platform
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,39 +110,24 @@ def make_config(case: Mapping[str, Any], model: Path, folder: Path, name: str) -
     return config
 
 
-def memory_bytes(what: str) -> int:
-    """VmHWM (peak) or VmRSS (now) of this process."""
+def resident_bytes() -> int:
+    """Of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(what))
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS"))
 
 
-def run_rank(scratch: Path, second_port: str) -> dict[str, int]:
-    """Both runs on this rank; peak bytes by stage of the second one."""
+def run_rank(scratch: Path, second_port: str) -> int:
+    """Both runs on this rank; its bytes before the second one."""
     from megatron_prime import build
     from megatron_prime.config.loader import load_config
-    from megatron_prime.trainer import prime
-    from megatron_prime.trainer.stages import Stages
 
-    peaks: dict[str, int] = {}
-
-    class MeasuredStages(Stages):
-        """Stages that know the memory of their latest pass."""
-
-        @contextmanager
-        def __call__(self, name: str, *roles: Any) -> Iterator[None]:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-            with super().__call__(name, *roles):
-                yield
-            peaks[name] = memory_bytes("VmHWM")
-
-    prime.Stages = MeasuredStages
     build.run(load_config(scratch / "tiny.yaml"))
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     os.environ["MASTER_PORT"] = second_port  # the first run's store may still be there
-    before = memory_bytes("VmRSS")
+    before = resident_bytes()
     build.run(load_config(scratch / "case.yaml"))
-    return {name: peak - before for name, peak in peaks.items()}
+    return before
 
 
 def run_case(name: str, scratch: Path, models: Path) -> list[Row]:
@@ -161,18 +146,19 @@ def run_case(name: str, scratch: Path, models: Path) -> list[Row]:
         (scratch / f"{file}.yaml").write_text(json.dumps(make_config(case, model, scratch, file)))
     config = load_config(scratch / "case.yaml")
     plan = make_plan(config, read_architecture(config.model.path), PROFILES["cpu"], mean_response_tokens=96)
-    found = run_ranks(name, scratch, config.parallel.world_size)
+    before = run_ranks(name, scratch, config.parallel.world_size)
+    metrics = json.loads((scratch / "case" / "metrics.jsonl").read_text().splitlines()[-1])
     rows = []
     for phase in plan.phases:
-        measured = max(rank[phase.name] for rank in found)
+        measured = metrics[f"memory/{phase.name}_gib"] * 2**30 - before
         rows.append(
             {"variant": "ours", "case": name, "phase": phase.name, "planned": phase.total, "measured": measured}
         )
     return rows
 
 
-def run_ranks(name: str, scratch: Path, world_size: int) -> list[dict[str, int]]:
-    """Starts the ranks of a case and returns what each has measured."""
+def run_ranks(name: str, scratch: Path, world_size: int) -> float:
+    """Runs the ranks of a case; bytes of a rank before it, which differ by less than a MB or two."""
     with socket.socket() as first, socket.socket() as second:
         for probe in (first, second):
             probe.bind(("127.0.0.1", 0))
@@ -198,7 +184,7 @@ def run_ranks(name: str, scratch: Path, world_size: int) -> list[dict[str, int]]
     statuses = [process.wait() for process in processes]
     if any(statuses):
         raise SystemExit(f"{name} failed:\n{(scratch / 'rank_0.log').read_text()[-2000:]}")
-    return [json.loads((scratch / f"rank_{rank}.json").read_text()) for rank in range(world_size)]
+    return statistics.mean(int((scratch / f"rank_{rank}.bytes").read_text()) for rank in range(world_size))
 
 
 def main() -> None:
@@ -209,8 +195,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         scratch, second_port = options.child
-        found = run_rank(Path(scratch), second_port)
-        (Path(scratch) / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(found))
+        before = run_rank(Path(scratch), second_port)
+        (Path(scratch) / f"rank_{os.environ['RANK']}.bytes").write_text(str(before))
         return
     rows: list[Row] = []
     scratch = options.output.parent.resolve() / "planner.scratch"
