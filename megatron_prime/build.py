@@ -100,16 +100,21 @@ def _run_prime(
     folder, resume_from = _run_folder(config, starts)
     setup = role_setup(config, architecture, layout, folder)
     num_warmup_steps = config.prm.warmup_steps if config.uses_prm else 0
-    policy = PolicyRole(setup, config.policy, num_steps=config.run.num_steps - num_warmup_steps)
+    policy = PolicyRole(
+        _setup_of(setup, config.policy.micro_batch_tokens),
+        config.policy,
+        num_steps=config.run.num_steps - num_warmup_steps,
+    )
     roles: dict[str, TrainableRole] = {"policy": policy}
     policy.load_hf(HfFolder(config.model.path))
     prm = reference = None
     if config.uses_prm:
-        prm = roles["prm"] = PrmRole(_setup_of(starts["prm"], setup), config.prm, num_steps=config.run.num_steps)
+        prm_setup = _setup_of(setup, config.prm.micro_batch_tokens, starts["prm"])
+        prm = roles["prm"] = PrmRole(prm_setup, config.prm, num_steps=config.run.num_steps)
         prm.load_hf(HfFolder(starts["prm"]))
     if config.reference.source == "sft" and (config.uses_prm or config.policy.kl_coef > 0):
         reference_path = config.reference.path or config.model.path
-        reference = ReferenceRole(_setup_of(reference_path, setup))
+        reference = ReferenceRole(_setup_of(setup, config.reference.micro_batch_tokens, reference_path))
         reference.load_hf(HfFolder(reference_path))
     with (
         running_engine(
@@ -283,9 +288,12 @@ def role_setup(config: AnyConfig, architecture: ModelArchitecture, layout: Layou
     )
 
 
-def _setup_of(path: str, setup: RoleSetup) -> RoleSetup:
-    """The same for the model of a folder."""
-    return replace(setup, architecture=read_architecture(path))
+def _setup_of(setup: RoleSetup, micro_batch_tokens: int | None, path: str | None = None) -> RoleSetup:
+    """The same with a role's own micro-batches, and for the model of another folder."""
+    if micro_batch_tokens is not None:
+        cut = replace(setup.micro_batch, micro_batch_size=None, micro_batch_tokens=micro_batch_tokens)
+        setup = replace(setup, micro_batch=cut)
+    return setup if path is None else replace(setup, architecture=read_architecture(path))
 
 
 def _head_options(config: AnyConfig, architecture: ModelArchitecture, layout: Layout, folder: RunFolder) -> HeadOptions:

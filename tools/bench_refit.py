@@ -90,7 +90,7 @@ class Place:
     def __init__(self, rank: int, tp_size: int, pp_size: int) -> None:
         self.tp_rank, self.tp_size = rank % tp_size, tp_size
         self.pp_rank, self.pp_size = rank // tp_size, pp_size
-        self.dp_rank, self.dp_size = 0, 1
+        self.copy_index, self.num_copies = 0, 1
 
 
 def export_of(folder: Path, place: Place) -> WeightExport:

@@ -192,6 +192,8 @@ class PrmSection:
     """The PRM trains on this many latest batches each step (1: the step's own, as published)."""
     warmup_steps: int = 0
     """First steps in which only the PRM trains."""
+    micro_batch_tokens: int | None = None
+    """Tokens of this model's micro-batches, in place of `micro_batch.*`; null: as those say."""
     optimizer: OptimizerSection = field(default_factory=lambda: OptimizerSection(lr=1e-6, clip_grad=10.0))
 
 
@@ -204,6 +206,8 @@ class ReferenceSection:
     path: str | None = None
     """Hugging Face folder of the frozen model; the policy's start where null. A PRM of another shape than the policy
     (`prm.path`) needs the model that it started from here."""
+    micro_batch_tokens: int | None = None
+    """Tokens of this model's micro-batches, in place of `micro_batch.*`; null: as those say."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -249,6 +253,8 @@ class PolicySection:
     num_minibatches: int = 1
     """Optimizer steps per pass over the batch."""
     num_epochs: int = 1
+    micro_batch_tokens: int | None = None
+    """Tokens of this model's micro-batches, in place of `micro_batch.*`; null: as those say."""
     optimizer: OptimizerSection = field(default_factory=lambda: OptimizerSection(lr=5e-7, weight_decay=0.01))
 
 

@@ -53,6 +53,8 @@ class ModelRole:
     def __init__(self, setup: RoleSetup) -> None:
         self.setup = setup
         self.layout = setup.layout
+        self.imbalance = 1.0
+        """Tokens of the fullest data-parallel rank over their mean, at the latest pass."""
         self.architecture = setup.architecture
         self.residency = Residency(setup.parallel.offload_idle)
         self.sequence_multiple = setup.layout.tp_size if setup.parallel.sequence_parallel else 1
@@ -144,6 +146,8 @@ class ModelRole:
     def _micro_batches(self, rows: TokenRows, selected: Sequence[int]) -> list[MicroBatch]:
         lengths = rows.input_lengths()
         shards = shard_rows(lengths, selected, self.layout.dp_size)
+        loads = [sum(lengths[row] for row in shard) for shard in shards]
+        self.imbalance = max(loads) * len(loads) / max(sum(loads), 1)
         # Every rank looks at all shards: one that raised alone would leave the others in a collective.
         if not all(shards):
             raise TrainingError(
@@ -320,7 +324,7 @@ class TrainableRole(ModelRole):
 
         Args:
             rows: the whole batch.
-            selected: rows of this mini-batch, the same on every rank.
+            selected: rows of the mini-batch.
             loss: called on the last stage for chunks of response tokens; losses and metrics sum over chunks,
                 micro-batches and ranks, so both must be normalised by the whole mini-batch.
             temperature: divides the logits.
@@ -329,8 +333,8 @@ class TrainableRole(ModelRole):
             keep_logprobs: return the log-probs.
 
         Returns:
-            The summed metrics (a key starting with ``max_`` is maximised), ``grad_norm`` and ``lr``; log-probs of
-            the selected rows, 0 elsewhere; the same on every rank.
+            The summed metrics (a key starting with ``max_`` is maximised), ``grad_norm``, ``lr``, ``max_imbalance``
+            (of data-parallel ranks); log-probs of the selected rows, 0 elsewhere; the same on every rank.
         """
         from megatron_prime.mcore.model import HeadLoss
         from megatron_prime.mcore.optimizer import gradient_norm
@@ -361,7 +365,8 @@ class TrainableRole(ModelRole):
         metrics = reduce_metrics(self.layout, reports)
         logprobs = None if kept is None else self.layout.sum_over_data(kept)
         norm = gradient_norm(self.optimizer)
-        metrics |= {"grad_norm": norm, "lr": float(self.optimizer.param_groups[0]["lr"])}
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        metrics |= {"grad_norm": norm, "lr": learning_rate, "max_imbalance": self.imbalance}
         return UpdateResult(metrics=metrics, logprobs=logprobs)
 
     def sleep(self) -> None:

@@ -19,6 +19,11 @@ VARIANTS = {
     "size2": {"micro_batch": {"micro_batch_tokens": None, "micro_batch_size": 2}},
     "size4_unpacked": {"micro_batch": {"micro_batch_tokens": None, "micro_batch_size": 4, "packed": False}},
     "small_head_chunks": {"micro_batch": {"micro_batch_tokens": 200}, "head": {"workspace_mib": 0.004}},
+    "budgets": {
+        "policy": {"micro_batch_tokens": 150},
+        "prm": {"micro_batch_tokens": 90},
+        "reference": {"micro_batch_tokens": 400},
+    },
     "recompute": {"model": {"recompute_granularity": "full"}},
 }
 OPTIONS = {
@@ -66,6 +71,9 @@ def assert_same_run(directory: Path, reference: str, name: str) -> None:
     for step, (wanted, found) in enumerate(zip(expected, actual, strict=True)):
         assert wanted.keys() == found.keys()
         for key, value in wanted.items():
+            if key.endswith("/max_imbalance"):  # how ranks are loaded is the layout's
+                assert 1 <= found[key] < 1.5
+                continue
             scale = max(1.0, abs(value)) if value is not None and key in RELATIVE else 1.0
             tolerance = LARGEST_NOISE if key in NOISE else TOLERANCE * scale
             assert found[key] == pytest.approx(value, abs=tolerance), (step, key)

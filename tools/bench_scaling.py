@@ -1,0 +1,233 @@
+"""What the ranks of each layout send in one PRIME step, counted at the process groups, and weak scaling over data.
+
+A step is: scores of three models, an update of the PRM, an update of the policy, and the stream of its weights that an
+engine or a folder reads. Answers are random and fixed. Payload is what the caller hands to a collective on one rank
+(of a gather its result, of a message what is sent); a ring sends (n-1)/n of it, an all-reduce twice that. Weak scaling:
+two data-parallel ranks with twice the answers beside one rank, each with one thread. Prints two tables and writes
+build/bench/scaling.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import socket
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from rich.console import Console
+from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
+NUM_RESPONSES, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 64, 192
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP2": {"tensor_model_parallel_size": 2},
+    "TP2, sequence parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "PP2": {"pipeline_model_parallel_size": 2},
+    "PP2, interleaved": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    "CP2": {"context_parallel_size": 2},
+    "DP2": {},
+    "DP2, distributed optimizer": {"use_distributed_optimizer": True},
+}
+PHASES = ("score", "PRM update", "policy update", "export")
+# What a rank sends of its payload, by operation, on n ranks.
+OPERATIONS = {
+    "allreduce_": lambda n: 2 * (n - 1) / n,
+    "allgather_": lambda n: (n - 1) / n,
+    "_allgather_base_": lambda n: (n - 1) / n,
+    "reduce_scatter_": lambda n: (n - 1) / n,
+    "_reduce_scatter_base_": lambda n: (n - 1) / n,
+    "alltoall_base_": lambda n: (n - 1) / n,
+    "broadcast_": lambda n: (n - 1) / n,
+    "send": lambda n: 1.0,
+}
+
+
+class Counting(TorchDispatchMode):
+    """Sums the bytes of tensors that go through process groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.payload: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func.overloadpacket.__name__
+            if name in OPERATIONS:
+                # The larger of input and output is the whole: a gather's result, a scatter's argument.
+                self.payload[name] += max(num_bytes(argument) for argument in args[:2])
+            elif name not in ("recv_", "barrier", "monitored_barrier_"):
+                raise NotImplementedError(f"c10d::{name} is not counted")
+        return func(*args, **(kwargs or {}))
+
+
+def num_bytes(argument: Any) -> int:
+    """Of all tensors in a nested list."""
+    if isinstance(argument, torch.Tensor):
+        return argument.numel() * argument.itemsize
+    return sum(map(num_bytes, argument)) if isinstance(argument, list | tuple) else 0
+
+
+def make_batch(num_responses: int) -> Any:
+    """Random answers in groups of four, all of the same length."""
+    from megatron_prime.batch import RolloutBatch
+
+    generator = torch.Generator().manual_seed(1)
+    shape = (num_responses, RESPONSE_TOKENS)
+    return RolloutBatch(
+        prompt_token_ids=tuple(tuple(range(10, 10 + PROMPT_TOKENS)) for _ in range(num_responses)),
+        response_ids=torch.randint(0, SHAPE["vocab_size"], shape, generator=generator),
+        mask=torch.ones(shape, dtype=torch.bool),
+        rollout_logprobs=torch.zeros(shape),
+        outcomes=torch.tensor([1.0, 0.0, 1.0, 0.0] * (num_responses // 4)),
+        group_index=torch.arange(num_responses) // 4,
+        weight_versions=torch.zeros(num_responses, dtype=torch.int64),
+    )
+
+
+@contextmanager
+def roles(folder: str, sizes: dict[str, Any], world_size: int) -> Iterator[tuple[Any, Any, Any]]:
+    """Policy, reference and PRM with random weights."""
+    from megatron_prime.config.schema import MicroBatchSection, ModelSection, ParallelSection, PolicySection, PrmSection
+    from megatron_prime.mcore.parallel import parallel_layout
+    from megatron_prime.mcore.prime_roles import PolicyRole, PrmRole, ReferenceRole
+    from megatron_prime.mcore.role import RoleSetup
+    from megatron_prime.weights.architecture import read_architecture
+
+    parallel = ParallelSection(world_size=world_size, **sizes)
+    with parallel_layout(parallel, seed=1) as layout:
+        setup = RoleSetup(
+            architecture=read_architecture(Path(folder)),
+            model=ModelSection(path=folder, init="random"),
+            parallel=parallel,
+            micro_batch=MicroBatchSection(micro_batch_tokens=1024),
+            layout=layout,
+        )
+        yield (
+            PolicyRole(setup, PolicySection(), num_steps=10),
+            ReferenceRole(setup),
+            PrmRole(setup, PrmSection(), num_steps=10),
+        )
+
+
+def one_step(models: tuple[Any, Any, Any], rollout: Any) -> Iterator[str]:
+    """A PRIME step on given answers, stopping after each phase."""
+    from megatron_prime.batch import ScoredBatch
+
+    policy, reference, prm = models
+    scores = policy.score(rollout, temperature=1.0), reference.score(rollout), prm.score(rollout)
+    batch = ScoredBatch(
+        rollout=rollout, policy_logprobs=scores[0], reference_logprobs=scores[1], prm_logprobs=scores[2]
+    )
+    yield "score"
+    prm.update([batch], seed=1)
+    yield "PRM update"
+    policy.update(batch, torch.randn(rollout.mask.shape), temperature=1.0, seed=1)
+    yield "policy update"
+    for _ in policy.export_weights():
+        pass
+    yield "export"
+
+
+def work(rank: int, world_size: int, port: int, folder: str, sizes: dict[str, Any], num_responses: int) -> None:
+    """One rank: payload by phase and operation of a step, and seconds of the fastest of three others."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in place.items()}}
+    torch.set_num_threads(1)
+    rollout = make_batch(num_responses)
+    with roles(folder, sizes, world_size) as models:
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            for _ in one_step(models, rollout):
+                pass
+            seconds.append(time.perf_counter() - started)
+        payload = {}
+        with Counting() as counting:
+            for phase in one_step(models, rollout):
+                payload[phase] = dict(counting.payload)
+                counting.payload.clear()
+        result = {"seconds": min(seconds), "payload": payload}
+        Path(folder, f"rank{rank}.json").write_text(json.dumps(result))
+
+
+def measure(sizes: dict[str, Any], world_size: int, num_responses: int) -> list[dict[str, Any]]:
+    """The results of all ranks."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        Path(folder, "config.json").write_text(json.dumps(SHAPE))
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        arguments = (world_size, port, folder, sizes, num_responses)
+        mp.start_processes(work, args=arguments, nprocs=world_size, start_method="spawn")
+        return [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def sent_mib(payload: dict[str, int], num_ranks: int) -> float:
+    """What a rank sends of its payload in a ring."""
+    return sum(amount * OPERATIONS[name](num_ranks) for name, amount in payload.items()) / 2**20
+
+
+def main() -> None:
+    """Measures all layouts and reports."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    rows: list[dict[str, Any]] = []
+    traffic = Table(title="MiB that the busiest of two ranks sends in a PRIME step")
+    for column in ("layout", *PHASES, "whole step", "of it"):
+        traffic.add_column(column)
+    for name, sizes in LAYOUTS.items():
+        ranks = measure(sizes, 2, NUM_RESPONSES)
+        totals = [sum((Counter(p) for p in rank["payload"].values()), Counter()) for rank in ranks]
+        busiest = max(range(2), key=lambda rank: sent_mib(totals[rank], 2))
+        by_phase = {phase: sent_mib(ranks[busiest]["payload"][phase], 2) for phase in PHASES}
+        kinds = ", ".join(
+            f"{kind.strip('_')} {sent_mib({kind: n}, 2):.1f}" for kind, n in totals[busiest].most_common(3)
+        )
+        rows.append({"variant": name, "seconds": max(r["seconds"] for r in ranks), "sent_mib": by_phase})
+        traffic.add_row(name, *(f"{mib:.1f}" for mib in by_phase.values()), f"{sum(by_phase.values()):.1f}", kinds)
+    scaling = Table(title="Weak scaling over data")
+    for column in ("ranks", "answers", "seconds per step", "efficiency"):
+        scaling.add_column(column)
+    alone = min(measure({}, 1, NUM_RESPONSES)[0]["seconds"] for _ in range(2))
+    together = min(max(r["seconds"] for r in measure({}, 2, 2 * NUM_RESPONSES)) for _ in range(2))
+    rows += [
+        {"variant": "1 rank", "seconds": alone},
+        {"variant": "ours", "seconds": together, "efficiency": alone / together},
+    ]
+    scaling.add_row("1", str(NUM_RESPONSES), f"{alone:.2f}", "")
+    scaling.add_row("2", str(2 * NUM_RESPONSES), f"{together:.2f}", f"{alone / together:.0%}")
+    console = Console(width=150)
+    console.print(traffic)
+    console.print(scaling)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    output = ROOT / "build" / "bench" / "scaling.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
