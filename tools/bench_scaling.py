@@ -40,6 +40,7 @@ SHAPE = {
     "vocab_size": 32000,
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
     "tie_word_embeddings": True,
     "hidden_act": "silu",
 }
