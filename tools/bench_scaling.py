@@ -58,6 +58,9 @@ PHASES = ("score", "PRM update", "policy update", "export")
 # What a rank sends of its payload, by operation, on n ranks.
 OPERATIONS = {
     "allreduce_": lambda n: 2 * (n - 1) / n,
+    "allreduce_coalesced_": lambda n: 2 * (n - 1) / n,
+    "allgather_into_tensor_coalesced_": lambda n: (n - 1) / n,
+    "reduce_scatter_tensor_coalesced_": lambda n: (n - 1) / n,
     "allgather_": lambda n: (n - 1) / n,
     "_allgather_base_": lambda n: (n - 1) / n,
     "reduce_scatter_": lambda n: (n - 1) / n,
