@@ -30,8 +30,8 @@ _WAITING_MODULES = ("torch.distributed", "megatron.core")
 """Where the innermost Python frame of an idle thread is that waits for a collective or for a pipeline stage."""
 _MAX_CPU_SHARE = 0.05
 """Of one core: who waits uses less, who computes between quick collectives more."""
-_PATIENT_PHASES = frozenset({"rollout", "evaluation", "refit"})
-"""They may be idle without a collective: engines and verifiers have limits of their own."""
+_PATIENT_PHASES = frozenset({"start", "rollout", "evaluation", "refit"})
+"""They may be idle without a collective: engines, which start in the first, and verifiers have limits of their own."""
 _NUM_LOOKS = 20
 """Within the time limit."""
 _MIN_LOOK_SECONDS, _MAX_LOOK_SECONDS = 0.1, 10.0

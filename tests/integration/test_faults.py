@@ -143,7 +143,7 @@ def test_an_unforeseen_error_is_the_first_and_only_traceback(tmp_path: Path, ran
 
 def test_a_rank_that_is_stuck_in_python_is_named(tmp_path: Path, random_model: Path) -> None:
     status, lines = run_with_faulty_verifier(tmp_path, random_model, "sleeps")
-    assert status == STALLED
+    assert status == STALLED, lines
     assert lines[0].startswith("rank 1 on host ") and " in phase rollout of step 1 for " in lines[0]
     assert lines[0].endswith("waits in no collective); rank 0 waits for it")
     assert 'faulty_verifier.py", line 10 in <lambda>' in "".join(lines[1:3])
