@@ -30,6 +30,7 @@ from megatron_prime.launch.watchdog import Watchdog
 from megatron_prime.manifest import step_of
 from megatron_prime.mcore.checkpoint.checkpointer import Checkpointer
 from megatron_prime.mcore.checkpoint.resume import find_checkpoint, identity_of
+from megatron_prime.mcore.cpu import megatron_platform
 from megatron_prime.mcore.dtypes import DTYPES
 from megatron_prime.mcore.export import export_hf
 from megatron_prime.mcore.parallel import Layout, parallel_layout
@@ -278,6 +279,10 @@ def _run_folder(config: AnyConfig, starts: Mapping[str, str]) -> tuple[RunFolder
 
 def role_setup(config: AnyConfig, architecture: ModelArchitecture, layout: Layout, folder: RunFolder) -> RoleSetup:
     """What every model of a run is built from."""
+    with megatron_platform():
+        from megatron_prime.mcore.libraries import choose_libraries
+
+        logger.info("models: %s", choose_libraries(config.model))
     return RoleSetup(
         architecture=architecture,
         model=config.model,

@@ -16,6 +16,7 @@ from megatron_prime.config.schema import (
     AnyConfig,
     ArithmeticData,
     FileData,
+    ModelSection,
     OptimizerSection,
     ParallelSection,
     PrimeConfig,
@@ -53,6 +54,7 @@ def check_config(config: AnyConfig, architecture: Architecture | None = None, ch
     problems = out_of_range(config)
     countable = not any(problem.startswith(_COUNTS) for problem in problems)
     problems += _check_run_name(config.run.name)
+    problems += _check_precision(config.model)
     problems += _check_micro_batch(config)
     problems += _check_data(config, check_files)
     if isinstance(config, PrimeConfig):
@@ -119,6 +121,19 @@ def _check_parallel(parallel: ParallelSection) -> list[str]:
         problems.append(
             "parallel.sequence_parallel: shards over tensor-parallel ranks and there is one"
             "; set parallel.tensor_model_parallel_size above 1 or parallel.sequence_parallel=false"
+        )
+    return problems
+
+
+def _check_precision(model: ModelSection) -> list[str]:
+    if model.fp8 is None:
+        return []
+    problems = []
+    if model.dtype != "bfloat16":
+        problems.append(f"model.fp8: {model.fp8!r} needs model.dtype=bfloat16; set it, or model.fp8 to null")
+    if model.transformer_impl == "local":
+        problems.append(
+            f"model.fp8: {model.fp8!r} needs Transformer Engine; set model.transformer_impl=auto or model.fp8=null"
         )
     return problems
 

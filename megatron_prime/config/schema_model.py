@@ -20,6 +20,8 @@ class ModelSection:
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation; `auto` takes Transformer Engine where it can be imported and there is CUDA."""
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """Matrix products of the layers in FP8 (`hybrid`: gradients in e5m2); needs Transformer Engine and `bfloat16`."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activation recomputation of the trained models."""
 

@@ -5,7 +5,6 @@ Import this module only inside `cpu.megatron_platform`: it imports Megatron.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prime.config.schema import ModelSection, ParallelSection
-from megatron_prime.errors import ConfigError
 from megatron_prime.kernels import ChunkLoss, HeadOptions, fused_linear_logprob, fused_linear_logprob_loss
 from megatron_prime.mcore.context import ContextPart
 from megatron_prime.mcore.dtypes import DTYPES
@@ -37,25 +35,11 @@ from megatron_prime.mcore.layers import (
     SdpaAttention,
     rotary_inverse_frequencies,
 )
+from megatron_prime.mcore.libraries import choose_libraries
 from megatron_prime.mcore.packing import MicroBatch
 from megatron_prime.weights.architecture import ModelArchitecture
 
 logger = logging.getLogger(__name__)
-
-
-def uses_transformer_engine(config: ModelSection) -> bool:
-    """Decides between Transformer Engine and the local layers, for the whole process.
-
-    Raises:
-        ConfigError: Transformer Engine is demanded but cannot be had.
-    """
-    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-    if config.transformer_impl == "transformer_engine" and not available:
-        raise ConfigError(
-            "model.transformer_impl: 'transformer_engine' needs CUDA and the transformer_engine package; "
-            "install megatron-prime[gpu] or use 'auto'"
-        )
-    return available and config.transformer_impl != "local"
 
 
 def transformer_config(
@@ -103,8 +87,9 @@ def transformer_config(
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
-        apply_rope_fusion=uses_transformer_engine(model),
+        apply_rope_fusion=choose_libraries(model).transformer_engine,
         attention_softmax_in_fp32=True,
+        fp8=model.fp8,
         **_recompute(model),
     )
 
@@ -265,7 +250,7 @@ def _build_chunk(
     head_options: HeadOptions,
     device: torch.device,
 ) -> LogprobModel:
-    transformer_engine = uses_transformer_engine(model)
+    transformer_engine = choose_libraries(model).transformer_engine
     where: dict[str, Any] = {"ignore_virtual": virtual_stage is None, "vp_stage": virtual_stage}
     result = LogprobModel(
         config=config,

@@ -64,9 +64,10 @@ class ModelRole:
         with megatron_platform():
             from megatron.core.transformer.module import Float16Module
 
-            from megatron_prime.mcore.model import build_chunks, uses_transformer_engine
+            from megatron_prime.mcore.libraries import choose_libraries
+            from megatron_prime.mcore.model import build_chunks
 
-            self.transformer_engine = uses_transformer_engine(setup.model)
+            self.transformer_engine = choose_libraries(setup.model).transformer_engine
             self.chunks = build_chunks(
                 setup.architecture,
                 setup.model,

@@ -72,6 +72,12 @@ ONE_PROBLEM = [
     (["parallel.world_size=6", "parallel.tensor_model_parallel_size=4"], "parallel.world_size: 6 is not divisible by"),
     (["parallel.world_size=3", "parallel.pipeline_model_parallel_size=2"], "parallel.world_size: 3 is not divisible"),
     (["parallel.sequence_parallel=true"], "parallel.sequence_parallel: shards over tensor-parallel ranks"),
+    # What the layers are made of.
+    (["model.fp8=hybrid"], "model.fp8: 'hybrid' needs model.dtype=bfloat16"),
+    (
+        ["model.fp8=e4m3", "model.dtype=bfloat16", "model.transformer_impl=local"],
+        "model.fp8: 'e4m3' needs Transformer Engine",
+    ),
     # Micro-batches.
     (["micro_batch.micro_batch_size=2"], "micro_batch.micro_batch_size: micro_batch.micro_batch_tokens is set too"),
     (["micro_batch.micro_batch_tokens=null"], "micro_batch.micro_batch_tokens: neither it nor"),
