@@ -129,6 +129,7 @@ def megatron(place: Path, folder: Path, layout: Layout) -> Row:
         saved = timed(lambda: dist_checkpointing.save(state_of(role, False), str(place / "megatron")))
         fresh = build_role(folder, layout)
 
+        @torch.no_grad()
         def load() -> None:
             loaded: Any = dist_checkpointing.load(state_of(fresh, True), str(place / "megatron"))
             fresh.chunks[0].load_state_dict(loaded["model"])

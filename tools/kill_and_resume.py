@@ -40,9 +40,9 @@ class Kill:
 
 
 def read_curve(run: Path) -> list[dict[str, float | None]]:
-    """The metrics log of a run without what depends on the clock."""
+    """The metrics log of a run without what depends on the clock and on the process's past."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+    return [{key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))} for row in rows]
 
 
 def last_step(run: Path) -> int:
