@@ -66,9 +66,9 @@ def hold_up(process: subprocess.Popen[str]) -> None:
     while process.poll() is None:
         if has_connected(process):
             process.send_signal(signal.SIGSTOP)
-            time.sleep(0.095)
+            time.sleep(0.2)
             process.send_signal(signal.SIGCONT)
-        time.sleep(0.005)
+        time.sleep(0.01)
 
 
 def test_a_slow_node_is_named() -> None:
