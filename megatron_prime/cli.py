@@ -176,6 +176,7 @@ def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
             "context_parallel_size",
+            "expert_model_parallel_size",
         )
     ]
     config = load_config(options.config, [*options.overrides, *alone, "parallel.sequence_parallel=false"])

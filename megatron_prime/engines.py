@@ -23,6 +23,7 @@ from megatron_prime.rollout.vllm.messages import EngineOptions
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
 from megatron_prime.weights.folder_export import FolderExport
 from megatron_prime.weights.hf_folder import HfFolder
+from megatron_prime.weights.stream import ParallelGroups
 
 if TYPE_CHECKING:
     from megatron_prime.rollout.vllm.servers import ServersSetup
@@ -80,7 +81,7 @@ def vllm_setup(
     decode: Callable[[Sequence[int]], str],
 ) -> VllmSetup:
     """Where this rank stands among the engines, and what they are built from."""
-    sizes = (layout.tp_size, layout.pp_size) if layout else (1, 1)
+    groups = layout.export_groups() if layout else ParallelGroups()
     first_device = int(os.environ.get("LOCAL_RANK", "0"))
     return VllmSetup(
         options=engine_options(folder, dtype, section, architecture),
@@ -89,8 +90,8 @@ def vllm_setup(
         decode=decode,
         engine_index=layout.copy_index if layout else 0,
         num_engines=layout.num_copies if layout else 1,
-        is_leader=layout is None or (layout.tp_rank == 0 and layout.pp_rank == 0),
-        num_threads=section.num_threads or num_threads * sizes[0] * sizes[1],
+        is_leader=groups.stage_rank == 0 and groups.pp_rank == 0,
+        num_threads=section.num_threads or num_threads * groups.stage_size * groups.pp_size,
         device_ids=tuple(range(first_device, first_device + section.tensor_parallel_size))
         if torch.cuda.is_available()
         else (),

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path, PurePath
-from typing import Protocol
 
-from megatron_prime.config.engine_checks import EngineArchitecture, check_engine
+from megatron_prime.config.engine_checks import check_engine
+from megatron_prime.config.layout_checks import Architecture, check_layout, check_parallel, data_parallel_size
 from megatron_prime.config.ranges import out_of_range
 from megatron_prime.config.schema import (
     AdvantageSection,
@@ -29,15 +29,6 @@ ABILITIES = ("math", "code")
 """What there is a verifier for."""
 _COUNTS = ("run.num_", "parallel.", "rollout.num_", "policy.num_", "prm.num_", "sft.batch_size")
 """Where a number is out of range here, the arithmetic of batches and layouts means nothing."""
-
-
-class Architecture(EngineArchitecture, Protocol):
-    """The numbers of a model's shape that a layout must agree with."""
-
-    @property
-    def ffn_hidden_size(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
 
 
 def check_config(config: AnyConfig, architecture: Architecture | None = None, check_files: bool = True) -> list[str]:
@@ -64,7 +55,7 @@ def check_config(config: AnyConfig, architecture: Architecture | None = None, ch
         problems += _check_folders(config)
     if not countable:
         return problems
-    problems += _check_parallel(config.parallel)
+    problems += check_parallel(config.parallel)
     if isinstance(config, SftConfig):
         problems += _check_sft(config)
     else:
@@ -82,47 +73,11 @@ def raise_for_problems(problems: Sequence[str]) -> None:
         raise ConfigError(problems)
 
 
-def data_parallel_size(parallel: ParallelSection) -> int:
-    """Replicas of the model: world_size / (tensor * pipeline * context), rounded down."""
-    return parallel.world_size // _ranks_of_a_replica(parallel)
-
-
-def _ranks_of_a_replica(parallel: ParallelSection) -> int:
-    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-
-
 def _check_run_name(name: str) -> list[str]:
     path = PurePath(name)
     if not name.strip() or path.is_absolute() or ".." in path.parts:
         return [f"run.name: {name!r} is no folder below run.directory; use a plain name such as my-run"]
     return []
-
-
-def _check_parallel(parallel: ParallelSection) -> list[str]:
-    problems = []
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    size = _ranks_of_a_replica(parallel)
-    if parallel.world_size % size:
-        problems.append(
-            f"parallel.world_size: {parallel.world_size} is not divisible by tensor x pipeline x context = {tensor} x "
-            f"{pipeline} x {parallel.context_parallel_size}; use a multiple of {size}"
-        )
-    if parallel.virtual_pipeline_model_parallel_size is not None and pipeline == 1:
-        problems.append(
-            "parallel.virtual_pipeline_model_parallel_size: interleaves pipeline stages and there is one"
-            "; set parallel.pipeline_model_parallel_size above 1 or this to null"
-        )
-    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
-        problems.append(
-            "parallel.overlap_param_gather: needs parallel.use_distributed_optimizer=true and "
-            "parallel.overlap_grad_reduce=true; set both"
-        )
-    if parallel.sequence_parallel and tensor == 1:
-        problems.append(
-            "parallel.sequence_parallel: shards over tensor-parallel ranks and there is one"
-            "; set parallel.tensor_model_parallel_size above 1 or parallel.sequence_parallel=false"
-        )
-    return problems
 
 
 def _check_precision(model: ModelSection) -> list[str]:
@@ -337,29 +292,7 @@ def _check_sft(config: SftConfig) -> list[str]:
 
 def check_architecture(config: AnyConfig, architecture: Architecture) -> list[str]:
     """Whether a model of this shape can be cut and fed as configured; lines as those of `check_config`."""
-    parallel = config.parallel
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    sharded = {
-        "attention heads": architecture.num_attention_heads,
-        "query groups (key-value heads)": architecture.num_query_groups,
-        "feed-forward channels": architecture.ffn_hidden_size,
-    }
-    problems = [
-        f"parallel.tensor_model_parallel_size: the model's {number} {what} are not divisible by {tensor}; use a divisor"
-        for what, number in sharded.items()
-        if number % tensor
-    ]
-    virtual = parallel.virtual_pipeline_model_parallel_size
-    if architecture.num_layers % pipeline:
-        problems.append(
-            f"parallel.pipeline_model_parallel_size: the model's {architecture.num_layers} layers are not divisible"
-            f" by {pipeline}; use a divisor"
-        )
-    elif virtual is not None and architecture.num_layers % (pipeline * virtual):
-        problems.append(
-            f"parallel.virtual_pipeline_model_parallel_size: the {architecture.num_layers // pipeline} layers of a "
-            f"pipeline stage are not divisible by {virtual}; use a divisor"
-        )
+    problems = check_layout(config.parallel, architecture)
     if isinstance(config, PrimeConfig):
         problems += [
             f"rollout.stop_token_ids: {token} is outside the model's vocabulary of {architecture.vocab_size} tokens"

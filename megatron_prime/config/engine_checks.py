@@ -114,7 +114,8 @@ def _check_heads(section: VllmSection, architecture: EngineArchitecture) -> list
 
 def _check_width(config: PrimeConfig) -> list[str]:
     size, parallel = config.rollout.vllm.tensor_parallel_size, config.parallel
-    replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    stage = max(parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size)
+    replica = stage * parallel.pipeline_model_parallel_size
     if size <= replica or config.rollout.vllm.servers or config.rollout.vllm.in_ranks:
         return []
     return [

@@ -27,6 +27,7 @@ def _layout(config: AnyConfig) -> str:
         f" x {parallel.pipeline_model_parallel_size} pipeline"
         + (f" x {parallel.context_parallel_size} context" if parallel.context_parallel_size > 1 else "")
         + f" x {data_parallel_size(parallel)} data parallel"
+        + (f", experts over {size}" if (size := parallel.expert_model_parallel_size) > 1 else "")
     )
 
 

@@ -55,6 +55,7 @@ RANGES: dict[str, Range] = {
     "model.make_vocab_size_divisible_by": AT_LEAST_ONE,
     "parallel.world_size": AT_LEAST_ONE,
     "parallel.context_parallel_size": AT_LEAST_ONE,
+    "parallel.expert_model_parallel_size": AT_LEAST_ONE,
     "parallel.virtual_pipeline_model_parallel_size": Range(2),
     "parallel.tensor_model_parallel_size": AT_LEAST_ONE,
     "parallel.pipeline_model_parallel_size": AT_LEAST_ONE,

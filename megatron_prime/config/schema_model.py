@@ -38,8 +38,11 @@ class ParallelSection:
     """Parts of the model on each pipeline stage, which take turns (interleaved schedule); smaller pipeline bubbles."""
     context_parallel_size: int = 1
     """Ranks among which every sequence is cut; for long answers."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share out the experts of a layer, which are whole on one of them; they are ranks of the same pipeline
+    stage: first the tensor-parallel ones, then those of context and data."""
     sequence_parallel: bool = False
-    """Shard the activations of norms over the tensor-parallel ranks."""
+    """Shard the activations of norms over the tensor-parallel ranks. Models with experts train with it only."""
     use_distributed_optimizer: bool = False
     """Shard optimizer states over data-parallel ranks."""
     overlap_grad_reduce: bool = False

@@ -103,12 +103,19 @@ def _patches() -> list[tuple[Any, str, Any]]:
     def set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         torch.set_rng_state(state)
 
+    exchange = torch.distributed.all_to_all_single
+
+    def all_to_all_single(*args: Any, **kwargs: Any) -> Any:
+        # Megatron makes lists of the sizes only where they are on a GPU.
+        return exchange(*args, **{k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()})
+
     def not_compiled(function: Any = None, **kwargs: Any) -> Any:
         return function if function is not None else lambda f: f
 
     return [
         # Megatron compiles small functions at import; on a CPU that costs minutes and gains nothing.
         (torch, "compile", not_compiled),
+        (torch.distributed, "all_to_all_single", all_to_all_single),
         (cuda, "current_device", lambda: _CPU),
         (cuda, "Stream", _Stream),
         (cuda, "Event", _Event),

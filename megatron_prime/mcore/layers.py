@@ -1,4 +1,4 @@
-"""The layers of our own that fit into Megatron's local layer spec: norm, rotary positions, attention.
+"""The layers of our own that fit into Megatron's local layer spec: norm, router, rotary positions, attention.
 
 Import this module only inside `cpu.megatron_platform`: it imports Megatron.
 """
@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prime.weights.architecture import Llama3RopeScaling, ModelArchitecture
@@ -28,6 +29,14 @@ class RMSNorm(torch.nn.RMSNorm):
         # Megatron sums the gradients of marked weights over the tensor-parallel ranks, each of which
         # has normalised only its own share of the tokens.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class Router(TopKRouter):
+    """Megatron's router with float32 logits from torch: its own product calls Transformer Engine, there or not."""
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """Logits of the experts, float32 [s, b, num_experts]."""
+        return torch.nn.functional.linear(input.float(), self.weight.float())
 
 
 def rotary_inverse_frequencies(architecture: ModelArchitecture) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""GPTModel of the Qwen2, Qwen3 and Llama families, built from an architecture, ending in log-probs.
+"""GPTModel of every supported family, built from an architecture, ending in log-probs.
 
 Import this module only inside `cpu.megatron_platform`: it imports Megatron.
 """
@@ -32,6 +32,7 @@ from megatron_prime.mcore.layers import (
     PackedSequences,
     PositionRotaryEmbedding,
     RMSNorm,
+    Router,
     SdpaAttention,
     rotary_inverse_frequencies,
 )
@@ -73,6 +74,7 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        **_experts(architecture, parallel),
         # Packed micro-batches differ in length, so pipeline stages tell each other the shape.
         variable_seq_lengths=True,
         # Interleaved stages send in both directions; in one batch, two ranks could not tell which message is which.
@@ -94,6 +96,25 @@ def transformer_config(
     )
 
 
+def _experts(architecture: ModelArchitecture, parallel: ParallelSection) -> dict[str, Any]:
+    experts = architecture.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_router_topk": experts.router_topk,
+        # A softmax over the chosen logits is one over all, normalised over the chosen.
+        "moe_router_pre_softmax": not experts.normalize_weights,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+        "moe_shared_expert_gate": experts.shared_ffn_hidden_size is not None,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": 1,
+    }
+
+
 def _recompute(model: ModelSection) -> dict[str, Any]:
     if model.recompute_granularity == "none":
         return {}
@@ -110,9 +131,17 @@ def block_spec(
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """Transformer Engine's layers, or Megatron's local ones with our norm and attention in them."""
     if transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_layernorm)
-    spec = get_gpt_layer_local_spec(qk_layernorm=architecture.qk_layernorm, normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(
+            config.num_moe_experts, qk_layernorm=architecture.qk_layernorm
+        )
+    spec = get_gpt_layer_local_spec(
+        config.num_moe_experts, qk_layernorm=architecture.qk_layernorm, normalization="RMSNorm"
+    )
     layer: Any = spec.submodules
+    if architecture.experts is not None:
+        layer.mlp.submodules.router = Router
+        # Checkpoints have Transformer Engine's names, and in front of experts it fuses no norm.
+        layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention: Any = layer.self_attention.submodules
     attention.core_attention = SdpaAttention
@@ -271,6 +300,11 @@ def _build_chunk(
         result.rotary_pos_emb.inv_freq = inverse.to(device)
     else:
         result.rotary_pos_emb = PositionRotaryEmbedding(inverse)  # type: ignore[assignment]
+    for name, parameter in result.named_parameters():
+        if ".experts." in name:
+            # Megatron sums gradients over the data-parallel ranks only where experts are not shared out; the
+            # tensor-parallel ranks, which have different tokens, hold further copies.
+            parameter.allreduce = False  # type: ignore[attr-defined]
     result.true_vocab_size = architecture.vocab_size
     result.head_options = head_options
     return result.to(device)

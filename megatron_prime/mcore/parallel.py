@@ -38,11 +38,14 @@ class Layout:
     cp_size: int
     dp_rank: int
     dp_size: int
+    ep_rank: int
+    ep_size: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
+    ep_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
-    """All ranks with the same weights: data- and context-parallel ones."""
+    """All ranks with the same weights, experts aside: data- and context-parallel ones."""
     last_stage_rank: int
     """Global rank of the last pipeline stage of this process's pipeline."""
     device: torch.device
@@ -53,23 +56,27 @@ class Layout:
 
     @property
     def num_copies(self) -> int:
-        """Copies of the weights."""
-        return self.dp_size * self.cp_size
+        """Copies of the whole model."""
+        return self.dp_size * self.cp_size * self.tp_size // self.export_groups().stage_size
 
     @property
     def copy_index(self) -> int:
         """Which copy this rank holds a part of."""
-        return self.dp_rank * self.cp_size + self.cp_rank
+        rank = (self.dp_rank * self.cp_size + self.cp_rank) * self.tp_size + self.tp_rank
+        return rank // self.export_groups().stage_size
 
     def export_groups(self) -> ParallelGroups:
         """The groups over which a model's weights are gathered."""
         return ParallelGroups(
             tp_group=self.tp_group,
             pp_group=self.pp_group,
+            ep_group=self.ep_group,
             tp_rank=self.tp_rank,
             tp_size=self.tp_size,
             pp_rank=self.pp_rank,
             pp_size=self.pp_size,
+            ep_rank=self.ep_rank,
+            ep_size=self.ep_size,
         )
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
@@ -82,7 +89,7 @@ class Layout:
 
     def _reduce_over_data(self, values: torch.Tensor, operation: Any) -> torch.Tensor:
         moved = values.to(self.device)
-        if self.is_last_stage and self.num_copies > 1:
+        if self.is_last_stage and self.dp_size * self.cp_size > 1:
             dist.all_reduce(moved, op=operation, group=self.data_group)
         if self.pp_size > 1:
             dist.broadcast(moved, src=self.last_stage_rank, group=self.pp_group)
@@ -135,6 +142,9 @@ def parallel_layout(config: ParallelSection, seed: int) -> Iterator[Layout]:
             pipeline_model_parallel_size=config.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
             context_parallel_size=config.context_parallel_size,
+            expert_model_parallel_size=config.expert_model_parallel_size,
+            # Experts are whole: cut ones would compute on ever narrower matrices, and exchange twice.
+            expert_tensor_parallel_size=1,
             distributed_timeout_minutes=math.ceil((config.timeout_seconds + _REPORT_SECONDS) / 60),
         )
         model_parallel_cuda_manual_seed(seed)
@@ -147,9 +157,12 @@ def parallel_layout(config: ParallelSection, seed: int) -> Iterator[Layout]:
             cp_size=parallel_state.get_context_parallel_world_size(),
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
+            ep_rank=parallel_state.get_expert_model_parallel_rank(),
+            ep_size=parallel_state.get_expert_model_parallel_world_size(),
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             pp_group=parallel_state.get_pipeline_model_parallel_group(),
             cp_group=parallel_state.get_context_parallel_group(),
+            ep_group=parallel_state.get_expert_model_parallel_group(),
             data_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             last_stage_rank=parallel_state.get_pipeline_model_parallel_last_rank(),
             device=device,

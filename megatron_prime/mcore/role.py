@@ -30,7 +30,7 @@ from megatron_prime.mcore.reports import TokenLoss, chunk_loss, combined, reduce
 from megatron_prime.mcore.residency import Residency
 from megatron_prime.mcore.skips import Skips
 from megatron_prime.weights.architecture import ModelArchitecture
-from megatron_prime.weights.families import WeightSpec, transformer_engine_name, weight_specs
+from megatron_prime.weights.families import WeightSpec, weight_specs
 from megatron_prime.weights.hf_folder import HfFolder
 from megatron_prime.weights.stream import WeightExport, import_weights
 
@@ -93,11 +93,15 @@ class ModelRole:
         by_local_name = dict(chunk.named_parameters())
         layers: Any = chunk.decoder.layers  # pyright: ignore[reportAttributeAccessIssue]
         first_layer = layers[0].layer_number - 1 if len(layers) else 0
+        experts = self.architecture.experts
+        first_expert = self.layout.ep_rank * experts.num_experts // self.layout.ep_size if experts else 0
         result: dict[str, torch.Tensor] = {}
         for spec in self.specs:
-            name = transformer_engine_name(spec.megatron_name) if self.transformer_engine else spec.megatron_name
+            name = spec.transformer_engine_name if self.transformer_engine else spec.megatron_name
             if spec.layer is not None:
                 name = name.replace(f"layers.{spec.layer}.", f"layers.{spec.layer - first_layer}.", 1)
+            if spec.expert is not None:
+                name = name.replace(f"experts.{spec.expert}.", f"experts.{spec.expert - first_expert}.", 1)
             parameter = by_local_name.pop(name, None)
             if parameter is not None:
                 result[spec.megatron_name] = parameter.data
@@ -155,25 +159,27 @@ class ModelRole:
                 f"{len(selected)} responses cannot be shared by {self.layout.dp_size} data-parallel ranks; "
                 "raise rollout.num_prompts or lower the number of mini-batches"
             )
-        cuts = cut_micro_batches(
-            lengths,
-            shards[self.layout.dp_rank],
-            micro_batch_size=self.setup.micro_batch.micro_batch_size,
-            micro_batch_tokens=self.setup.micro_batch.micro_batch_tokens,
-        )
+        section = self.setup.micro_batch
+        limits = {"micro_batch_size": section.micro_batch_size, "micro_batch_tokens": section.micro_batch_tokens}
+        cuts = [cut_micro_batches(lengths, shard, **limits) for shard in shards]
+        mine = cuts[self.layout.dp_rank]
+        # Data-parallel ranks that share out experts meet in every layer of every micro-batch.
+        meets_others = self.layout.tp_size * self.layout.cp_size % self.layout.ep_size > 0
+        num_cuts = max(map(len, cuts)) if meets_others else len(mine)
         if self.setup.parallel.virtual_pipeline_model_parallel_size is not None:
             # Interleaved stages take turns in rounds of one micro-batch per stage.
-            cuts += [[] for _ in range(-len(cuts) % self.layout.pp_size)]
+            num_cuts += -num_cuts % self.layout.pp_size
+        mine += [[] for _ in range(num_cuts - len(mine))]
         return [
             build_micro_batch(
                 rows,
                 cut,
-                packed=self.setup.micro_batch.packed,
+                packed=section.packed,
                 multiple_of=self.sequence_multiple,
                 context_rank=self.layout.cp_rank,
                 context_size=self.layout.cp_size,
             )
-            for cut in cuts
+            for cut in mine
         ]
 
     def _forward(self, module: Any, micro_batch: MicroBatch, head_loss: Any = None) -> torch.Tensor:

@@ -152,6 +152,7 @@ def _attention(
     sliding_window: int | None = None,
     position_ids: torch.Tensor | None = None,
     use_cache: bool | None = None,
+    output_router_logits: bool | None = None,
 ) -> tuple[torch.Tensor, None]:
     """The function transformers calls; it has no ``**kwargs`` so that a variant it does not know fails loudly."""
     assert attention_mask is None and sliding_window is None and dropout == 0.0

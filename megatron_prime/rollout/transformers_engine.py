@@ -105,8 +105,8 @@ class TransformersEngine:
         if problems:
             raise RolloutError("\n".join(f"weights of version {version}: {problem}" for problem in problems))
         checksum = WeightChecksum()
-        for name, parameter in model.named_parameters():
-            checksum.update(name, parameter.detach())
+        for name, parameter in _published_parameters(model).items():
+            checksum.update(name, parameter)
         if checksum.hexdigest() != sent.hexdigest():
             raise RolloutError(
                 f"weights of version {version}: the engine holds {checksum.hexdigest()}, "
@@ -166,6 +166,25 @@ def _build_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreT
     return model.eval().requires_grad_(False)
 
 
+def _published_parameters(model: PreTrainedModel, *, remove_duplicate: bool = True) -> dict[str, torch.Tensor]:
+    """Parameters (views, not copies) under the names of published models, which have every expert by itself.
+
+    transformers keeps the experts of a layer stacked, gate and up projection in one matrix.
+    """
+    result: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=remove_duplicate):
+        prefix, _, kind = name.rpartition(".")
+        if not prefix.endswith(".mlp.experts"):
+            result[name] = parameter.detach()
+            continue
+        for number, expert in enumerate(parameter.detach()):
+            parts = {kind: expert}
+            if kind == "gate_up_proj":
+                parts = dict(zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True))
+            result |= {f"{prefix}.{number}.{part}.weight": values for part, values in parts.items()}
+    return result
+
+
 @torch.no_grad()
 def _copy_weights(
     model: PreTrainedModel, stream: Iterable[tuple[str, torch.Tensor]], sent: WeightChecksum
@@ -176,8 +195,8 @@ def _copy_weights(
 
     The stream is read to its end whatever happens: producing it may be a collective of all ranks.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    required = {name for name, _ in model.named_parameters()}
+    parameters = _published_parameters(model, remove_duplicate=False)
+    required = _published_parameters(model).keys()
     received: set[str] = set()
     tied: list[tuple[str, torch.Tensor]] = []
     problems: list[str] = []

@@ -10,8 +10,11 @@ from typing import Any, Literal, get_args
 
 from megatron_prime.errors import WeightsError
 
-Family = Literal["qwen2", "qwen3", "llama"]
+Family = Literal["qwen2", "qwen3", "llama", "qwen2_moe", "qwen3_moe"]
 
+_WITH_EXPERTS = ("qwen2_moe", "qwen3_moe")
+_WITH_QKV_BIAS = ("qwen2", "qwen2_moe")
+_WITH_QK_NORMS = ("qwen3", "qwen3_moe")
 _PLAIN_ROPE_TYPES = ("default", None)
 _LLAMA_ROTARY_BASE = 10000.0
 _REQUIRED: Any = object()
@@ -28,13 +31,29 @@ class Llama3RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertLayers:
+    """The feed-forward part of every layer where it is a router with experts."""
+
+    num_experts: int
+    router_topk: int
+    """Experts that a token goes to."""
+    normalize_weights: bool
+    """The weights of a token's experts sum to 1; else they are what the softmax over all experts gave them."""
+    ffn_hidden_size: int
+    """Of one expert."""
+    shared_ffn_hidden_size: int | None
+    """Of the gated expert that sees every token, where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelArchitecture:
-    """The shape of a dense decoder; names are Megatron's where Megatron has one."""
+    """The shape of a decoder; names are Megatron's where Megatron has one."""
 
     family: Family
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """Of a feed-forward part without experts."""
     num_attention_heads: int
     num_query_groups: int
     """Key/value heads."""
@@ -52,6 +71,8 @@ class ModelArchitecture:
     qk_layernorm: bool
     hf_config: Mapping[str, Any] = field(compare=False, repr=False)
     """`config.json` as it was read."""
+    experts: ExpertLayers | None = None
+    """None for a dense model."""
 
     def padded_vocab_size(self, make_vocab_size_divisible_by: int, tensor_model_parallel_size: int) -> int:
         """Rows of Megatron's embedding over all tensor-parallel ranks.
@@ -121,7 +142,7 @@ class _Keys:
 
 
 def read_architecture(folder: str | Path) -> ModelArchitecture:
-    """Reads and checks the `config.json` of a Qwen2, Qwen2.5, Qwen3 (dense) or Llama 2/3 model.
+    """Reads and checks the `config.json` of a Qwen2, Qwen2.5, Qwen3, Qwen2-MoE, Qwen3-MoE or Llama 2/3 model.
 
     Args:
         folder: Hugging Face model folder.
@@ -158,9 +179,10 @@ def read_architecture(folder: str | Path) -> ModelArchitecture:
         rope_scaling=rope_scaling,
         layernorm_epsilon=keys.number("rms_norm_eps"),
         tied_embeddings=keys.boolean("tie_word_embeddings", False),
-        add_qkv_bias=family == "qwen2",
-        qk_layernorm=family == "qwen3",
+        add_qkv_bias=family in _WITH_QKV_BIAS,
+        qk_layernorm=family in _WITH_QK_NORMS,
         hf_config=raw,
+        experts=_experts(keys, family) if family in _WITH_EXPERTS else None,
     )
     if problems:
         raise WeightsError("\n".join(problems))
@@ -188,9 +210,30 @@ def _refuse_unsupported(keys: _Keys, family: Family) -> None:
         keys.problem("layer_types", "only 'full_attention' is supported: attention is full in every layer")
     if keys.raw.get("quantization_config") is not None:
         keys.problem("quantization_config", "quantized weights are not supported; give the folder of the original")
-    if family != "qwen2":  # Qwen2 has its query, key and value bias always, whatever this key says
+    if family not in _WITH_QKV_BIAS:  # Qwen2 has its query, key and value bias always, whatever this key says
         keys.must_be("attention_bias", (False,), "it also puts a bias on the attention's output projection")
+    keys.must_be("qkv_bias", (True,), "query, key and value projections have a bias")
     keys.must_be("mlp_bias", (False,), "the feed-forward layers have no bias")
+
+
+def _experts(keys: _Keys, family: Family) -> ExpertLayers:
+    keys.must_be("decoder_sparse_step", (1,), "every layer must have experts")
+    keys.must_be("mlp_only_layers", ([],), "every layer must have experts")
+    # transformers 5 writes `num_local_experts` for Qwen3, the published configurations have `num_experts`.
+    num_experts = keys.integer("num_local_experts" if "num_local_experts" in keys.raw else "num_experts")
+    router_topk = keys.integer("num_experts_per_tok")
+    normalize_weights = keys.boolean("norm_topk_prob", False)
+    if router_topk > num_experts:
+        keys.problem("num_experts_per_tok", f"{router_topk} is more than the {num_experts} experts")
+    elif router_topk == 1 and normalize_weights:
+        keys.problem("norm_topk_prob", "with one expert per token every weight would be 1 and the router never learn")
+    return ExpertLayers(
+        num_experts=num_experts,
+        router_topk=router_topk,
+        normalize_weights=normalize_weights,
+        ffn_hidden_size=keys.integer("moe_intermediate_size"),
+        shared_ffn_hidden_size=keys.integer("shared_expert_intermediate_size") if family == "qwen2_moe" else None,
+    )
 
 
 def _query_groups(keys: _Keys, family: Family, num_attention_heads: int) -> int:

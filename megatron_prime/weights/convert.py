@@ -291,7 +291,7 @@ def _megatron_files(
         shapes = [
             local_shape(spec, architecture, tp_size=cut.tp_size, padded_vocab_size=padded)
             for spec in stage
-            if tp_rank == 0 or spec.layout is not Layout.REPLICATED
+            if tp_rank == 0 or not spec.is_whole
         ]
         files[file_name(rank)] = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
     return files
@@ -312,7 +312,7 @@ class _Pieces:
         cut, padded = self.cut, _padded_vocab_size(self.architecture, self.cut)
         unreleased = 0
         for spec in stage:
-            if spec.layout is Layout.REPLICATED and self.tp_rank > 0:
+            if spec.is_whole and self.tp_rank > 0:
                 continue
             shape = local_shape(spec, self.architecture, tp_size=cut.tp_size, padded_vocab_size=padded)
             if self._places(spec, shape) <= set(written):
@@ -334,7 +334,8 @@ class _Pieces:
                     yield StoredChunk(stored_key(spec), stored, offsets, own)
                 self.meter.add(part.numel() * self.dtype.itemsize)
             # A column slice touches every page of its tensor.
-            unreleased += shard.numel() * shard.itemsize * (cut.tp_size if spec.layout is Layout.ROW else 1)
+            num_touched = cut.tp_size if spec.layout is Layout.ROW and not spec.is_whole else 1
+            unreleased += shard.numel() * shard.itemsize * num_touched
             del shard, part
             if unreleased >= _RELEASE_BYTES:
                 folder.release()

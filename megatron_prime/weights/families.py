@@ -1,6 +1,6 @@
 """The declarative table: which Hugging Face tensors make which Megatron tensor, and how it is laid out.
 
-Qwen2, Qwen3 and Llama share their names and differ in which rows exist, so one table serves them all.
+All families share their names and differ in which rows exist, so one table serves them all.
 Import, export, conversion, refit and checksums derive from it.
 """
 
@@ -40,7 +40,9 @@ class WeightSpec:
     """One Megatron tensor and the Hugging Face tensors that it is made of."""
 
     megatron_name: str
-    """Name in a model with local layers, with the layer's number in the whole model."""
+    """Name in a model with local layers, with the numbers of layer and expert in the whole model."""
+    transformer_engine_name: str
+    """The same with layers of Transformer Engine, which fuse norms into the next projection."""
     hf_names: tuple[str, ...]
     layout: Layout
     hf_shapes: tuple[tuple[int, ...], ...]
@@ -48,6 +50,13 @@ class WeightSpec:
     layer: int | None
     """Number in the whole model, None outside of layers."""
     stage: Stage
+    expert: int | None = None
+    """Number in the whole layer, None outside of experts. Experts are shared out, and never cut."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether ranks that hold any of it hold all of it."""
+        return self.layout is Layout.REPLICATED or self.expert is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +67,19 @@ class _Row:
     """Hugging Face name -> its dimensions, keys of `_dimensions`."""
     only_if: str | None = None
     """Flag of the architecture that the row needs."""
+    fused_name: str | None = None
+    """Megatron name with layers of Transformer Engine, where it is another one."""
 
 
 _EMBEDDING = (_Row("embedding.word_embeddings.weight", Layout.VOCAB, {"model.embed_tokens.weight": "vocab hidden"}),)
 
-_LAYER = (
-    _Row("input_layernorm.weight", Layout.REPLICATED, {"input_layernorm.weight": "hidden"}),
+_ATTENTION = (
+    _Row(
+        "input_layernorm.weight",
+        Layout.REPLICATED,
+        {"input_layernorm.weight": "hidden"},
+        fused_name="self_attention.linear_qkv.layer_norm_weight",
+    ),
     _Row(
         "self_attention.linear_qkv.weight",
         Layout.QKV,
@@ -92,7 +108,15 @@ _LAYER = (
         only_if="qk_layernorm",
     ),
     _Row("self_attention.linear_proj.weight", Layout.ROW, {"self_attn.o_proj.weight": "hidden query"}),
-    _Row("pre_mlp_layernorm.weight", Layout.REPLICATED, {"post_attention_layernorm.weight": "hidden"}),
+)
+
+_DENSE_MLP = (
+    _Row(
+        "pre_mlp_layernorm.weight",
+        Layout.REPLICATED,
+        {"post_attention_layernorm.weight": "hidden"},
+        fused_name="mlp.linear_fc1.layer_norm_weight",
+    ),
     _Row(
         "mlp.linear_fc1.weight",
         Layout.GATE_UP,
@@ -101,15 +125,48 @@ _LAYER = (
     _Row("mlp.linear_fc2.weight", Layout.ROW, {"mlp.down_proj.weight": "hidden ffn"}),
 )
 
+_ROUTER = (
+    _Row("pre_mlp_layernorm.weight", Layout.REPLICATED, {"post_attention_layernorm.weight": "hidden"}),
+    _Row("mlp.router.weight", Layout.REPLICATED, {"mlp.gate.weight": "experts hidden"}),
+)
+
+_EXPERT = (
+    _Row(
+        "mlp.experts.local_experts.{expert}.linear_fc1.weight",
+        Layout.GATE_UP,
+        {
+            "mlp.experts.{expert}.gate_proj.weight": "expert_ffn hidden",
+            "mlp.experts.{expert}.up_proj.weight": "expert_ffn hidden",
+        },
+    ),
+    _Row(
+        "mlp.experts.local_experts.{expert}.linear_fc2.weight",
+        Layout.ROW,
+        {"mlp.experts.{expert}.down_proj.weight": "hidden expert_ffn"},
+    ),
+)
+
+_SHARED_EXPERT = (
+    _Row(
+        "mlp.shared_experts.linear_fc1.weight",
+        Layout.GATE_UP,
+        {
+            "mlp.shared_expert.gate_proj.weight": "shared_ffn hidden",
+            "mlp.shared_expert.up_proj.weight": "shared_ffn hidden",
+        },
+    ),
+    _Row(
+        "mlp.shared_experts.linear_fc2.weight",
+        Layout.ROW,
+        {"mlp.shared_expert.down_proj.weight": "hidden shared_ffn"},
+    ),
+    _Row("mlp.shared_experts.gate_weight", Layout.REPLICATED, {"mlp.shared_expert_gate.weight": "one hidden"}),
+)
+
 _HEAD = (
     _Row("decoder.final_layernorm.weight", Layout.REPLICATED, {"model.norm.weight": "hidden"}),
     _Row("output_layer.weight", Layout.VOCAB, {"lm_head.weight": "vocab hidden"}, only_if="untied"),
 )
-
-_FUSED_NORMS = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
 
 
 def weight_specs(architecture: ModelArchitecture) -> list[WeightSpec]:
@@ -129,41 +186,49 @@ def weight_specs(architecture: ModelArchitecture) -> list[WeightSpec]:
         None: True,
     }
 
-    def expand(rows: tuple[_Row, ...], stage: Stage, layer: int | None = None) -> list[WeightSpec]:
+    def expand(
+        rows: tuple[_Row, ...], stage: Stage, layer: int | None = None, expert: int | None = None
+    ) -> list[WeightSpec]:
         megatron_prefix = "" if layer is None else f"decoder.layers.{layer}."
         hf_prefix = "" if layer is None else f"model.layers.{layer}."
         return [
             WeightSpec(
-                megatron_name=megatron_prefix + row.megatron_name,
-                hf_names=tuple(hf_prefix + name for name in row.hf),
+                megatron_name=megatron_prefix + row.megatron_name.format(expert=expert),
+                transformer_engine_name=megatron_prefix + (row.fused_name or row.megatron_name).format(expert=expert),
+                hf_names=tuple(hf_prefix + name.format(expert=expert) for name in row.hf),
                 layout=row.layout,
                 hf_shapes=tuple(tuple(sizes[dim] for dim in dims.split()) for dims in row.hf.values()),
                 layer=layer,
                 stage=stage,
+                expert=expert,
             )
             for row in rows
             if flags[row.only_if]
         ]
 
-    layers = [spec for layer in range(architecture.num_layers) for spec in expand(_LAYER, "layer", layer)]
-    return expand(_EMBEDDING, "embedding") + layers + expand(_HEAD, "head")
+    def feed_forward(layer: int) -> list[WeightSpec]:
+        experts = architecture.experts
+        if experts is None:
+            return expand(_DENSE_MLP, "layer", layer)
+        result = expand(_ROUTER, "layer", layer)
+        for expert in range(experts.num_experts):
+            result += expand(_EXPERT, "layer", layer, expert)
+        return result if experts.shared_ffn_hidden_size is None else result + expand(_SHARED_EXPERT, "layer", layer)
 
-
-def transformer_engine_name(megatron_name: str) -> str:
-    """The name that a weight has in layers of Transformer Engine, which fuse norms into the next projection.
-
-    Args:
-        megatron_name: name in a model with local layers (`WeightSpec.megatron_name`).
-
-    Returns:
-        The name with Transformer Engine layers; the same for all but the two norms of a layer.
-    """
-    *layer, name = megatron_name.split(".", 3)  # decoder, layers, number, name in the layer
-    return ".".join([*layer, _FUSED_NORMS.get(name, name)])
+    result = expand(_EMBEDDING, "embedding")
+    for layer in range(architecture.num_layers):
+        result += expand(_ATTENTION, "layer", layer) + feed_forward(layer)
+    return result + expand(_HEAD, "head")
 
 
 def _dimensions(architecture: ModelArchitecture) -> dict[str, int]:
-    return {
+    experts = architecture.experts
+    if experts is None:
+        sizes = {}
+    else:
+        sizes = {"experts": experts.num_experts, "expert_ffn": experts.ffn_hidden_size, "one": 1}
+        sizes["shared_ffn"] = experts.shared_ffn_hidden_size or 0
+    return sizes | {
         "vocab": architecture.vocab_size,
         "hidden": architecture.hidden_size,
         "ffn": architecture.ffn_hidden_size,

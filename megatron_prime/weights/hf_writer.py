@@ -23,7 +23,13 @@ from megatron_prime.weights.journal import HashedWriter, Journal
 MAX_SHARD_BYTES = 5 * 10**9
 _DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 _HEADER_ALIGNMENT = 8
-_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+_ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 _COPIED = (
     "tokenizer*",
     "special_tokens_map.json",

@@ -29,7 +29,7 @@ def local_shape(
     Args:
         spec: the weight.
         architecture: its model.
-        tp_size: tensor-parallel ranks.
+        tp_size: tensor-parallel ranks; an expert is whole on any of them.
         padded_vocab_size: rows of the whole embedding in Megatron.
 
     Returns:
@@ -39,6 +39,7 @@ def local_shape(
         WeightsError: the weight cannot be cut evenly; names the setting.
     """
     first = spec.hf_shapes[0]
+    tp_size = 1 if spec.is_whole else tp_size
     match spec.layout:
         case Layout.REPLICATED:
             return first
@@ -52,7 +53,8 @@ def local_shape(
             _share(architecture.num_attention_heads, tp_size, "num_attention_heads")
             _share(architecture.num_query_groups, tp_size, "num_key_value_heads")
         case Layout.GATE_UP:
-            _share(first[0], tp_size, "intermediate_size")
+            shared = ".shared_expert." in spec.hf_names[0]
+            _share(first[0], tp_size, "shared_expert_intermediate_size" if shared else "intermediate_size")
         case Layout.COLUMN:
             _share(first[0], tp_size, f"rows of {spec.hf_names[0]}")
     return (sum(shape[0] for shape in spec.hf_shapes) // tp_size, *first[1:])
@@ -84,6 +86,7 @@ def local_slice(
         WeightsError: the weight cannot be cut evenly; names the setting.
     """
     shape = local_shape(spec, architecture, tp_size=tp_size, padded_vocab_size=padded_vocab_size)
+    tp_rank, tp_size = (0, 1) if spec.is_whole else (tp_rank, tp_size)
 
     def cut(index: int, dim: int, start: int, stop: int) -> Tensor:
         slices = [slice(0, size) for size in spec.hf_shapes[index]]
@@ -119,7 +122,7 @@ def merge(
     Args:
         spec: the weight.
         architecture: its model.
-        shards: every rank's shard in rank order; one is enough for a replicated weight.
+        shards: every rank's shard in rank order; one is enough for a weight that ranks hold whole.
         padded_vocab_size: rows of the whole embedding in Megatron; padding is trimmed.
 
     Returns:
@@ -128,6 +131,7 @@ def merge(
     Raises:
         WeightsError: a shard has not the shape that the architecture says.
     """
+    shards = shards[:1] if spec.is_whole else shards
     tp_size = len(shards)
     shape = local_shape(spec, architecture, tp_size=tp_size, padded_vocab_size=padded_vocab_size)
     for rank, shard in enumerate(shards):

@@ -1,8 +1,9 @@
 """Megatron's distributed checkpoints (format ``torch_dist``), read and written one weight at a time, without Megatron.
 
 Such a folder stacks the weights of all layers: ``decoder.layers.mlp.linear_fc2.weight`` is [layers, rows, columns], in
-chunks of one layer and one tensor-parallel shard; gate and up projection are chunks of their own. Names are those of
-Transformer Engine's layers. Weights load at any layout, whatever the chunks.
+chunks of one layer and one tensor-parallel shard; gate and up projection are chunks of their own. Experts are stacked
+in the same way, in a second dimension. Names are those of Transformer Engine's layers. Weights load at any layout,
+whatever the chunks.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_prime.errors import CheckpointError
 from megatron_prime.weights.architecture import ModelArchitecture
-from megatron_prime.weights.families import Layout, WeightSpec, transformer_engine_name
+from megatron_prime.weights.families import Layout, WeightSpec
 from megatron_prime.weights.journal import HashedWriter, Journal, Part
 from megatron_prime.weights.layouts import local_shape
 from megatron_prime.weights.torch_dist import (
@@ -41,13 +42,15 @@ _EXTRA_STATE = "_extra_state"
 
 def stored_key(spec: WeightSpec) -> str:
     """Name of the stored tensor that holds a weight."""
-    return transformer_engine_name(spec.megatron_name).replace(f"layers.{spec.layer}.", "layers.", 1)
+    name = spec.transformer_engine_name.replace(f"layers.{spec.layer}.", "layers.", 1)
+    return name.replace(f"local_experts.{spec.expert}.", "experts.", 1)
 
 
 def stored_shape(spec: WeightSpec, architecture: ModelArchitecture, padded_vocab_size: int) -> tuple[int, ...]:
-    """Shape of the stored tensor that holds a weight, over all layers."""
+    """Shape of the stored tensor that holds a weight, over all layers and experts."""
     whole = local_shape(spec, architecture, tp_size=1, padded_vocab_size=padded_vocab_size)
-    return whole if spec.layer is None else (architecture.num_layers, *whole)
+    experts = (architecture.experts.num_experts,) if architecture.experts and spec.expert is not None else ()
+    return whole if spec.layer is None else (architecture.num_layers, *experts, *whole)
 
 
 def shard_chunks(
@@ -58,19 +61,25 @@ def shard_chunks(
     Args:
         spec: the weight.
         shard: of `layouts.local_slice`.
-        tp_rank: which shard; a replicated weight is stored for rank 0 only.
+        tp_rank: which shard; a weight that ranks hold whole is stored for rank 0 only.
         tp_size: number of shards.
 
     Yields:
         (offsets in the stored tensor, view of the shard).
     """
-    layer = () if spec.layer is None else (spec.layer,)
+    stack = _place(spec)
+    tp_size = 1 if spec.is_whole else tp_size
     parts = shard.chunk(2) if spec.layout is Layout.GATE_UP else (shard,)
     dim = 1 if spec.layout is Layout.ROW else 0
     for number, part in enumerate(parts):
         offsets = [0] * part.dim()
         offsets[dim] = (number * tp_size + tp_rank) * part.shape[dim]
-        yield (*layer, *offsets), part[None] if layer else part
+        yield (*stack, *offsets), part.view(*(1,) * len(stack), *part.shape)
+
+
+def _place(spec: WeightSpec) -> tuple[int, ...]:
+    """Layer and expert, as far as the stored tensor has such dimensions."""
+    return tuple(number for number in (spec.layer, spec.expert) if number is not None)
 
 
 class MegatronWriter:
@@ -202,11 +211,11 @@ class MegatronFolder:
         """
         key = stored_key(spec)
         stored = self._tensors[key]
-        shape = tuple(stored.size if spec.layer is None else stored.size[1:])
+        stack = _place(spec)
+        shape = tuple(stored.size[len(stack) :])
         target = torch.empty(shape, dtype=stored.properties.dtype)
-        layer = () if spec.layer is None else (spec.layer,)
-        whole = target[None] if layer else target
-        wanted = StoredChunk(key, tuple(stored.size), (*layer, *(0,) * len(shape)), whole)
+        whole = target.view(*(1,) * len(stack), *shape)
+        wanted = StoredChunk(key, tuple(stored.size), (*stack, *(0,) * len(shape)), whole)
         read_chunks(self.path, self._metadata, [wanted])
         return target
 

@@ -63,13 +63,17 @@ def shard_slices(
         tp_size: tensor-parallel ranks.
 
     Returns:
-        Disjoint slices that cover the tensors together with those of the other ranks; a replicated weight is the
-        first rank's alone, and padding rows of the vocabulary nobody's.
+        Disjoint slices that cover the tensors together with those of the other ranks; a weight that is
+        whole on every rank is the first rank's alone, and padding rows of the vocabulary nobody's.
     """
     first = spec.hf_shapes[0]
+    if spec.is_whole:
+        if tp_rank > 0:
+            return []
+        tp_size = 1
     match spec.layout:
         case Layout.REPLICATED:
-            return [_rows(spec.hf_names[0], first, 0, shard)] if tp_rank == 0 else []
+            return [_rows(spec.hf_names[0], first, 0, shard)]
         case Layout.ROW:
             start = tp_rank * shard.shape[1]
             ranges = ((0, first[0]), (start, start + shard.shape[1]), *((0, size) for size in first[2:]))

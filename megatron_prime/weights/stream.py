@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_prime.errors import WeightsError
 from megatron_prime.weights.architecture import ModelArchitecture
-from megatron_prime.weights.families import Layout, WeightSpec
+from megatron_prime.weights.families import WeightSpec
 from megatron_prime.weights.hf_folder import HfFolder
 from megatron_prime.weights.layouts import local_shape, local_slice, merge
 from megatron_prime.weights.shards import ShardSlice, check_cover, shard_slices
@@ -24,10 +24,37 @@ class ParallelGroups:
 
     tp_group: dist.ProcessGroup | None = None
     pp_group: dist.ProcessGroup | None = None
+    ep_group: dist.ProcessGroup | None = None
+    """Ranks of a stage that share out the experts, which are whole on one of them. It runs over the ranks of the
+    tensor-parallel group first, then over those of further copies of the rest, or over a part of them: the larger of
+    the two groups holds the whole stage."""
     tp_rank: int = 0
     tp_size: int = 1
     pp_rank: int = 0
     pp_size: int = 1
+    ep_rank: int = 0
+    ep_size: int = 1
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks that together hold a stage of the model."""
+        return max(self.tp_size, self.ep_size)
+
+    @property
+    def stage_rank(self) -> int:
+        """Which of them this rank is."""
+        return self.ep_rank if self.ep_size > self.tp_size else self.tp_rank
+
+    @property
+    def stage_group(self) -> dist.ProcessGroup | None:
+        """These ranks."""
+        return self.ep_group if self.ep_size > self.tp_size else self.tp_group
+
+    def expert_rank(self, spec: WeightSpec, architecture: ModelArchitecture) -> int | None:
+        """The expert-parallel rank that holds an expert, None for other weights."""
+        if spec.expert is None or architecture.experts is None:
+            return None
+        return spec.expert * self.ep_size // architecture.experts.num_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +63,8 @@ class _Owner:
     num_rows: int
     """Of one shard."""
     dtype: torch.dtype
+    ep_rank: int | None
+    """Of an expert."""
 
 
 class WeightExport:
@@ -89,18 +118,23 @@ class WeightExport:
 
     def slices(self) -> Iterator[ShardSlice]:
         """This rank's part of the tensors; all ranks' parts together are the model, nothing twice."""
-        owners, local = self._agreed_owners(), self._local()
+        owners, local, groups = self._agreed_owners(), self._local(), self.groups
         for spec in self._specs:
-            if owners[spec.megatron_name].stage == self.groups.pp_rank:
+            owner = owners[spec.megatron_name]
+            # Where the one group is larger than the other, its first ranks hold all that is shared in the other.
+            if owner.ep_rank is None:
+                mine = groups.stage_rank < groups.tp_size
+            else:
+                mine = groups.stage_rank < groups.ep_size and owner.ep_rank == groups.ep_rank
+            if mine and owner.stage == groups.pp_rank:
                 shard = local[spec.megatron_name].detach()
-                yield from shard_slices(
-                    spec, self._architecture, shard, tp_rank=self.groups.tp_rank, tp_size=self.groups.tp_size
-                )
+                number = groups.tp_rank if owner.ep_rank is None else 0
+                yield from shard_slices(spec, self._architecture, shard, tp_rank=number, tp_size=groups.tp_size)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, over the ranks that share this copy of the model; a collective."""
         groups = self.groups
-        stage = _all_gather_object(value, groups.tp_group, groups.tp_size)
+        stage = _all_gather_object(value, groups.stage_group, groups.stage_size)
         return [item for part in _all_gather_object(stage, groups.pp_group, groups.pp_size) for item in part]
 
     def _agreed_owners(self) -> dict[str, _Owner]:
@@ -121,8 +155,8 @@ def export_stream(
     """Every weight of the model as a whole Hugging Face tensor, on every rank, in the order of `specs`.
 
     A collective: all ranks of the groups must iterate to the end. One weight exists as a whole at a time. Its
-    pipeline stage gathers it over tensor-parallel ranks and broadcasts it to the other stages; of a weight that
-    several stages hold (a tied embedding) the first one counts.
+    pipeline stage gathers it over tensor-parallel ranks (broadcasts it over expert-parallel ones, if it is an expert)
+    and broadcasts it to the other stages; of a weight that several stages hold (a tied embedding) the first one counts.
 
     Args:
         specs: `weight_specs` of the model.
@@ -218,20 +252,26 @@ def _find_owners(
     """Which stage sends each weight; every rank sees every rank's shapes, so all reach the same verdict."""
     mine = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in local.items()}
     stages = _all_gather_object(
-        _all_gather_object(mine, groups.tp_group, groups.tp_size), groups.pp_group, groups.pp_size
+        _all_gather_object(mine, groups.stage_group, groups.stage_size), groups.pp_group, groups.pp_size
     )
     by_name = {spec.megatron_name: spec for spec in specs}
     fewest_vocab_rows = -(-architecture.vocab_size // groups.tp_size)
     owners: dict[str, _Owner] = {}
     problems = []
+    expert_ranks = {spec.megatron_name: groups.expert_rank(spec, architecture) for spec in specs}
+
+    def held_by(shards: dict[str, Any], expert_rank: int | None) -> dict[str, Any]:
+        return {name: what for name, what in shards.items() if expert_ranks.get(name) == expert_rank}
+
     for stage, ranks in enumerate(stages):
-        if any(shards != ranks[0] for shards in ranks):
-            problems.append(
-                f"pipeline stage {stage}: tensor-parallel ranks differ in names, shapes or dtypes of weights"
-            )
-        for name, (shape, dtype) in ranks[0].items():
+        for number, shards in enumerate(ranks):
+            expert_rank = number % groups.ep_size
+            if shards != held_by(ranks[0], None) | held_by(ranks[expert_rank], expert_rank):
+                problems.append(f"pipeline stage {stage}: its ranks differ in names, shapes or dtypes of weights")
+                break
+        for name, (shape, dtype) in {name: what for shards in ranks for name, what in shards.items()}.items():
             num_rows = shape[0] if shape else 0
-            owners.setdefault(name, _Owner(stage, num_rows, dtype))
+            owners.setdefault(name, _Owner(stage, num_rows, dtype, expert_ranks.get(name)))
             # How far the vocabulary is padded is the trainer's choice, so any sufficient number of rows is right.
             padded = max(num_rows, fewest_vocab_rows) * groups.tp_size
             problems += _problems_of(
@@ -253,14 +293,21 @@ def _whole(
     device: torch.device,
 ) -> list[tuple[str, Tensor]]:
     """The Hugging Face tensors of a weight: whole on the owning stage, room to receive them on the others."""
-    if owner.stage != groups.pp_rank:
-        return [
+    on_stage = owner.stage == groups.pp_rank
+    if on_stage and owner.ep_rank in (None, groups.ep_rank):
+        shard = local[spec.megatron_name].detach().to(dtype)
+        shards = [shard] if spec.is_whole else _gather(shard, groups)
+        tensors = merge(spec, architecture, shards, owner.num_rows * groups.tp_size)
+    else:
+        tensors = [
             (name, torch.empty(shape, dtype=dtype, device=device))
             for name, shape in zip(spec.hf_names, spec.hf_shapes, strict=True)
         ]
-    shard = local[spec.megatron_name].detach().to(dtype)
-    shards = [shard] if spec.layout is Layout.REPLICATED else _gather(shard, groups)
-    return merge(spec, architecture, shards, owner.num_rows * groups.tp_size)
+    if on_stage and owner.ep_rank is not None and groups.ep_group is not None and groups.ep_size > 1:
+        source = dist.get_global_rank(groups.ep_group, owner.ep_rank)
+        for _, tensor in tensors:
+            dist.broadcast(tensor, src=source, group=groups.ep_group)
+    return tensors
 
 
 def _gather(shard: Tensor, groups: ParallelGroups) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +65,9 @@ class SlowModel:
     """One model with Adam and gradient clipping."""
 
     def __init__(self, folder: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+        )
         betas = (OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2)
         self.adam = torch.optim.Adam(self.model.parameters(), lr=OPTIMIZER.lr, betas=betas, eps=OPTIMIZER.adam_eps)
 
@@ -87,6 +89,23 @@ class SlowModel:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.clip_grad)
         self.adam.step()
         return [loss.item(), norm.item()]
+
+
+def published_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Trained weights under the names of published models; transformers stacks the experts of a layer."""
+    for name, parameter in model.named_parameters():
+        layer = name.removesuffix("gate_up_proj").removesuffix("down_proj")
+        if parameter.dim() < 3:
+            yield name, parameter.detach()
+        elif name.endswith("down_proj"):
+            yield from (
+                (f"{layer}{expert}.down_proj.weight", parameter[expert].detach()) for expert in range(len(parameter))
+            )
+        else:
+            half = parameter.shape[1] // 2
+            for expert in range(len(parameter)):
+                yield f"{layer}{expert}.gate_proj.weight", parameter[expert, :half].detach()
+                yield f"{layer}{expert}.up_proj.weight", parameter[expert, half:].detach()
 
 
 def slow_prime(folder: Path) -> Trace:
@@ -113,8 +132,8 @@ def slow_prime(folder: Path) -> Trace:
             steps.append(policy.step(-gain[batch.mask[rows]].mean()))
         numbers += torch.tensor(steps).mean(dim=0).tolist()
     weights = {
-        f"{name}/{key}": tensor.detach()
+        f"{name}/{key}": tensor
         for name, model in (("policy", policy), ("prm", prm))
-        for key, tensor in model.model.named_parameters()
+        for key, tensor in published_weights(model.model)
     }
     return Trace(logprobs=logprobs, numbers=numbers, weights=weights)

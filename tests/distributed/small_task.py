@@ -20,23 +20,25 @@ def write_yaml(path: Path, content: dict[str, Any]) -> Path:
     return path
 
 
-def small_model_folder(folder: Path) -> Path:
-    """The shipped arithmetic model's tokenizer with a smaller shape."""
+def small_model_folder(folder: Path, **changes: Any) -> Path:
+    """The shipped arithmetic model's tokenizer with a smaller shape, or another one."""
     shutil.copytree(ARITHMETIC, folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "layer_types": None}
     config.pop("layer_types")
+    config |= changes
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-def make_start(root: str) -> str:
+def make_start(root: str, num_steps: int = 250, **changes: Any) -> str:
     """Trains the starting model in this process; returns its Hugging Face folder."""
     folder = Path(root)
+    folder.mkdir(exist_ok=True)
     config = {
         "kind": "sft",
-        "run": {"name": "sft", "directory": str(folder), "num_steps": 250},
-        "model": {"path": str(small_model_folder(folder / "shape")), "init": "random"},
+        "run": {"name": "sft", "directory": str(folder), "num_steps": num_steps},
+        "model": {"path": str(small_model_folder(folder / "shape", **changes)), "init": "random"},
         "data": DATA,
         "sft": {
             "batch_size": 32,

@@ -41,6 +41,8 @@ class Case:
     pp: int = 1
     cp: int = 1
     dp: int = 1
+    ep: int = 1
+    """Of the ranks of a pipeline stage."""
     sequence_parallel: bool = False
     packed: bool = True
     recompute: Literal["none", "selective", "full"] = "none"
@@ -54,7 +56,7 @@ class Case:
         return self.tp * self.pp * self.cp * self.dp
 
     def __str__(self) -> str:
-        sizes = [f"{name}{size}" for name in ("tp", "pp", "cp", "dp") if (size := getattr(self, name)) > 1]
+        sizes = [f"{name}{size}" for name in ("tp", "pp", "cp", "dp", "ep") if (size := getattr(self, name)) > 1]
         switches = ["sp"] * self.sequence_parallel + ["padded"] * (not self.packed)
         switches += [self.recompute] * (self.recompute != "none") + ["sharded_adam"] * self.distributed_optimizer
         switches += ["overlap"] * self.overlap + ["interleaved"] * (self.virtual is not None)
@@ -68,6 +70,8 @@ FEW = [
     Case(family="qwen2", tp=2, pp=2, sequence_parallel=True, distributed_optimizer=True),
     Case(family="qwen2_untied", cp=2, dp=2, distributed_optimizer=True, overlap=True),
     Case(family="qwen2", pp=2, dp=2, virtual=2, overlap=True),
+    Case(family="qwen3_moe", tp=2, ep=2, sequence_parallel=True),
+    Case(family="qwen2_moe", pp=2, dp=2, ep=2, packed=False, recompute="full"),
 ]
 
 
@@ -113,6 +117,7 @@ def run_prime(folder: Path, case: Case) -> Trace:
         tensor_model_parallel_size=case.tp,
         pipeline_model_parallel_size=case.pp,
         context_parallel_size=case.cp,
+        expert_model_parallel_size=case.ep,
         sequence_parallel=case.sequence_parallel,
         use_distributed_optimizer=case.distributed_optimizer,
         overlap_grad_reduce=case.overlap,

@@ -5,7 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 _SHAPE = {
     "hidden_size": 64,
@@ -21,13 +32,20 @@ _SHAPE = {
     "initializer_range": 0.2,
 }
 
+_EXPERTS = {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
 FAMILIES = ("qwen2", "qwen2_untied", "qwen3", "llama", "llama31")
+FAMILIES_WITH_EXPERTS = ("qwen3_moe", "qwen2_moe")
 
 
 def save_tiny_model(family: str, folder: Path) -> Path:
-    """Writes one of FAMILIES; biases and norms are random too, so that no mix-up can hide."""
+    """Writes a model of a family; biases and norms are random too, so that no mix-up can hide."""
     torch.manual_seed(7)
-    if family.startswith("qwen2"):
+    if family == "qwen3_moe":
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SHAPE | _EXPERTS, head_dim=16, norm_topk_prob=True))
+    elif family == "qwen2_moe":
+        model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**_SHAPE | _EXPERTS, shared_expert_intermediate_size=40))
+    elif family.startswith("qwen2"):
         config = Qwen2Config(**_SHAPE, tie_word_embeddings=family == "qwen2", rms_norm_eps=1e-6)
         model = Qwen2ForCausalLM(config)
     elif family == "qwen3":

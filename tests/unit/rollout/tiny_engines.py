@@ -1,4 +1,4 @@
-"""Tiny random models of the three families, each as a config folder and as transformers' own model."""
+"""Tiny random models of every family, each as a config folder and as transformers' own model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from megatron_prime.batch import Prompt
 from megatron_prime.rollout.transformers_engine import TransformersEngine
@@ -23,10 +32,13 @@ _SIZES = {
     "max_position_embeddings": MAX_POSITIONS,
     "initializer_range": 0.15,
 }
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "tie_word_embeddings": False}
 CONFIGS = {
     "qwen2_tied": (Qwen2Config, {"tie_word_embeddings": True}),
     "qwen2_untied": (Qwen2Config, {"tie_word_embeddings": False}),
     "qwen3": (Qwen3Config, {"tie_word_embeddings": False, "head_dim": 16}),
+    "qwen3_moe": (Qwen3MoeConfig, {**_EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
+    "qwen2_moe": (Qwen2MoeConfig, {**_EXPERTS, "shared_expert_intermediate_size": 20}),
     "llama": (LlamaConfig, {"tie_word_embeddings": False, "num_key_value_heads": 4}),
 }
 
@@ -39,7 +51,10 @@ class TinyModel:
     reference: PreTrainedModel
 
     def weights(self) -> list[tuple[str, torch.Tensor]]:
-        """The unique parameters under their names."""
+        """The unique parameters under the names of published models."""
+        if hasattr(self.reference.config, "num_experts"):  # stacked in memory, and not in files
+            self.reference.save_pretrained(self.folder / "published")
+            return list(load_file(self.folder / "published" / "model.safetensors").items())
         return [(name, parameter.detach()) for name, parameter in self.reference.named_parameters()]
 
     def engine(self, **changes: object) -> TransformersEngine:

@@ -20,6 +20,7 @@ _LLAMA3_ROPE = {
     }
 }
 _QWEN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 _GQA = {"hidden_size": 48, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 CONFIGS: dict[str, tuple[type[transformers.PretrainedConfig], dict[str, Any]]] = {
@@ -27,6 +28,14 @@ CONFIGS: dict[str, tuple[type[transformers.PretrainedConfig], dict[str, Any]]] =
     "qwen2-untied": (transformers.Qwen2Config, {**_GQA, **_QWEN_ROPE, "tie_word_embeddings": False}),
     "qwen3-tied": (transformers.Qwen3Config, {**_GQA, **_QWEN_ROPE, "head_dim": 16, "tie_word_embeddings": True}),
     "qwen3-untied": (transformers.Qwen3Config, {**_GQA, **_QWEN_ROPE, "head_dim": 16, "tie_word_embeddings": False}),
+    "qwen3-moe": (
+        transformers.Qwen3MoeConfig,
+        {**_GQA, **_QWEN_ROPE, **_EXPERTS, "head_dim": 16, "norm_topk_prob": True},
+    ),
+    "qwen2-moe": (
+        transformers.Qwen2MoeConfig,
+        {**_GQA, **_QWEN_ROPE, **_EXPERTS, "shared_expert_intermediate_size": 24},
+    ),
     "llama2": (transformers.LlamaConfig, {"hidden_size": 32, "num_attention_heads": 4, "rms_norm_eps": 1e-5}),
     "llama3-tied": (transformers.LlamaConfig, {**_GQA, **_LLAMA3_ROPE, "head_dim": 16, "tie_word_embeddings": True}),
     "llama3-untied": (transformers.LlamaConfig, {**_GQA, **_LLAMA3_ROPE, "tie_word_embeddings": False}),

@@ -8,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_prime.errors import WeightsError
-from megatron_prime.weights.architecture import Llama3RopeScaling, ModelArchitecture, read_architecture
+from megatron_prime.weights.architecture import (
+    ExpertLayers,
+    Llama3RopeScaling,
+    ModelArchitecture,
+    read_architecture,
+)
 
 QWEN25_7B: dict[str, Any] = {  # as published, without keys that do not matter here
     "architectures": ["Qwen2ForCausalLM"],
@@ -47,6 +52,37 @@ QWEN3_06B: dict[str, Any] = {
     "sliding_window": None,
     "tie_word_embeddings": True,
     "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN3_30B_A3B: dict[str, Any] = QWEN3_06B | {
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "router_aux_loss_coef": 0.001,
+    "tie_word_embeddings": False,
+}
+QWEN15_MOE_A27B: dict[str, Any] = QWEN25_7B | {
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "model_type": "qwen2_moe",
+    "moe_intermediate_size": 1408,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+    "shared_expert_intermediate_size": 5632,
     "vocab_size": 151936,
 }
 LLAMA32_1B: dict[str, Any] = {
@@ -129,6 +165,19 @@ def test_qwen3_06b(tmp_path: Path) -> None:
     assert architecture.rotary_base == 1e6 and isinstance(architecture.rotary_base, float)
 
 
+def test_experts(tmp_path: Path) -> None:
+    architecture = read(tmp_path, QWEN3_30B_A3B)
+    assert architecture.qk_layernorm and not architecture.add_qkv_bias
+    assert architecture.experts == ExpertLayers(
+        num_experts=128, router_topk=8, normalize_weights=True, ffn_hidden_size=768, shared_ffn_hidden_size=None
+    )
+    architecture = read(tmp_path, QWEN15_MOE_A27B)
+    assert architecture.add_qkv_bias and not architecture.qk_layernorm and architecture.kv_channels == 128
+    assert architecture.experts == ExpertLayers(
+        num_experts=60, router_topk=4, normalize_weights=False, ffn_hidden_size=1408, shared_ffn_hidden_size=5632
+    )
+
+
 def test_llama32_1b(tmp_path: Path) -> None:
     architecture = read(tmp_path, LLAMA32_1B)
     assert architecture.rope_scaling == Llama3RopeScaling(
@@ -200,6 +249,14 @@ def test_raw_config_is_no_part_of_equality_or_repr(tmp_path: Path) -> None:
         (QWEN3_06B, {"head_dim": None}, "head_dim: missing"),
         (QWEN3_06B, {"attention_bias": True}, "attention_bias: True is not supported"),
         (LLAMA32_1B, {"attention_bias": True}, "attention_bias: True is not supported"),
+        (QWEN3_30B_A3B, {"decoder_sparse_step": 2}, "decoder_sparse_step: 2 is not supported: every layer must have"),
+        (QWEN3_30B_A3B, {"mlp_only_layers": [0]}, "mlp_only_layers: [0] is not supported: every layer must have"),
+        (QWEN3_30B_A3B, {"num_experts": None}, "num_experts: missing"),
+        (QWEN3_30B_A3B, {"num_experts_per_tok": 129}, "num_experts_per_tok: 129 is more than the 128 experts"),
+        (QWEN3_30B_A3B, {"num_experts_per_tok": 1}, "norm_topk_prob: with one expert per token"),
+        (QWEN3_30B_A3B, {"moe_intermediate_size": None}, "moe_intermediate_size: missing"),
+        (QWEN15_MOE_A27B, {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size: 0 is not a pos"),
+        (QWEN15_MOE_A27B, {"qkv_bias": False}, "qkv_bias: False is not supported"),
         (LLAMA32_1B, {"mlp_bias": True}, "mlp_bias: True is not supported"),
         (LLAMA32_1B, {"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.factor: missing"),
         (

@@ -4,7 +4,7 @@ import pytest
 from safetensors import safe_open
 
 from megatron_prime.weights.architecture import read_architecture
-from megatron_prime.weights.families import Layout, transformer_engine_name, weight_specs
+from megatron_prime.weights.families import Layout, weight_specs
 
 
 def test_table_names_exactly_what_transformers_saves(model_folder: Path) -> None:
@@ -51,7 +51,7 @@ def test_qwen3_has_norms_of_query_and_key(model_folders: dict[str, Path]) -> Non
 @pytest.mark.parametrize(
     ("local", "fused"),
     [
-        ("decoder.layers.12.input_layernorm.weight", "decoder.layers.12.self_attention.linear_qkv.layer_norm_weight"),
+        ("decoder.layers.1.input_layernorm.weight", "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight"),
         ("decoder.layers.0.pre_mlp_layernorm.weight", "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"),
         ("decoder.layers.0.self_attention.q_layernorm.weight", "decoder.layers.0.self_attention.q_layernorm.weight"),
         ("decoder.layers.0.mlp.linear_fc1.weight", "decoder.layers.0.mlp.linear_fc1.weight"),
@@ -59,5 +59,21 @@ def test_qwen3_has_norms_of_query_and_key(model_folders: dict[str, Path]) -> Non
         ("output_layer.weight", "output_layer.weight"),
     ],
 )
-def test_transformer_engine_name(local: str, fused: str) -> None:
-    assert transformer_engine_name(local) == fused
+def test_transformer_engine_name(model_folders: dict[str, Path], local: str, fused: str) -> None:
+    specs = weight_specs(read_architecture(model_folders["qwen3-untied"]))
+    assert {spec.megatron_name: spec.transformer_engine_name for spec in specs}[local] == fused
+
+
+def test_experts(model_folders: dict[str, Path]) -> None:
+    specs = {spec.megatron_name: spec for spec in weight_specs(read_architecture(model_folders["qwen2-moe"]))}
+    expert = specs["decoder.layers.1.mlp.experts.local_experts.2.linear_fc1.weight"]
+    assert (expert.layer, expert.expert, expert.is_whole, expert.layout) == (1, 2, True, Layout.GATE_UP)
+    assert expert.hf_names == (
+        "model.layers.1.mlp.experts.2.gate_proj.weight",
+        "model.layers.1.mlp.experts.2.up_proj.weight",
+    )
+    shared = specs["decoder.layers.1.mlp.shared_experts.linear_fc1.weight"]
+    assert (shared.expert, shared.is_whole) == (None, False)
+    # Transformer Engine fuses no norm in front of a router.
+    norm = specs["decoder.layers.1.pre_mlp_layernorm.weight"]
+    assert norm.transformer_engine_name == norm.megatron_name

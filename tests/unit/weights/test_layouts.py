@@ -34,7 +34,13 @@ SMALL = ModelArchitecture(
     hf_config={},
 )
 COLUMN = WeightSpec(
-    megatron_name="column", hf_names=("c",), layout=Layout.COLUMN, hf_shapes=((8, 3),), layer=None, stage="head"
+    megatron_name="column",
+    transformer_engine_name="column",
+    hf_names=("c",),
+    layout=Layout.COLUMN,
+    hf_shapes=((8, 3),),
+    layer=None,
+    stage="head",
 )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_prime.errors import WeightsError
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
-from megatron_prime.weights.families import Layout, weight_specs
+from megatron_prime.weights.families import weight_specs
 from megatron_prime.weights.hf_folder import HfFolder
 from megatron_prime.weights.layouts import Slices, local_shape
 from megatron_prime.weights.stream import ParallelGroups, export_stream, import_weights
@@ -63,8 +63,8 @@ def test_import_reads_only_its_slices(model_folder: Path, tp_size: int) -> None:
         import_weights(specs, architecture, folder, local, tp_rank=rank, tp_size=tp_size, padded_vocab_size=padded)
         num_bytes.append(folder.num_bytes)
     whole = sum(tensor.nbytes for tensor in load_file(model_folder / "model.safetensors").values())
-    replicated = sum(4 * spec.hf_shapes[0][0] for spec in specs if spec.layout is Layout.REPLICATED)
-    assert sum(num_bytes) == whole + (tp_size - 1) * replicated
+    held_by_all = sum(4 * math.prod(shape) for spec in specs if spec.is_whole for shape in spec.hf_shapes)
+    assert sum(num_bytes) == whole + (tp_size - 1) * held_by_all
 
 
 def test_import_of_some_layers_reads_nothing_else_and_casts(model_folders: dict[str, Path]) -> None:
