@@ -194,53 +194,6 @@ def test_one_problem_of_an_sft_run(model_folder, overrides, expected):
     assert problems[0].startswith(expected)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (["parallel.world_size=2", "parallel.expert_model_parallel_size=2"], None),
-        (
-            ["parallel.expert_model_parallel_size=2"],
-            "parallel.expert_model_parallel_size: 2 does not divide the 1 ranks",
-        ),
-        (
-            ["parallel.world_size=5", "parallel.expert_model_parallel_size=5"],
-            "parallel.expert_model_parallel_size: 5 does not divide the model's 12 experts",
-        ),
-        (
-            ["parallel.world_size=2", "parallel.tensor_model_parallel_size=2"],
-            "parallel.sequence_parallel: tensor-parallel ranks would all send the same tokens",
-        ),
-        (
-            [
-                "parallel.world_size=12",
-                "parallel.tensor_model_parallel_size=4",
-                "parallel.expert_model_parallel_size=6",
-                "parallel.sequence_parallel=true",
-                "sft.batch_size=12",
-            ],
-            "parallel.expert_model_parallel_size: 6 and parallel.tensor_model_parallel_size = 4 do not divide",
-        ),
-    ],
-)
-def test_a_model_with_experts(model_folder, overrides, expected):
-    experts = SimpleNamespace(num_experts=12, shared_ffn_hidden_size=None)
-    shape = SimpleNamespace(**vars(SHAPE) | {"experts": experts})
-    problems = check_config(load(model_folder, SFT, *overrides), shape)
-    assert len(problems) == (0 if expected is None else 1), problems
-    assert expected is None or problems[0].startswith(expected)
-
-
-def test_the_shared_expert_is_cut(model_folder):
-    shape = SimpleNamespace(
-        **vars(SHAPE) | {"experts": SimpleNamespace(num_experts=4, shared_ffn_hidden_size=15), "ffn_hidden_size": 15}
-    )
-    changes = ["world_size=2", "tensor_model_parallel_size=2", "sequence_parallel=true"]
-    (problem,) = check_config(load(model_folder, SFT, *(f"parallel.{change}" for change in changes)), shape)
-    assert problem.startswith("parallel.tensor_model_parallel_size: the model's 15 feed-forward channels")
-    shape.experts.shared_ffn_hidden_size = None
-    assert check_config(load(model_folder, SFT, *(f"parallel.{change}" for change in changes)), shape) == []
-
-
 def test_model_folders_must_hold_what_the_run_reads(model_folder):
     (model_folder / "model.safetensors").unlink()
     assert check_config(load(model_folder, SFT)) == []
