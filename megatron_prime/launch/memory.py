@@ -3,7 +3,8 @@
 Formulas: parameters, gradients and optimizer states follow from the shapes (Megatron keeps float32 gradients, float32
 masters of bfloat16 parameters and two float32 Adam moments; Rajbhandari et al., arXiv 1910.02054, section 3).
 Activations follow Korthikanti et al., arXiv 2205.05198, section 4, for layers without dropout, with SwiGLU, grouped
-keys and an attention that stores no scores. `tests/distributed/test_planned_bytes.py` compares both with real models.
+keys and an attention that stores no scores; experts are taken to be chosen evenly.
+`tests/distributed/test_planned_bytes.py` compares both with real dense models.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Layout:
     """Replicas, each of tensor x pipeline x context ranks."""
     virtual: int
     """Parts of the model on a pipeline stage."""
+    expert: int
+    """Ranks that share out the experts of a layer."""
     sequence_parallel: bool
     distributed_optimizer: bool
     item_bytes: int
@@ -55,6 +58,7 @@ class Layout:
             context=parallel.context_parallel_size,
             data=parallel.world_size // (tensor * pipeline * parallel.context_parallel_size),
             virtual=parallel.virtual_pipeline_model_parallel_size or 1,
+            expert=parallel.expert_model_parallel_size,
             sequence_parallel=parallel.sequence_parallel,
             distributed_optimizer=parallel.use_distributed_optimizer,
             item_bytes=ITEM_BYTES[model.dtype],
@@ -87,14 +91,24 @@ def num_parameters(architecture: ModelArchitecture) -> int:
     """Parameters of the whole model without vocabulary padding; a tied head counts once."""
     a = architecture
     tables = 1 if a.tied_embeddings else 2
-    return a.num_layers * _layer_parameters(a, 1) + tables * a.vocab_size * a.hidden_size + a.hidden_size
+    layer = _layer_parameters(a, 1) + _expert_parameters(a)
+    return a.num_layers * layer + tables * a.vocab_size * a.hidden_size + a.hidden_size
+
+
+def active_parameters(architecture: ModelArchitecture) -> int:
+    """`num_parameters` without the experts that a token does not go to."""
+    a, experts = architecture, architecture.experts
+    if experts is None:
+        return num_parameters(a)
+    idle = a.num_layers * _expert_parameters(a) * (experts.num_experts - experts.router_topk) // experts.num_experts
+    return num_parameters(a) - idle
 
 
 def stage_parameters(architecture: ModelArchitecture, layout: Layout, stage: int) -> int:
     """Parameters that one rank of a pipeline stage holds, vocabulary padding included."""
     a, last = architecture, stage == layout.pipeline - 1
     table = vocabulary_rows(a, layout) * a.hidden_size
-    count = a.num_layers // layout.pipeline * _layer_parameters(a, layout.tensor)
+    count = a.num_layers // layout.pipeline * _layer_parameters(a, layout.tensor) + _stage_experts(a, layout)
     if stage == 0:
         count += table
     if last:
@@ -110,10 +124,31 @@ def vocabulary_rows(architecture: ModelArchitecture, layout: Layout) -> int:
 
 def _layer_parameters(a: ModelArchitecture, tensor: int) -> int:
     query, key = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
-    matrices = a.hidden_size * (query + 2 * key) + query * a.hidden_size + 3 * a.hidden_size * a.ffn_hidden_size
+    dense, router = a.ffn_hidden_size, 0
+    if a.experts is not None:
+        dense = a.experts.shared_ffn_hidden_size or 0
+        router = a.hidden_size * (a.experts.num_experts + (dense > 0))
+    matrices = a.hidden_size * (query + 2 * key) + query * a.hidden_size + 3 * a.hidden_size * dense
     biases = query + 2 * key if a.add_qkv_bias else 0
     norms = 2 * a.hidden_size + (2 * a.kv_channels if a.qk_layernorm else 0)
-    return (matrices + biases) // tensor + norms
+    return (matrices + biases) // tensor + norms + router
+
+
+def _expert_parameters(a: ModelArchitecture) -> int:
+    """Of all experts of a layer but the shared one."""
+    return 3 * a.hidden_size * a.experts.ffn_hidden_size * a.experts.num_experts if a.experts else 0
+
+
+def _stage_experts(a: ModelArchitecture, layout: Layout) -> int:
+    """Parameters of experts on one rank."""
+    return a.num_layers // layout.pipeline * _expert_parameters(a) // layout.expert
+
+
+def _feed_forward_channels(a: ModelArchitecture) -> int:
+    """That one token goes through."""
+    if a.experts is None:
+        return a.ffn_hidden_size
+    return a.experts.router_topk * a.experts.ffn_hidden_size + (a.experts.shared_ffn_hidden_size or 0)
 
 
 def model_bytes(architecture: ModelArchitecture, layout: Layout, stage: int, *, trained: bool) -> ModelBytes:
@@ -129,11 +164,14 @@ def model_bytes(architecture: ModelArchitecture, layout: Layout, stage: int, *, 
     if not trained:
         return ModelBytes(weights=count * layout.item_bytes, gradients=0, optimizer=0)
     master = FLOAT32 if layout.item_bytes < FLOAT32 else 0
-    shards = layout.data * layout.context if layout.distributed_optimizer else 1
+    experts, copies = _stage_experts(architecture, layout), layout.data * layout.context
+    owned = count
+    if layout.distributed_optimizer:
+        owned = (count - experts) // copies + experts * layout.expert // (copies * layout.tensor)
     return ModelBytes(
         weights=count * layout.item_bytes,
         gradients=count * FLOAT32,
-        optimizer=count * (master + 2 * FLOAT32) // shards,
+        optimizer=owned * (master + 2 * FLOAT32),
     )
 
 
@@ -153,8 +191,11 @@ def num_checkpoints(config: AnyConfig) -> int:
 
 def checkpoint_bytes(config: AnyConfig, architecture: ModelArchitecture, layout: Layout) -> int:
     """A checkpoint of all trained models over all ranks: weights, masters and moments."""
-    stages = range(layout.pipeline)
-    count = sum(stage_parameters(architecture, layout, stage) * layout.tensor for stage in stages)
+    count = 0
+    for stage in range(layout.pipeline):
+        experts = _stage_experts(architecture, layout)
+        dense = stage_parameters(architecture, layout, stage) - experts
+        count += dense * layout.tensor + experts * layout.expert
     master = FLOAT32 if layout.item_bytes < FLOAT32 else 0
     return num_trained_models(config) * count * (layout.item_bytes + master + 2 * FLOAT32)
 
@@ -181,7 +222,10 @@ def layer_activation_bytes(architecture: ModelArchitecture, layout: Layout) -> f
         # A local norm keeps float32 copies of input and product; unconverted input keeps the whole projection.
         copies = (3 if item == FLOAT32 else 2) if layout.local_layers else 0
         attention += copies * FLOAT32 * (query + key) if copies else item * (query + key)
-    feed_forward = item * 5 * a.ffn_hidden_size  # gate and up, silu(gate), up again, their product
+    # Gate and up, silu(gate), up again, their product; for every chosen expert a token's way there and back.
+    feed_forward = item * 5 * _feed_forward_channels(a)
+    if a.experts is not None:
+        feed_forward += item * 4 * a.experts.router_topk * a.hidden_size
     statistics = FLOAT32 * (a.num_attention_heads / layout.tensor + 2 / layout.norm_shards)
     rotary = 4 * FLOAT32 * a.kv_channels if layout.local_layers else 0
     return 2 * _norm_bytes(a, layout) + (attention + feed_forward) / layout.tensor + statistics + rotary
@@ -232,7 +276,7 @@ def backward_bytes(architecture: ModelArchitecture, layout: Layout, num_tokens: 
     """What exists at one time in a layer's backward pass beside what was kept: gradients of activations, of which the
     feed-forward part is widest, and what the layer recomputes."""
     a = architecture
-    per_token = layout.item_bytes * (3 * a.ffn_hidden_size / layout.tensor + 2 * a.hidden_size)
+    per_token = layout.item_bytes * (3 * _feed_forward_channels(a) / layout.tensor + 2 * a.hidden_size)
     if layout.recompute == "full":
         per_token += layer_activation_bytes(a, layout)
     return int(num_tokens * per_token)
@@ -241,7 +285,7 @@ def backward_bytes(architecture: ModelArchitecture, layout: Layout, num_tokens: 
 def forward_bytes(architecture: ModelArchitecture, layout: Layout, num_tokens: int) -> int:
     """Activations of the one layer that computes, without backward."""
     a = architecture
-    per_token = 4 * a.ffn_hidden_size / layout.tensor + 2 * a.hidden_size
+    per_token = 4 * _feed_forward_channels(a) / layout.tensor + 2 * a.hidden_size
     return int(layout.item_bytes * num_tokens * per_token)
 
 

@@ -110,7 +110,7 @@ def _flops(a: ModelArchitecture, work: Workload) -> float:
     """Of a forward pass, per token."""
     pairs = 4 * a.num_layers * a.num_attention_heads * a.kv_channels * work.row_tokens / 2
     embedding = 0 if a.tied_embeddings else a.vocab_size * a.hidden_size
-    return 2 * (memory.num_parameters(a) - embedding) + pairs
+    return 2 * (memory.active_parameters(a) - embedding) + pairs
 
 
 def _bubble(config: AnyConfig, layout: memory.Layout, work: Workload) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
@@ -17,7 +18,8 @@ from megatron_prime.launch import memory
 from megatron_prime.launch.hardware import GIB, PROFILES
 from megatron_prime.launch.plan import Plan, make_plan
 from megatron_prime.launch.search import hardware_of, search_layouts
-from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
+from megatron_prime.weights.architecture import ExpertLayers, ModelArchitecture, read_architecture
+from megatron_prime.weights.hf_folder import expected_shapes
 
 ROOT = Path(__file__).resolve().parents[3]
 SHAPES = ROOT / "configs" / "models" / "shapes"
@@ -46,6 +48,29 @@ def plan_of(name: str, shape: str, *overrides: str) -> Plan:
 @pytest.mark.parametrize("shape", PUBLISHED_PARAMETERS)
 def test_parameter_counts_are_the_published_ones(shape: str) -> None:
     assert memory.num_parameters(read_architecture(SHAPES / shape)) == PUBLISHED_PARAMETERS[shape]
+
+
+@pytest.mark.parametrize("shared", [None, 512])
+def test_experts_are_counted(shared: int | None) -> None:
+    experts = ExpertLayers(
+        num_experts=128, router_topk=8, normalize_weights=True, ffn_hidden_size=768, shared_ffn_hidden_size=shared
+    )
+    dense = read_architecture(SHAPES / "qwen3-8b")
+    family = "qwen2_moe" if shared else "qwen3_moe"
+    architecture = replace(dense, family=family, experts=experts)
+    total = sum(math.prod(size) for size in expected_shapes(architecture).values())
+    assert memory.num_parameters(architecture) == total
+    chosen = replace(experts, num_experts=8)
+    router = 120 * architecture.hidden_size * architecture.num_layers
+    assert memory.active_parameters(architecture) - router == memory.num_parameters(
+        replace(architecture, experts=chosen)
+    )
+
+    config, _ = recipe("prime_qwen2.5_72b", "qwen3-8b", "parallel.tensor_model_parallel_size=1")
+    layout = replace(memory.Layout.of(config, local_layers=False), pipeline=1, tensor=1)
+    whole, shared_out = (memory.stage_parameters(architecture, replace(layout, expert=n), 0) for n in (1, 8))
+    matrices = 3 * architecture.hidden_size * 768 * 128 * architecture.num_layers
+    assert whole - shared_out == matrices * 7 // 8
 
 
 @pytest.mark.parametrize("shape", PUBLISHED_PARAMETERS)
