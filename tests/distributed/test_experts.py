@@ -153,13 +153,14 @@ SMALL_EXPERTS = {
 
 
 def make_start_with_experts(root: str) -> str:
-    return make_start(root, num_steps=100, **SMALL_EXPERTS)
+    return make_start(root, num_steps=80, **SMALL_EXPERTS)
 
 
 def test_a_run_goes_on_from_its_checkpoint(gloo_pool, tmp_path: Path) -> None:
     start = gloo_pool.run(1, make_start_with_experts, str(tmp_path / "start"))[0]
     parallel = {"world_size": 2, "expert_model_parallel_size": 2, "use_distributed_optimizer": True}
-    config = prime_config(start, str(tmp_path), "run", parallel=parallel, checkpoint={"every_steps": 1, "keep_last": 3})
+    saved, unevaluated = {"every_steps": 1, "keep_last": 3}, {"num_prompts": 0}
+    config = prime_config(start, str(tmp_path), "run", parallel=parallel, checkpoint=saved, evaluation=unevaluated)
     config["run"]["num_steps"] = 2
     gloo_pool.run(2, run_prime, config)
     whole = read_curve(str(tmp_path), "run")
@@ -176,4 +177,6 @@ def test_a_run_goes_on_from_its_checkpoint(gloo_pool, tmp_path: Path) -> None:
     gloo_pool.run(2, run_prime, config)
     for expected, row in zip(whole, read_curve(str(tmp_path), "run"), strict=True):
         for name, value in expected.items():
+            if name.endswith("max_imbalance"):  # of data-parallel shards, of which there is one now
+                continue
             assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (row["step"], name)
