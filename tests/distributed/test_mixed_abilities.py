@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -84,7 +85,7 @@ def prime_config(start: str, directory: str) -> dict[str, Any]:
     path = Path(directory) / "prompts.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return {
-        "run": {"name": "mixed", "directory": directory, "num_steps": 3, "seed": 3},
+        "run": {"name": "mixed", "directory": directory, "num_steps": 10, "seed": 3},
         "model": {"path": start},
         "parallel": {"world_size": 2},
         "data": PLAIN | {"train": [str(path)], "abilities": ["math", "code"]},
@@ -106,7 +107,7 @@ def test_math_and_code_in_one_run(gloo_pool, tmp_path: Path) -> None:
     gloo_pool.run(2, run_prime, prime_config(start, str(tmp_path)))
     lines = (tmp_path / "mixed" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert len(rows) == 3
+    assert len(rows) == 10
     for row in rows:
         shares = {name.removeprefix("verdict/"): share for name, share in row.items() if name.startswith("verdict/")}
         assert shares.pop("missing") == 0.0
@@ -118,4 +119,5 @@ def test_math_and_code_in_one_run(gloo_pool, tmp_path: Path) -> None:
         assert 0 < row["time/verdict_seconds/p50"] <= row["time/verdict_seconds/longest"] < 30
     first = rows[0]
     assert all(0.1 < first[f"verdict/{status}"] < 0.4 for status in ("correct", "wrong", "pass", "wrong_answer"))
-    assert rows[-1]["rollout/accuracy"] > first["rollout/accuracy"]
+    # One step of 64 answers is noisy; the mean of the last four is not.
+    assert mean(row["rollout/accuracy"] for row in rows[-4:]) > first["rollout/accuracy"] + 0.05

@@ -48,4 +48,6 @@ def test_going_on_at_another_layout_is_the_same_run(gloo_pool, start: str, tmp_p
     for expected, row in zip(whole, actual, strict=True):
         assert row.keys() == expected.keys()
         for name, value in expected.items():
+            if name.endswith("/max_imbalance"):  # how evenly the ranks share the work is up to the layout
+                continue
             assert row[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (row["step"], name)
