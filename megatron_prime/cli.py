@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import faulthandler
 import json
 import logging
@@ -11,7 +12,9 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import megatron_prime
 from megatron_prime.arguments import build_parser
@@ -34,13 +37,18 @@ _NUM_LAYOUTS = 3
 _CONFIGS = Path(megatron_prime.__file__).resolve().parents[1] / "configs"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, may_fork: bool = False) -> int:
     """Runs one command; returns the exit status.
+
+    Args:
+        arguments: of the command line, without the program; by default those of this process.
+        may_fork: this process has done nothing else, so that forks of it can be the ranks of a run.
 
     0: done. 1: `check` found that a plan does not fit. The others: `launch/exit_status.py`; 128 + n: ended by signal n.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(arguments)
+    options.may_fork = may_fork
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron_prime").setLevel(logging.INFO if _is_main() else logging.WARNING)
     try:
@@ -71,16 +79,17 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load_config(options.config, options.overrides)
     if not isinstance(config, kind):
         raise ConfigError(f"kind: {options.config} is a {config.kind!r} configuration; use its own command")
-    return _run(config, arguments)
+    return _run(config, arguments, may_fork=options.may_fork)
 
 
-def _run(config: AnyConfig, arguments: list[str]) -> int:
-    from megatron_prime import build
-
+def _run(config: AnyConfig, arguments: list[str], *, may_fork: bool) -> int:
     if not is_launched() and config.parallel.world_size > 1:
         check(config)
         signs = Path(config.run.directory) / config.run.name / SIGNS
-        return launch_local(arguments, config.parallel.world_size, config.run.num_threads, signs)
+        forked = partial(main, arguments) if may_fork and _is_ready_to_fork() else None
+        return launch_local(arguments, config.parallel.world_size, config.run.num_threads, signs, forked)
+    from megatron_prime import build
+
     # A crash in native code then shows where Python was.
     faulthandler.enable()
     summary = build.run(config, ends_process=True)
@@ -92,8 +101,23 @@ def _run(config: AnyConfig, arguments: list[str]) -> int:
     return 0
 
 
+def _is_ready_to_fork() -> bool:
+    """Imports what ranks need, and says whether forks of this process may be ranks."""
+    import torch
+
+    # A fork cannot use CUDA where its parent has touched it, were it only to count devices.
+    if torch.backends.cuda.is_built():
+        return False
+    # A parallel region of OpenMP here would hang the first one of a fork.
+    torch.set_num_threads(1)
+    from megatron_prime import build
+
+    build.import_megatron()
+    return True
+
+
 def _launch(options: argparse.Namespace, arguments: list[str]) -> int:
-    return command.run(options, start=_run, check=check)
+    return command.run(options, start=partial(_run, may_fork=options.may_fork), check=check)
 
 
 def _serve(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -139,7 +163,7 @@ def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
         # Supervised runs sample nothing and have no rollout section.
         overrides = [o for o in options.overrides if name == "train" or not o.startswith("rollout.")]
         print(f"megatron-prime {name} {_CONFIGS / config} {' '.join(overrides)}", flush=True)
-        status = main([name, str(_CONFIGS / config), *overrides])
+        status = main([name, str(_CONFIGS / config), *overrides], may_fork=options.may_fork)
         if status != 0:
             return status
     return 0
@@ -326,5 +350,15 @@ def _parser() -> argparse.ArgumentParser:
     )
 
 
+def main_and_exit() -> NoReturn:
+    """`main` as a program."""
+    status = main(may_fork=True)
+    # What Python does at its end, but for freeing every object, which takes a second once torch is imported.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main_and_exit()
