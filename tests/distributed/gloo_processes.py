@@ -41,6 +41,7 @@ def _start_process(target: Callable[..., None], *args: Any) -> Any:
 
 
 def _serve(connection: Connection) -> None:
+    assert sys.__stderr__ is not None
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
     while True:
         job = connection.recv()

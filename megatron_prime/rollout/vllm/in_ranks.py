@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import random
+import uuid
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -46,7 +49,7 @@ class VllmInRanks:
         self._writer: WeightWriter | None = None
         self._is_asleep = False
         os.environ.update(engine_environment(on_gpu=bool(setup.device_ids)))
-        with _undisturbed():
+        with _undisturbed(), _own_shared_memory():
             self._llm: Any = server.build(setup.options, in_ranks=True)
         _engines.append(self._llm)
 
@@ -133,6 +136,32 @@ class VllmInRanks:
         if self._writer is not None:
             self._writer.close()
         self._writer = None
+
+
+@contextlib.contextmanager
+def _own_shared_memory() -> Iterator[None]:
+    """Memory that the workers of a CPU engine share gets a name of this run's, and loses it once all have opened it.
+
+    vLLM names it after the rendezvous, which is the same for every external launcher: another run on this host would
+    find it, and so would the next one after a run that was killed.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    run = world.all_gather(uuid.uuid4().hex)[0]
+    name_of = _CPUSHMDistributed.make_group_name
+    names = []
+
+    def own_name(communicator: Any) -> str:
+        names.append(f"{run}{name_of(communicator).lstrip('/')}")
+        return names[-1]
+
+    _CPUSHMDistributed.make_group_name = staticmethod(own_name)
+    try:
+        yield
+    finally:
+        _CPUSHMDistributed.make_group_name = staticmethod(name_of)
+        for path in (path for name in names for path in Path("/dev/shm").glob(f"{glob.escape(name)}_*")):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
