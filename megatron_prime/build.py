@@ -159,7 +159,7 @@ def _run_prime(
             if prm is not None:
                 prm.wake()
                 export_hf(prm, folder.path / "hf_prm", Path(starts["prm"]))
-        return _finish(folder, summary, metrics)
+        return _finish(config, folder, summary, metrics)
 
 
 def _run_sft(
@@ -180,7 +180,7 @@ def _run_sft(
         process.watchdog.enter("export", config.run.num_steps)
         if config.checkpoint.export_hf:
             export_hf(model, folder.path / "hf", Path(config.model.path))
-        return _finish(folder, summary, metrics)
+        return _finish(config, folder, summary, metrics)
 
 
 def evaluate(config: PrimeConfig) -> Mapping[str, Any]:
@@ -363,11 +363,14 @@ def _prompts(config: PrimeConfig) -> PromptSource:
     return prompts
 
 
-def _finish(folder: RunFolder, summary: Mapping[str, Any], metrics: MetricsLogger) -> Mapping[str, Any]:
+def _finish(
+    config: AnyConfig, folder: RunFolder, summary: Mapping[str, Any], metrics: MetricsLogger
+) -> Mapping[str, Any]:
     full = {**summary, "commit": commit()}
     metrics.close()
     if world.is_main():
         write_summary(folder, full)
-        draw_plots(folder)
+        if config.run.plots:
+            draw_plots(folder)
     world.barrier()
     return full

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -113,6 +114,8 @@ def _is_ready_to_fork() -> bool:
     from megatron_prime import build
 
     build.import_megatron()
+    # No collection of a fork looks at the imported modules again, which would also copy their memory.
+    gc.freeze()
     return True
 
 

@@ -14,6 +14,23 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 SYSTEM_PACKAGES = ("no Slurm", "no bubblewrap", "vLLM is not installed", "NeMo-Run is not installed")
 """How the reasons of tests begin that are skipped for want of something that can be installed."""
 
+LONG = (
+    "test_slurm",
+    "test_vllm_training",
+    "test_vllm_engine",
+    "test_vllm_servers",
+    "test_nemo_run",
+    "test_curve_parity",
+    "test_parity_matrix",
+    "test_checkpoints",
+)
+"""Files of a minute or more, longest first: they begin first, so that no process is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-packages", action="store_true", help="fail where a package that tests need is missing")

@@ -28,6 +28,8 @@ class RunSection:
     """`auto` goes on from the newest checkpoint of the run folder; `never` refuses a folder that has one."""
     num_threads: int = 1
     """CPU threads of each process."""
+    plots: bool = True
+    """PNG plots of the metrics at the end; TensorBoard's files are written in any case."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -24,6 +24,7 @@ _MAY_CHANGE = (
     "run.directory",
     "run.num_steps",
     "run.num_threads",
+    "run.plots",
     "run.resume",
     "parallel.",
     "micro_batch.",

@@ -37,7 +37,7 @@ def make_start(root: str, num_steps: int = 250, **changes: Any) -> str:
     folder.mkdir(exist_ok=True)
     config = {
         "kind": "sft",
-        "run": {"name": "sft", "directory": str(folder), "num_steps": num_steps},
+        "run": {"name": "sft", "directory": str(folder), "num_steps": num_steps, "plots": False},
         "model": {"path": str(small_model_folder(folder / "shape", **changes)), "init": "random"},
         "data": DATA,
         "sft": {
@@ -54,7 +54,7 @@ def make_start(root: str, num_steps: int = 250, **changes: Any) -> str:
 def prime_config(start: str, directory: str, name: str, **sections: Any) -> dict[str, Any]:
     """A PRIME run on the small task; `sections` are merged over the defaults."""
     config: dict[str, Any] = {
-        "run": {"name": name, "directory": directory, "num_steps": 3, "seed": 5},
+        "run": {"name": name, "directory": directory, "num_steps": 3, "seed": 5, "plots": False},
         "model": {"path": start},
         "data": DATA,
         "rollout": {"num_prompts": 12, "num_responses": 4, "max_response_tokens": 32},

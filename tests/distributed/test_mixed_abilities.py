@@ -62,7 +62,7 @@ def make_start(root: str) -> str:
     (folder / "sft.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = {
         "kind": "sft",
-        "run": {"name": "sft", "directory": root, "num_steps": 120},
+        "run": {"name": "sft", "directory": root, "num_steps": 120, "plots": False},
         "model": {"path": str(make_model_folder(folder / "shape")), "init": "random"},
         "data": PLAIN | {"train": [str(folder / "sft.jsonl")], "max_response_tokens": 64},
         "sft": {"batch_size": 16, "optimizer": {"lr": 5e-3, "lr_decay_style": "cosine", "lr_warmup_steps": 10}},
@@ -85,7 +85,7 @@ def prime_config(start: str, directory: str) -> dict[str, Any]:
     path = Path(directory) / "prompts.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return {
-        "run": {"name": "mixed", "directory": directory, "num_steps": 10, "seed": 3},
+        "run": {"name": "mixed", "directory": directory, "num_steps": 10, "seed": 3, "plots": False},
         "model": {"path": start},
         "parallel": {"world_size": 2},
         "data": PLAIN | {"train": [str(path)], "abilities": ["math", "code"]},

@@ -31,7 +31,7 @@ SHARD = "model/__0_0.distcp"
 def config_of(directory: Path, shape: Path, **sections: Any) -> dict[str, Any]:
     return {
         "kind": "sft",
-        "run": {"name": "run", "directory": str(directory), "num_steps": 4},
+        "run": {"name": "run", "directory": str(directory), "num_steps": 4, "plots": False},
         "model": {"path": str(shape), "init": "random"},
         "data": DATA,
         "sft": {"batch_size": 4, "log_every_steps": 1, "optimizer": {"lr": 1e-3}},

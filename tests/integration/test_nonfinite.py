@@ -36,7 +36,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(directory: Path, model: Path, **sections: Any) -> dict[str, Any]:
     """A run of three steps on noise, all of which is kept; returns the metrics of its last row."""
     shared: dict[str, Any] = {
-        "run": {"num_steps": NUM_STEPS},
+        "run": {"num_steps": NUM_STEPS, "plots": False},
         "rollout": {"num_prompts": 2, "num_responses": 2, "max_response_tokens": 6},
         "filter": {"min_accuracy": 0, "max_accuracy": 1, "max_attempts": 1},
         "evaluation": {"num_prompts": 0},

@@ -38,7 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def run(directory: Path, policy: Path, **sections: Any) -> list[dict[str, Any]]:
     """Two steps on noise; returns the rows of the metrics."""
     shared: dict[str, Any] = {
-        "run": {"num_steps": 2},
+        "run": {"num_steps": 2, "plots": False},
         "rollout": {"num_prompts": 2, "num_responses": 2, "max_response_tokens": 6},
         "filter": {"min_accuracy": 0, "max_accuracy": 1, "max_attempts": 1},
         "evaluation": {"num_prompts": 0},

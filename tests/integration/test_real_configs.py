@@ -21,7 +21,7 @@ DTYPES = {"llama-3.1-8b": "bfloat16"}
 
 def prime_config(start: Path, family: str) -> dict[str, Any]:
     return {
-        "run": {"name": "run", "directory": str(start.parent), "num_steps": 2},
+        "run": {"name": "run", "directory": str(start.parent), "num_steps": 2, "plots": False},
         "model": {"path": str(start), "dtype": DTYPES.get(family, "float32")},
         "parallel": PARALLEL.get(family, {}),
         "data": {

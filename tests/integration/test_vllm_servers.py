@@ -140,7 +140,7 @@ def test_two_tensor_parallel_ranks_train_with_servers(
 ) -> None:
     """The servers have been another trainer's before."""
     config = json.loads(servers[0].config.read_text()) | {
-        "run": {"name": "run", "directory": str(tmp_path), "num_steps": 3, "seed": 3},
+        "run": {"name": "run", "directory": str(tmp_path), "num_steps": 3, "seed": 3, "plots": False},
         "parallel": {"world_size": 2, "tensor_model_parallel_size": 2},
         "filter": {"enabled": False},
         "prm": {"optimizer": {"lr": 1e-3}},

@@ -29,7 +29,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
 def write_config(root: Path, family: str, layout: str, dtype: str = "float32", num_steps: int = 5) -> Path:
     """PRIME steps that move the weights a lot; nothing is learnt."""
     config: dict[str, Any] = {
-        "run": {"name": "run", "directory": str(root), "num_steps": num_steps, "seed": 3},
+        "run": {"name": "run", "directory": str(root), "num_steps": num_steps, "seed": 3, "plots": False},
         "model": {"path": str(make_start(family, root / "start")), "dtype": dtype},
         "parallel": LAYOUTS[layout],
         "data": {"kind": "arithmetic"},
