@@ -44,7 +44,7 @@ SHAPE = {
     "tie_word_embeddings": True,
     "hidden_act": "silu",
 }
-NUM_RESPONSES, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 64, 192
+NUM_RESPONSES, PROMPT_TOKENS, RESPONSE_TOKENS = 8, 32, 96
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2": {"tensor_model_parallel_size": 2},
     "TP2, sequence parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import Literal
 
 from megatron_prime.launch.exit_status import STALLED
 from megatron_prime.launch.heartbeat import Sign, SignFile, read_signs
@@ -68,7 +68,6 @@ class Watchdog:
         self._has_warned = False
         self._ended = threading.Event()
         self._file = SignFile(folder, rank)
-        self._stack_path = folder / f"rank_{rank:05}.stack"
         if rank == 0:
             self._report_path.unlink(missing_ok=True)
         self._write()
@@ -77,12 +76,16 @@ class Watchdog:
     def _report_path(self) -> Path:
         return self._folder / "stall_report.txt"
 
+    def _stack_path(self, rank: int, kind: Literal["asked", "late"]) -> Path:
+        # A file for each writer: the signal's handler may write while the watchdog does.
+        return self._folder / f"rank_{rank:05}.{kind}_stack"
+
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Looks for as long as the ``with`` block runs, which must be in the main thread."""
-        with self._stack_path.open("w") as stack_file:
+        with self._stack_path(self.rank, "asked").open("w") as stack_file:
             faulthandler.register(_STACK_SIGNAL, file=stack_file, all_threads=True)
-            thread = threading.Thread(target=self._watch, args=(stack_file,), name="watchdog", daemon=True)
+            thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             thread.start()
             try:
                 yield
@@ -148,14 +151,14 @@ class Watchdog:
         with contextlib.suppress(OSError):
             self._file.write(self._sign())
 
-    def _watch(self, stack_file: IO[str]) -> None:
+    def _watch(self) -> None:
         while not self._ended.wait(self._look_seconds):
             with self._lock:
                 self._num_looks += 1
                 idle_seconds = self._look()
                 self._write()
             self._watch_memory()
-            self._write_old_stack(stack_file)
+            self._write_late_stack()
             if idle_seconds > self._timeout_seconds:
                 self._end_stalled_job()
 
@@ -174,11 +177,12 @@ class Watchdog:
         assert self._main_thread is not None
         return time.clock_gettime(time.pthread_getcpuclockid(self._main_thread))
 
-    def _write_old_stack(self, stack_file: IO[str]) -> None:
+    def _write_late_stack(self) -> None:
         """Leaves the stack of a phase that lasts beyond the limit, for a rank on another host that asks for it."""
         if self._phase_start != self._phase_with_stack and time.monotonic() - self._phase_start > self._timeout_seconds:
             self._phase_with_stack = self._phase_start
-            faulthandler.dump_traceback(stack_file, all_threads=True)
+            with self._stack_path(self.rank, "late").open("w") as stack_file:
+                faulthandler.dump_traceback(stack_file, all_threads=True)
 
     def _watch_memory(self) -> None:
         """Warns once per phase and host that its memory is nearly used up."""
@@ -216,7 +220,7 @@ class Watchdog:
 
     def _stack_of(self, sign: Sign) -> str:
         """Python stacks of a rank: asked for on this host, where it may be stopped; else what its watchdog wrote."""
-        path = self._folder / f"rank_{sign.rank:05}.stack"
+        path = self._stack_path(sign.rank, "asked")
         with contextlib.suppress(OSError):
             if sign.host == socket.gethostname() and _catches(sign.pid, _STACK_SIGNAL):
                 written = path.stat().st_size
@@ -227,7 +231,7 @@ class Watchdog:
                     time.sleep(_FAILURE_LOOK_SECONDS)
                 time.sleep(_FAILURE_LOOK_SECONDS)
                 return path.read_text()[written:]
-            return path.read_text()
+            return self._stack_path(sign.rank, "late").read_text()
         return ""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_task import make_start, prime_config, read_curve, run_prime
+from small_task import prime_config, read_curve, run_prime
 
 VARIANTS = {
     "tp2": {"parallel": {"world_size": 2, "tensor_model_parallel_size": 2}},
@@ -41,11 +41,6 @@ TOLERANCE = 1e-5
 RELATIVE = ("policy/grad_norm", "prm/grad_norm", "policy/max_ratio")
 # The largest of some thousand rounding differences between engine and trainer is no function of the layout at all.
 NOISE, LARGEST_NOISE = ("rollout/logprob_gap_max",), 1e-4
-
-
-@pytest.fixture(scope="module")
-def start(gloo_pool, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return gloo_pool.run(1, make_start, str(tmp_path_factory.mktemp("start")))[0]
 
 
 @pytest.fixture(scope="module")

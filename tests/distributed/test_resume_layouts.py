@@ -7,15 +7,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from small_task import make_start, prime_config, read_curve, run_prime
+from small_task import prime_config, read_curve, run_prime
 
 SAVED = {"checkpoint": {"every_steps": 2, "keep_last": 5}}
 NUM_STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def start(gloo_pool, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return gloo_pool.run(1, make_start, str(tmp_path_factory.mktemp("start")))[0]
 
 
 def test_going_on_is_bit_exact(gloo_pool, start: str, tmp_path: Path) -> None:
