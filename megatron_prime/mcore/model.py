@@ -197,8 +197,7 @@ class LogprobModel(GPTModel):
             return hidden_states
         targets = kwargs["labels"]
         selected, shards = self._response_states(hidden_states, kwargs["loss_mask"])
-        tied = self.share_embeddings_and_output_weights
-        weight: Any = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        weight = self._head_weight()
         arguments: dict[str, Any] = {
             "vocab_size": self.true_vocab_size,
             "temperature": self.temperature,
@@ -219,6 +218,13 @@ class LogprobModel(GPTModel):
             accumulate_main_grad=hasattr(weight, "main_grad"),
             **arguments,
         ).loss
+
+    def _head_weight(self) -> Any:
+        # The op does without the layer's call, on which hang the hooks that wait for a gather of its parameters.
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer, ())
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
 
     def _response_states(
         self, hidden_states: torch.Tensor, predicts: torch.Tensor

@@ -67,7 +67,7 @@ FEW = [
     Case(),
     Case(family="qwen3", tp=2, cp=2, sequence_parallel=True, recompute="selective"),
     Case(family="llama", pp=2, cp=2, packed=False, recompute="full"),
-    Case(family="qwen2", tp=2, pp=2, sequence_parallel=True, distributed_optimizer=True),
+    Case(family="qwen2", tp=2, pp=2, sequence_parallel=True, distributed_optimizer=True, overlap=True),
     Case(family="qwen2_untied", cp=2, dp=2, distributed_optimizer=True, overlap=True),
     Case(family="qwen2", pp=2, dp=2, virtual=2, overlap=True),
     Case(family="qwen3_moe", tp=2, ep=2, sequence_parallel=True),
