@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -20,6 +20,8 @@ from megatron_prime.rollout.protocol import Engine
 from megatron_prime.rollout.transformers_engine import TransformersEngine
 from megatron_prime.rollout.vllm.engine import VllmEngine, VllmSetup
 from megatron_prime.rollout.vllm.messages import EngineOptions
+from megatron_prime.rollout.vllm.process import EngineParent
+from megatron_prime.rollout.vllm.streamed_engine import StreamedVllmEngine
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
 from megatron_prime.weights.folder_export import FolderExport
 from megatron_prime.weights.hf_folder import HfFolder
@@ -59,7 +61,7 @@ def running_engine(
 
             engine = VllmInRanks(in_ranks(setup))
         else:
-            engine = VllmEngine(setup)
+            engine = engine_beside(setup)
     else:
         device = layout.device if layout else "cuda" if torch.cuda.is_available() else "cpu"
         engine = TransformersEngine(
@@ -67,6 +69,11 @@ def running_engine(
         )
     with closing(engine):
         yield engine
+
+
+def engine_beside(setup: VllmSetup, parent: EngineParent | None = None) -> VllmEngine:
+    """The engine in a process beside the trainer that gets its weights as the setup says."""
+    return (StreamedVllmEngine if setup.options.transfer == "ipc" else VllmEngine)(setup, parent)
 
 
 def vllm_setup(
@@ -85,6 +92,7 @@ def vllm_setup(
     first_device = int(os.environ.get("LOCAL_RANK", "0"))
     return VllmSetup(
         options=engine_options(folder, dtype, section, architecture),
+        bucket_bytes=section.bucket_mib * 2**20,
         vocab_size=architecture.vocab_size,
         end_token_ids=end_token_ids,
         decode=decode,
@@ -124,7 +132,14 @@ def engine_options(folder: str, dtype: str, section: VllmSection, architecture: 
         kv_cache_bytes=None if section.kv_cache_gib is None else int(section.kv_cache_gib * 2**30),
         gpu_memory_utilization=section.gpu_memory_utilization,
         pack_weights=section.pack_weights,
+        transfer=_transfer_beside(section),
     )
+
+
+def _transfer_beside(section: VllmSection) -> Literal["shared_memory", "ipc"]:
+    if section.transfer == "ipc" or (section.transfer == "auto" and torch.cuda.is_available() and not section.in_ranks):
+        return "ipc"
+    return "shared_memory"
 
 
 def servers_setup(
@@ -138,6 +153,10 @@ def servers_setup(
     """Which servers there are and whether this rank sends weights to them."""
     from megatron_prime.rollout.vllm.servers import ServersSetup
 
+    on_gpu = torch.cuda.is_available()
+    if section.transfer == "nccl" and not on_gpu:
+        raise ConfigError("rollout.vllm.transfer: nccl needs a GPU on this host; use gloo")
+    by_nccl = on_gpu and section.transfer != "gloo"
     return ServersSetup(
         urls=tuple(url.rstrip("/") for url in section.servers),
         vocab_size=architecture.vocab_size,
@@ -146,6 +165,8 @@ def servers_setup(
         end_token_ids=end_token_ids,
         decode=decode,
         holds_copy=layout is None or layout.copy_index == 0,
+        transfer="nccl" if by_nccl else "gloo",
+        device=torch.device("cuda", torch.cuda.current_device()) if by_nccl else torch.device("cpu"),
         bucket_bytes=section.bucket_mib * 2**20,
         timeout_seconds=section.timeout_seconds,
         max_restarts=section.max_restarts,

@@ -157,7 +157,7 @@ def trainer_rank(
     )
     engine = VllmEngine(setup)
     begun = time.perf_counter()
-    engine.writer(weights)
+    engine.prepare(weights)
     first_plan = time.perf_counter() - begun
     engine.load_weights(weights, 0)
     reset_peak("self")
@@ -168,7 +168,7 @@ def trainer_rank(
         dist.barrier()
         begun = time.perf_counter()
         weights.tensors()
-        engine.writer(weights)
+        engine.prepare(weights)
         planning.append(time.perf_counter() - begun)
         engine.load_weights(weights, version)
         seconds.append(time.perf_counter() - begun)

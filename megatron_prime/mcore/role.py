@@ -80,7 +80,7 @@ class ModelRole:
                 Float16Module(self.config, chunk) if self.config.bf16 else chunk for chunk in self.chunks
             ]
         self.specs: list[WeightSpec] = weight_specs(setup.architecture)
-        self._export = WeightExport(self.specs, setup.architecture, self.local_weights, setup.layout.export_groups())
+        self._export = WeightExport(self.specs, setup.architecture, self._awake_weights, setup.layout.export_groups())
 
     def local_weights(self) -> dict[str, torch.Tensor]:
         """This rank's parameters under their global Megatron names (views, not copies)."""
@@ -147,6 +147,11 @@ class ModelRole:
     def export_weights(self) -> WeightExport:
         """The weights for an engine or a folder; every rank must take part in reading them."""
         return self._export
+
+    def _awake_weights(self) -> dict[str, torch.Tensor]:
+        """`local_weights`, brought back if they are away: an engine may be lost, and need them, while models sleep."""
+        self.wake()
+        return self.local_weights()
 
     def _micro_batches(self, rows: TokenRows, selected: Sequence[int]) -> list[MicroBatch]:
         lengths = rows.input_lengths()

@@ -9,10 +9,12 @@ import time
 import pytest
 import torch
 
-from megatron_prime.rollout.vllm.broadcast import BucketReceiver, BucketSender, Group
-from megatron_prime.rollout.vllm.shared_weights import SharedWeights, lay_out, whole_tensors
+from megatron_prime.rollout.vllm.broadcast import Group
+from megatron_prime.rollout.vllm.buckets import BucketReceiver, BucketSender
+from megatron_prime.rollout.vllm.shared_weights import SharedPlan, lay_out, whole_tensors
 from megatron_prime.weights.shards import digest
 
+CPU = torch.device("cpu")
 SHAPES = {"one": (3,), "aligned": (16, 4), "long": (1000,), "tiny": (1,), "matrix": (37, 5), "last": (64,)}
 
 
@@ -24,45 +26,50 @@ def make_weights(version: int) -> dict[str, torch.Tensor]:
     }
 
 
-def exchange(port: int, bucket_bytes: int) -> list[list[bool]]:
+def plan_of(weights: dict[str, torch.Tensor]) -> SharedPlan:
+    return whole_tensors(lay_out([(name, tuple(t.shape), t.dtype) for name, t in weights.items()]))
+
+
+def exchange(port: int, bucket_bytes: int, keeps_all: bool) -> list[list[bool]]:
     """Per set of weights, which tensors arrived as they were sent, in the order in which they were complete."""
     rank = int(os.environ["RANK"])
-    plan = whole_tensors(lay_out([(name, tuple(t.shape), t.dtype) for name, t in make_weights(0).items()]))
-    group = Group("127.0.0.1", port, rank, 3, 60.0)
+    plan = plan_of(make_weights(0))
+    group = Group("gloo", "127.0.0.1", port, rank, 3, 60.0, CPU)
     if rank == 0:
-        sender = BucketSender(plan, group, bucket_bytes)
+        sender = BucketSender(plan, group, torch.empty(2, bucket_bytes, dtype=torch.uint8), with_digests=True)
         for version in range(3):
             sent = make_weights(version)
-            assert sender.send(iter(sent.items())) == b"".join(map(digest, sent.values()))
+            sums = torch.frombuffer(bytearray(b"".join(map(digest, sent.values()))), dtype=torch.uint8)
+            assert sender.send(iter(sent.items())) == digest(sums).hex()
         return []
-    memory = SharedWeights(plan)
-    receiver = BucketReceiver(memory, group, bucket_bytes)
+    receiver = BucketReceiver(plan, group, bucket_bytes, CPU, keeps_all=keeps_all)
     arrived = []
     for version in range(3):
         expected = make_weights(version)
-        receiver.begin()
+        kept = {}
         arrived.append([])
-        for number, (name, tensor) in enumerate(memory.tensors.items(), start=1):
-            receiver.wait(number)
-            arrived[-1].append(torch.equal(tensor, expected[name]))
-        receiver.finish()
-        sums = b"".join(map(digest, expected.values()))
-        arrived[-1].append(memory.digests.numpy().tobytes() == sums)
+        for batch in receiver:
+            arrived[-1] += [torch.equal(tensor, expected[name]) for name, tensor in batch]
+            kept.update(batch)
+        assert list(kept) == list(expected)
+        assert not keeps_all or all(torch.equal(kept[name], tensor) for name, tensor in expected.items())
+        arrived[-1].append(receiver.digests.numpy().tobytes() == b"".join(map(digest, expected.values())))
     return arrived
 
 
+@pytest.mark.parametrize("keeps_all", [True, False], ids=["whole", "windows"])
 @pytest.mark.parametrize("bucket_bytes", [64, 256, 4096, 2**20])
-def test_every_receiver_gets_every_set(gloo_pool, bucket_bytes: int) -> None:
+def test_every_receiver_gets_every_set(gloo_pool, bucket_bytes: int, keeps_all: bool) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    _, *receivers = gloo_pool.run(3, exchange, port, bucket_bytes)
+    _, *receivers = gloo_pool.run(3, exchange, port, bucket_bytes, keeps_all)
     assert receivers == [[[True] * (len(SHAPES) + 1)] * 3] * 2
 
 
 def give_up(port: int) -> str:
     rank = int(os.environ["RANK"])
-    group = Group("127.0.0.1", port, rank, 2, 60.0)
+    group = Group("gloo", "127.0.0.1", port, rank, 2, 60.0, CPU)
     if rank == 0:
         group.abort()
         time.sleep(3)  # leaving would close the connection, which receivers see too

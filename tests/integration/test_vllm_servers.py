@@ -16,12 +16,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from vllm_models import VOCAB_SIZE, export, largest_gap, make_prompts, make_start, sampling, spell
 
 from megatron_prime.cli import main
 from megatron_prime.config.schema import VllmSection
 from megatron_prime.engines import servers_setup
-from megatron_prime.errors import RolloutError
+from megatron_prime.errors import ConfigError, RolloutError
 from megatron_prime.rollout.vllm.servers import VllmServers
 from megatron_prime.weights.architecture import read_architecture
 
@@ -242,6 +243,12 @@ def test_a_server_with_other_weights_is_not_listened_to(
         engine.generate(prompts, sampling())
     engine.load_weights(export(folders[0]), 21)
     assert largest_gap(folders[0], prompts, engine.generate(prompts, sampling())) < 1e-4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this host has a GPU")
+def test_nccl_without_a_gpu_is_refused(folders: list[Path]) -> None:
+    with pytest.raises(ConfigError, match=r"rollout.vllm.transfer: nccl needs a GPU on this host; use gloo"):
+        make_engine(folders[0], ["http://127.0.0.1:1"], transfer="nccl")
 
 
 def test_absent_servers_are_named(folders: list[Path], servers: list[Server]) -> None:

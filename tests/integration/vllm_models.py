@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.config.schema import VllmSection
-from megatron_prime.engines import vllm_setup
+from megatron_prime.engines import engine_beside, vllm_setup
 from megatron_prime.mcore.dtypes import DTYPES
 from megatron_prime.rollout.vllm.engine import VllmEngine
 from megatron_prime.rollout.vllm.process import EngineParent
@@ -78,7 +78,7 @@ def make_engine(
         setattr(section, name, value)
     architecture = read_architecture(folder)
     setup = vllm_setup(str(folder), dtype, section, architecture, None, 1, end_token_ids=(1,), decode=spell)
-    return VllmEngine(setup, parent)
+    return engine_beside(setup, parent)
 
 
 def spell(token_ids: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.prompts import check_prompts
 from megatron_prime.rollout.protocol import ExportedWeights, OnAnswer
 from megatron_prime.rollout.vllm.answers import make_request, raise_for, to_response
-from megatron_prime.rollout.vllm.messages import EngineOptions, SharedUpdate
+from megatron_prime.rollout.vllm.messages import EngineOptions, EngineRequest
 from megatron_prime.rollout.vllm.process import EngineLost, EngineParent, EngineProcess
 from megatron_prime.rollout.vllm.writer import WeightWriter
 from megatron_prime.weights.shards import find_non_finite
@@ -42,6 +42,16 @@ class VllmSetup:
     verify_refit: bool
     abort_after_seconds: float | None = None
     """When to cut off answers that are not finished; None: never."""
+    bucket_bytes: int
+    """Size of each of the two buckets that weights come in, where they come in such."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The answers that one engine samples, by request."""
+
+    waiting: dict[str, EngineRequest]
+    done: dict[str, Response]
 
 
 class VllmEngine:
@@ -63,9 +73,8 @@ class VllmEngine:
         self._owns_parent = parent is None
         self._process: EngineProcess | None = None
         self._writer: WeightWriter | None = None
-        self._update: SharedUpdate | None = None
         self._version = -1
-        """Of the weights in the memory."""
+        """Of the weights that the engine has, or shall have."""
         if setup.is_leader and parent is None:
             self._parent = self._new_parent()
 
@@ -82,13 +91,17 @@ class VllmEngine:
             max_length=setup.options.max_model_len,
             vocab_size=setup.vocab_size,
         )
-        groups: list[list[Response]] = []
-        problem = None
-        if setup.is_leader:
-            try:
-                groups = self._sample(prompts[setup.engine_index :: setup.num_engines], sampling, on_answer)
-            except RolloutError as error:
-                problem = str(error)
+        mine = prompts[setup.engine_index :: setup.num_engines] if setup.is_leader else []
+        keys = [(index, answer) for index in range(len(mine)) for answer in range(sampling.num_responses)]
+        requests = [
+            make_request(f"{index}/{answer}", mine[index], answer, sampling, setup.end_token_ids)
+            for index, answer in keys
+        ]
+        share = Share({request.request_id: request for request in requests}, {})
+        problem = self._sample(share, on_answer)
+        groups = []
+        if problem is None:
+            groups = [[share.done[f"{i}/{a}"] for a in range(sampling.num_responses)] for i in range(len(mine))]
         answers = world.all_gather((setup.engine_index, groups, problem) if setup.is_leader else None)
         shares = sorted((answer for answer in answers if answer is not None), key=lambda answer: answer[0])
         raise_for(problem for _, _, problem in shares)
@@ -97,40 +110,28 @@ class VllmEngine:
     def load_weights(self, weights: ExportedWeights, version: int) -> str:
         """See `protocol.Engine.load_weights`; a failed load leaves no engine that could generate."""
         self.weight_version = -1
-        writer = self.writer(weights)
-        writer.begin()
+        self.prepare(weights)
         problems = [f"{name}: holds values that are not finite" for name in find_non_finite(weights.slices())]
-        # Also says that every rank has begun.
+        # Also says that every rank is prepared.
         problems = sorted({problem for found in world.all_gather(problems) for problem in found})
         if problems:
             raise RolloutError("\n".join(f"weights of version {version}: {problem}" for problem in problems))
-        problem = None
-        if self._setup.is_leader:
-            self._version = version
-            try:
-                self._begin_load()
-                writer.write(weights)
-                self._with_restarts(self._finish_load)
-            except RolloutError as error:
-                problem = str(error)
-        else:
-            writer.write(weights)
-        raise_for(world.all_gather(problem))
+        self._version = version
+        raise_for(world.all_gather(self._load(weights)))
         self.weight_version = version
-        return writer.checksum()
+        return self._checksum()
 
-    def writer(self, weights: ExportedWeights) -> WeightWriter:
-        """The way into the memory that this rank's engine reads, planned at the first refit."""
+    def prepare(self, weights: ExportedWeights) -> None:
+        """Makes ready for a set of weights; the first time plans for all; a collective of the copy's ranks."""
         setup = self._setup
         if self._writer is None:
-            self._writer = WeightWriter(weights, is_leader=setup.is_leader, with_digests=setup.verify_refit)
-            self._update = SharedUpdate(
-                path=self._writer.path,
-                plan=self._writer.plan,
-                compare_digests=setup.verify_refit,
+            self._writer = WeightWriter(
+                weights,
+                is_leader=setup.is_leader,
+                with_digests=setup.verify_refit,
                 timeout_seconds=setup.timeout_seconds,
             )
-        return self._writer
+        self._writer.begin()
 
     def sleep(self) -> None:
         """An engine process keeps its memory; nothing to do."""
@@ -153,14 +154,28 @@ class VllmEngine:
         """Of this rank's engine process, where there is one."""
         return self._process.process_id if self._process is not None else None
 
-    def _begin_load(self) -> None:
-        """Has the engine follow this rank's writing, if there is an engine; otherwise `_finish_load` starts one."""
-        if self._process is not None:
-            assert self._update is not None
-            try:
-                self._process.begin_load(self._update, self._version)
-            except EngineLost as error:
-                self._lose(error)
+    def _checksum(self) -> str:
+        assert self._writer is not None
+        return self._writer.checksum()
+
+    def _load(self, weights: ExportedWeights) -> str | None:
+        """Has the engine load weights that are prepared for; what went wrong. A collective of the copy's ranks."""
+        assert self._writer is not None
+        if not self._setup.is_leader:
+            self._writer.write(weights)
+            return None
+        try:
+            if self._process is not None:
+                # It follows this rank's writing.
+                try:
+                    self._process.begin_load(self._writer.update, self._version)
+                except EngineLost as error:
+                    self._lose(error)
+            self._writer.write(weights)
+            self._with_restarts(self._finish_load)
+        except RolloutError as error:
+            return str(error)
+        return None
 
     def _finish_load(self) -> None:
         """Returns when the engine holds the current weights."""
@@ -168,30 +183,25 @@ class VllmEngine:
         if self._process.loading == self._version:
             self._process.finish_load()
 
-    def _sample(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, on_answer: OnAnswer | None
-    ) -> list[list[Response]]:
-        waiting = {
-            f"{index}/{answer}": make_request(f"{index}/{answer}", prompt, answer, sampling, self._setup.end_token_ids)
-            for index, prompt in enumerate(prompts)
-            for answer in range(sampling.num_responses)
-        }
-        done: dict[str, Response] = {}
+    def _sample(self, share: Share, on_answer: OnAnswer | None) -> str | None:
+        """Has the engine sample what is waiting; what went wrong."""
+        if not share.waiting:
+            return None
+        try:
+            self._with_restarts(lambda: self._sample_the_rest(share, on_answer))
+        except RolloutError as error:
+            return str(error)
+        return None
 
-        def sample_the_rest() -> None:
-            assert self._process is not None
-            for finished in self._process.generate(list(waiting.values()), self._setup.abort_after_seconds):
-                del waiting[finished.request_id]
-                response = done[finished.request_id] = to_response(finished, self._setup.decode)
-                if on_answer is not None:
-                    index, answer = map(int, finished.request_id.split("/"))
-                    on_answer(self._setup.engine_index + index * self._setup.num_engines, answer, response)
-
-        if waiting:
-            self._with_restarts(sample_the_rest)
-        return [
-            [done[f"{index}/{answer}"] for answer in range(sampling.num_responses)] for index in range(len(prompts))
-        ]
+    def _sample_the_rest(self, share: Share, on_answer: OnAnswer | None) -> None:
+        assert self._process is not None
+        setup = self._setup
+        for finished in self._process.generate(list(share.waiting.values()), setup.abort_after_seconds):
+            del share.waiting[finished.request_id]
+            response = share.done[finished.request_id] = to_response(finished, setup.decode)
+            if on_answer is not None:
+                index, answer = map(int, finished.request_id.split("/"))
+                on_answer(setup.engine_index + index * setup.num_engines, answer, response)
 
     def _with_restarts(self, action: Callable[[], None]) -> None:
         """Does something with the engine, on a new one with the current weights whenever one is lost."""
@@ -218,13 +228,16 @@ class VllmEngine:
 
     def _start(self) -> None:
         """A new engine process with the current weights."""
-        setup = self._setup
-        assert self._update is not None
+        assert self._writer is not None
+        self._process = self._new_process()
+        self._process.begin_load(self._writer.update, self._version)
+        self._process.finish_load()
+
+    def _new_process(self) -> EngineProcess:
+        """An engine process without weights."""
         if self._parent is None or not self._parent.is_alive:
             self._parent, self._owns_parent = self._new_parent(), True
-        self._process = EngineProcess(self._parent, setup.options, setup.timeout_seconds)
-        self._process.begin_load(self._update, self._version)
-        self._process.finish_load()
+        return EngineProcess(self._parent, self._setup.options, self._setup.timeout_seconds)
 
     def _new_parent(self) -> EngineParent:
         setup = self._setup

@@ -21,7 +21,7 @@ from megatron_prime.rollout.prompts import check_prompts
 from megatron_prime.rollout.protocol import ExportedWeights, OnAnswer
 from megatron_prime.rollout.vllm.answers import make_request, raise_for, to_response
 from megatron_prime.rollout.vllm.engine import VllmSetup
-from megatron_prime.rollout.vllm.messages import Finished, Generate, LoadWeights, SharedUpdate
+from megatron_prime.rollout.vllm.messages import Finished, Generate, LoadWeights
 from megatron_prime.rollout.vllm.process import engine_environment
 from megatron_prime.rollout.vllm.writer import WeightWriter
 from megatron_prime.weights.shards import find_non_finite
@@ -94,7 +94,12 @@ class VllmInRanks:
         writer = self._writer
         if writer is None:
             leads = weights.gather(world.rank())[0] == world.rank()
-            writer = self._writer = WeightWriter(weights, is_leader=leads, with_digests=self._setup.verify_refit)
+            writer = self._writer = WeightWriter(
+                weights,
+                is_leader=leads,
+                with_digests=self._setup.verify_refit,
+                timeout_seconds=self._setup.timeout_seconds,
+            )
         writer.begin()
         problems = [f"{name}: holds values that are not finite" for name in find_non_finite(weights.slices())]
         if writer.gathers:
@@ -102,16 +107,10 @@ class VllmInRanks:
         # Also says that every rank has begun.
         raise_for(sorted({problem for found in world.all_gather(problems) for problem in found}))
         writer.write(weights)
-        update = SharedUpdate(
-            path=writer.path,
-            plan=writer.plan,
-            compare_digests=self._setup.verify_refit,
-            timeout_seconds=self._setup.timeout_seconds,
-        )
         problem = None
         try:
             with _undisturbed():
-                self._server.load(self._llm, LoadWeights(update=update, version=version))
+                self._server.load(self._llm, LoadWeights(update=writer.update, version=version))
         except (ValueError, RuntimeError) as error:
             problem = f"weights of version {version}: {error}"
         raise_for(world.all_gather(problem))

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_prime.rollout.vllm.ipc import BucketOffer
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan
+
+BACKENDS = {
+    "shared_memory": "megatron_prime_shared_memory",
+    "ipc": "megatron_prime_ipc",
+    "servers": "megatron_prime_broadcast",
+}
+"""What the classes of `transfer` are called in vLLM's factory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +33,8 @@ class EngineOptions:
     gpu_memory_utilization: float
     pack_weights: bool
     """On a CPU: let oneDNN repack the matrices. Generates faster, loads slower."""
+    transfer: Literal["shared_memory", "ipc"]
+    """How weights come to an engine on the trainer's host."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,10 +50,23 @@ class SharedUpdate:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BucketUpdate:
+    """A complete set of weights that comes in buckets."""
+
+    offer: BucketOffer
+    first_bucket: int
+    """Buckets of earlier sets."""
+    plan: SharedPlan
+    compare_digests: bool
+    timeout_seconds: float
+    """The longest wait for a bucket."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoadWeights:
     """Replace all weights."""
 
-    update: SharedUpdate
+    update: SharedUpdate | BucketUpdate
     version: int
 
 

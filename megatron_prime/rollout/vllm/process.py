@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 
 from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.vllm.messages import (
+    BucketUpdate,
     EngineOptions,
     EngineRequest,
     Failed,
@@ -67,7 +68,7 @@ class EngineParent:
 
     Args:
         num_threads: of each engine.
-        device_ids: GPUs that engines see; empty on a CPU.
+        device_ids: GPUs that engines see, as this process counts; empty on a CPU.
         timeout_seconds: for the import.
     """
 
@@ -75,7 +76,10 @@ class EngineParent:
         environment = {key: value for key, value in os.environ.items() if key not in _TRAINER_ENVIRONMENT}
         environment |= engine_environment(on_gpu=bool(device_ids)) | {"OMP_NUM_THREADS": str(num_threads)}
         if device_ids:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, device_ids))
+            # The trainer may itself see only some of the GPUs, by numbers or by names.
+            visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+            names = [visible[number] if visible else str(number) for number in device_ids]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(names)
             # A forked process cannot use the CUDA context of its parent.
             environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         # vLLM leaves files behind when it is killed.
@@ -158,7 +162,7 @@ class EngineProcess:
         assert isinstance(ready, Ready)
         self.process_id = ready.process_id
 
-    def begin_load(self, update: SharedUpdate, version: int) -> None:
+    def begin_load(self, update: SharedUpdate | BucketUpdate, version: int) -> None:
         """Has all weights replaced; they may still be being written.
 
         Raises:
@@ -177,6 +181,13 @@ class EngineProcess:
         assert isinstance(loaded, Loaded)
         self.loading = None
         return loaded
+
+    def has_spoken(self) -> bool:
+        """Whether there is an answer, or none will come any more."""
+        try:
+            return self._connection.poll(0)
+        except OSError:
+            return True
 
     def generate(
         self, requests: Sequence[EngineRequest], abort_after_seconds: float | None = None

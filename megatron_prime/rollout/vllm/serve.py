@@ -8,12 +8,9 @@ import sys
 
 import torch
 
-from megatron_prime.rollout.vllm.messages import EngineOptions
+from megatron_prime.rollout.vllm.messages import BACKENDS, EngineOptions
 from megatron_prime.rollout.vllm.process import engine_environment
 from megatron_prime.rollout.vllm.server import STEP_TOKENS
-
-_BACKEND = "megatron_prime_broadcast"
-"""`transfer.BROADCAST`, whose module needs vLLM."""
 
 
 def server_command(
@@ -37,7 +34,7 @@ def server_command(
     command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--seed", "0"]
     command += ["--enable-prefix-caching", "--enable-scale-out"]
     command += ["--worker-extension-cls", "megatron_prime.rollout.vllm.transfer.WorkerExtension"]
-    command += ["--weight-transfer-config", json.dumps({"backend": _BACKEND})]
+    command += ["--weight-transfer-config", json.dumps({"backend": BACKENDS["servers"]})]
     command += ["--host", host, "--port", str(port), "--disable-uvicorn-access-log"]
     if options.kv_cache_bytes is not None:
         command += ["--kv-cache-memory-bytes", str(options.kv_cache_bytes)]

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from megatron_prime.rollout.vllm.messages import (
+    BACKENDS,
     EngineOptions,
     EngineRequest,
     Failed,
@@ -21,7 +22,6 @@ from megatron_prime.rollout.vllm.messages import (
     Message,
     Ready,
 )
-from megatron_prime.rollout.vllm.transfer import SHARED_MEMORY
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def build(options: EngineOptions, *, in_ranks: bool = False) -> Any:
         disable_log_stats=True,
         seed=0,
         worker_extension_cls="megatron_prime.rollout.vllm.transfer.WorkerExtension",
-        weight_transfer_config={"backend": SHARED_MEMORY},
+        weight_transfer_config={"backend": BACKENDS[options.transfer]},
         **limits,
     )
     llm.init_weight_transfer_engine({"init_info": {}})

@@ -1,4 +1,4 @@
-"""The vLLM engine on other hosts: servers that are told over HTTP and get their weights from one process by gloo."""
+"""The vLLM engine on other hosts: servers that are told over HTTP and get weights from one process by gloo or NCCL."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -22,11 +22,12 @@ from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.prompts import check_prompts
 from megatron_prime.rollout.protocol import ExportedWeights, OnAnswer
 from megatron_prime.rollout.vllm.answers import make_request, raise_for, to_response
-from megatron_prime.rollout.vllm.broadcast import BucketSender, Group
+from megatron_prime.rollout.vllm.broadcast import Group
+from megatron_prime.rollout.vllm.buckets import BucketSender
 from megatron_prime.rollout.vllm.http import ServerLost, VllmServer
 from megatron_prime.rollout.vllm.messages import EngineRequest, Finished
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan, lay_out, whole_tensors
-from megatron_prime.weights.shards import digest, find_non_finite
+from megatron_prime.weights.shards import find_non_finite
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -49,6 +50,9 @@ class ServersSetup:
     """Tokens of an answer (without the token that ended it) to text."""
     holds_copy: bool
     """Whether this rank belongs to the model copy that is sent; global rank 0 does, and sends it."""
+    transfer: Literal["gloo", "nccl"]
+    device: torch.device
+    """Where buckets lie."""
     bucket_bytes: int
     timeout_seconds: float
     max_restarts: int
@@ -71,6 +75,7 @@ class VllmServers:
         self._members: tuple[str, ...] = ()
         """Servers in the sender's group, which hold the latest weights if any are loaded."""
         self._sender: BucketSender | None = None
+        self._group: Group | None = None
         self._has_met = False
         self._version = -1
         """Of the weights that the members hold; -1: not known."""
@@ -128,7 +133,7 @@ class VllmServers:
     def close(self) -> None:
         """Leaves the servers alone: they were not started here."""
         self.weight_version = -1
-        self._sender = None
+        self._sender = self._group = None
 
     async def _connect(self, excluded: set[str]) -> None:
         """Has a group of all servers that are there; a new one if it changed or one of them was started anew."""
@@ -156,7 +161,7 @@ class VllmServers:
         """Makes a new group of the sender and every worker of these servers."""
         assert self._plan is not None
         setup = self._setup
-        self._members, self._sender, self._version = (), None, -1
+        self._members, self._sender, self._group, self._version = (), None, None, -1
         if (shortest := min(await asyncio.gather(*(s.max_model_len() for s in servers)))) < setup.max_model_len:
             raise RolloutError(
                 f"rollout.vllm.servers: a server takes {shortest} tokens at most, rollout.vllm.max_model_len is "
@@ -165,6 +170,7 @@ class VllmServers:
         num_workers = await asyncio.gather(*(server.num_workers() for server in servers))
         size, port = 1 + sum(num_workers), _free_port()
         meeting = {
+            "backend": setup.transfer,
             "port": port,
             "size": size,
             "entries": [[entry.name, list(entry.shape), entry.dtype, entry.offset] for entry in self._plan.entries],
@@ -173,7 +179,8 @@ class VllmServers:
             "timeout_seconds": min(_MEETING_SECONDS, setup.timeout_seconds),
         }
         ranks = [1 + sum(num_workers[:number]) for number in range(len(servers))]
-        own = asyncio.to_thread(Group, "0.0.0.0", port, 0, size, meeting["timeout_seconds"])
+        place = ("0.0.0.0", port, 0, size, meeting["timeout_seconds"])
+        own = asyncio.to_thread(Group, setup.transfer, *place, setup.device)
         joined = [
             server.meet(meeting | {"address": _address_towards(server.url), "first_rank": rank})
             for server, rank in zip(servers, ranks, strict=True)
@@ -183,7 +190,9 @@ class VllmServers:
         except (ServerLost, RuntimeError) as error:
             raise RolloutError(f"the vLLM servers and the trainer did not come together: {error}") from error
         assert group is not None
-        self._sender = BucketSender(self._plan, group, setup.bucket_bytes)
+        buckets = [torch.empty(setup.bucket_bytes, dtype=torch.uint8, device=setup.device) for _ in range(2)]
+        self._group = group
+        self._sender = BucketSender(self._plan, group, buckets, with_digests=setup.verify_refit)
         self._members, self._has_met = tuple(server.url for server in servers), True
 
     async def _load(self, weights: ExportedWeights, version: int, failures: Counter[str]) -> str | None:
@@ -193,36 +202,45 @@ class VllmServers:
             servers = [VllmServer(url, client, self._setup.timeout_seconds) for url in self._members]
             failed = await _each(servers, VllmServer.start_load)
             # Whoever was ready waits for weights; they are sent to all or to none.
-            sums = None
+            checksum = None
             if failed:
                 _drain(weights)
             else:
                 sending = asyncio.create_task(asyncio.to_thread(self._send, weights))
-                failed = await _each(servers, VllmServer.load)
-                sums = await sending
-            if not failed and sums is not None:
+                failed = await _each(servers, self._receive)
+                checksum = await sending
+            if not failed and checksum is not None:
                 failed = await _each(servers, lambda server: server.finish_load(version))
         for url, error in failed.items():
             logger.warning("vLLM server %s was lost in a refit: %s", url, error)
         # One that failed only because another one was lost gets a second chance; the lost one will not answer.
         failures.update(failed.keys())
-        if failed or sums is None:
+        if failed or checksum is None:
             # The others are in the middle of something; they meet anew.
-            self._sender = None
+            self._sender = self._group = None
             return None
         self._version = version
-        return digest_of(sums)
+        return checksum
 
-    def _send(self, weights: ExportedWeights) -> bytes | None:
+    async def _receive(self, server: VllmServer) -> None:
+        """Has a server take what is sent; if it does not, nobody shall wait for it."""
+        assert self._group is not None
+        try:
+            await server.load()
+        except ServerLost:
+            self._group.abort()
+            raise
+
+    def _send(self, weights: ExportedWeights) -> str | None:
         """Sends all weights; None: a receiver was lost. Reads them to their end in any case, as the other ranks do."""
-        assert self._sender is not None
+        assert self._sender is not None and self._group is not None
         stream = iter(weights)
         try:
             return self._sender.send(stream)
         except RuntimeError as error:
             logger.warning("sending weights failed: %s", error)
             # The other receivers would wait for the rest.
-            self._sender.abort()
+            self._group.abort()
             return None
         finally:
             _drain(stream)
@@ -342,11 +360,6 @@ def _problem_of(action: Coroutine[Any, Any, None]) -> str | None:
 def _drain(stream: Iterable[Any]) -> None:
     for _ in stream:
         pass
-
-
-def digest_of(sums: bytes) -> str:
-    """One checksum of many."""
-    return digest(torch.frombuffer(bytearray(sums), dtype=torch.uint8)).hex()
 
 
 def _free_port() -> int:

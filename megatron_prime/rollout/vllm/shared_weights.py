@@ -40,6 +40,15 @@ class TensorEntry:
     def num_bytes(self) -> int:
         return torch.Size(self.shape).numel() * getattr(torch, self.dtype).itemsize
 
+    @property
+    def end(self) -> int:
+        """Behind its last byte."""
+        return self.offset + self.num_bytes
+
+    def view(self, data: torch.Tensor) -> torch.Tensor:
+        """Its bytes as the tensor."""
+        return data.view(getattr(torch, self.dtype)).view(self.shape)
+
 
 def lay_out(tensors: Sequence[TensorShape]) -> tuple[TensorEntry, ...]:
     """Places tensors one behind the other.
@@ -52,7 +61,7 @@ def lay_out(tensors: Sequence[TensorShape]) -> tuple[TensorEntry, ...]:
     for name, shape, dtype in tensors:
         entry = TensorEntry(name, tuple(shape), str(dtype).removeprefix("torch."), offset)
         entries.append(entry)
-        offset += _aligned(entry.num_bytes)
+        offset += aligned(entry.num_bytes)
     return tuple(entries)
 
 
@@ -72,6 +81,42 @@ def whole_tensors(entries: Sequence[TensorEntry]) -> SharedPlan:
     return SharedPlan(tuple(entries), slices, num_writers=1)
 
 
+class SharedMemory:
+    """Bytes that processes on one host share.
+
+    Args:
+        num_bytes: how many.
+        path: memory to open; None creates some, which is zero.
+        writable: whether this process may write.
+
+    Raises:
+        RolloutError: there is not enough memory, or it is gone.
+    """
+
+    def __init__(self, num_bytes: int, path: str | None = None, *, writable: bool = True) -> None:
+        try:
+            if path is None:
+                descriptor = os.memfd_create("megatron_prime_weights", os.MFD_CLOEXEC)
+                os.ftruncate(descriptor, num_bytes)
+                path = f"/proc/{os.getpid()}/fd/{descriptor}"
+            else:
+                descriptor = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+            # Shared in any case, so that later writes of the others are seen.
+            protection = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
+            memory = mmap.mmap(descriptor, num_bytes, prot=protection)
+        except (OSError, ValueError) as error:
+            raise RolloutError(f"shared memory of {num_bytes} bytes for the weights: {error}") from error
+        self._descriptor = descriptor
+        self.path = path
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
+
+    def close(self) -> None:
+        """Takes the path away; the memory goes with the last tensor that lies in it."""
+        os.close(self._descriptor)
+
+
 class SharedWeights:
     """The tensors of a plan in one shared mapping, with how far each writer is and the checksums of all slices.
 
@@ -80,43 +125,21 @@ class SharedWeights:
     Args:
         plan: what lies where.
         path: mapping to open; None creates one.
-        writable: writes reach all processes; otherwise a write stays private to this one.
+        writable: writes reach all processes; otherwise this process only reads.
 
     Raises:
         RolloutError: there is not enough memory, or the mapping is gone.
     """
 
     def __init__(self, plan: SharedPlan, path: str | None = None, *, writable: bool = True) -> None:
-        num_tensor_bytes = max((e.offset + e.num_bytes for e in plan.entries), default=0)
-        progress_start = _aligned(num_tensor_bytes)
-        digests_start = _aligned(progress_start + 8 * plan.num_writers)
+        progress_start = aligned(num_bytes_of(plan.entries))
+        digests_start = aligned(progress_start + 8 * plan.num_writers)
         num_bytes = digests_start + NUM_DIGEST_BYTES * len(plan.slices) + 1
-        try:
-            if path is None:
-                descriptor = os.memfd_create("megatron_prime_weights", os.MFD_CLOEXEC)
-                os.ftruncate(descriptor, num_bytes)
-                path = f"/proc/{os.getpid()}/fd/{descriptor}"
-            else:
-                descriptor = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
-            if writable:
-                memory = mmap.mmap(descriptor, num_bytes)
-            else:
-                # Shared, so that later writes of the others are seen; nothing here writes.
-                memory = mmap.mmap(descriptor, num_bytes, prot=mmap.PROT_READ)
-        except (OSError, ValueError) as error:
-            raise RolloutError(f"shared memory of {num_bytes} bytes for the weights: {error}") from error
-        self._descriptor = descriptor
-        self.path = path
+        self._memory = SharedMemory(num_bytes, path, writable=writable)
+        self.path = self._memory.path
         self.plan = plan
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            whole = torch.frombuffer(memory, dtype=torch.uint8)
-        self.image = whole[:num_tensor_bytes]
-        """All tensors as bytes."""
-        self.tensors: dict[str, torch.Tensor] = {}
-        for entry in plan.entries:
-            bits = whole[entry.offset : entry.offset + entry.num_bytes]
-            self.tensors[entry.name] = bits.view(getattr(torch, entry.dtype)).view(entry.shape)
+        whole = self._memory.bytes
+        self.tensors = {entry.name: entry.view(whole[entry.offset : entry.end]) for entry in plan.entries}
         self.progress = whole[progress_start : progress_start + 8 * plan.num_writers].view(torch.int64)
         """Per writer, how many tensors of the plan are done as far as it is concerned; one more: its checksums, too."""
         digests = whole[digests_start : digests_start + NUM_DIGEST_BYTES * len(plan.slices)]
@@ -140,8 +163,14 @@ class SharedWeights:
     def close(self) -> None:
         """Unmaps; tensors taken from here must not be used afterwards."""
         self.tensors.clear()
-        os.close(self._descriptor)
+        self._memory.close()
 
 
-def _aligned(num_bytes: int) -> int:
+def num_bytes_of(entries: Sequence[TensorEntry]) -> int:
+    """From the start to the last tensor's end."""
+    return max((entry.end for entry in entries), default=0)
+
+
+def aligned(num_bytes: int) -> int:
+    """Rounded up to where a tensor may start."""
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -19,12 +20,16 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from megatron_prime.rollout.vllm.broadcast import BucketReceiver, Group
-from megatron_prime.rollout.vllm.messages import SharedUpdate
-from megatron_prime.rollout.vllm.shared_weights import SharedWeights, TensorEntry, whole_tensors
-from megatron_prime.rollout.vllm.verify import check_engine
+from megatron_prime.rollout.vllm.broadcast import Group
+from megatron_prime.rollout.vllm.buckets import BucketReceiver, Channel
+from megatron_prime.rollout.vllm.ipc import BucketReader
+from megatron_prime.rollout.vllm.messages import BACKENDS, BucketUpdate, SharedUpdate
+from megatron_prime.rollout.vllm.shared_weights import SharedPlan, SharedWeights, TensorEntry, whole_tensors
+from megatron_prime.rollout.vllm.verify import EngineCheck
 
-SHARED_MEMORY, BROADCAST = "megatron_prime_shared_memory", "megatron_prime_broadcast"
+_CPU = torch.device("cpu")
+Batches = Iterator[list[tuple[str, torch.Tensor]]]
+"""Tensors with their names, some at a time."""
 
 
 class CheckedTransfer(WeightTransferEngine[Any, Any]):
@@ -35,8 +40,7 @@ class CheckedTransfer(WeightTransferEngine[Any, Any]):
     """
 
     supports_draft_weight_update = False
-    _weights: SharedWeights | None = None
-    _update: SharedUpdate
+    num_probed_columns = 0
 
     def start_weight_update(self) -> None:
         """Prepares the layers whose weights vLLM has transformed after loading."""
@@ -49,32 +53,57 @@ class CheckedTransfer(WeightTransferEngine[Any, Any]):
         """Loads one complete set (without the base class's wait for an accelerator)."""
         self.receive_weights(self.parse_update_info(update_info))
 
-    def wait(self, num_tensors: int) -> None:
-        """Returns when the first `num_tensors` tensors have arrived."""
+    def digests(self) -> torch.Tensor:
+        """The trainer's checksums of the last set [slices, bytes]."""
         raise NotImplementedError
 
-    def load(self) -> None:
-        """Loads tensor after tensor, close behind the trainer that sends them."""
-        assert self._weights is not None
-        tensors = self._weights.tensors
+    def load(
+        self, batches: Batches, plan: SharedPlan, *, compare_digests: bool, keeps_all: bool, device: torch.device
+    ) -> None:
+        """Loads tensors as they come, close behind the trainer that sends them.
+
+        Args:
+            batches: all tensors of the plan.
+            plan: what is sent.
+            compare_digests: compare the trainer's checksums too.
+            keeps_all: tensors stay valid, so that they can be compared at the end; otherwise those of a batch only
+                until the next.
+            device: where checksums are computed.
+        """
+        self._sent: dict[str, torch.Tensor] = {}
+        self._new_check = partial(EngineCheck, self.model, plan, compare_digests=compare_digests, device=device)
+        # A layer that is repacked has other parameters until then.
+        self._check = None if keeps_all else self._new_check()
 
         def stream() -> Iterator[tuple[str, torch.Tensor]]:
-            for number, (name, tensor) in enumerate(tensors.items()):
-                self.wait(number + 1)
-                yield name, tensor
+            for batch in batches:
+                self._sent.update(batch)
+                yield from batch
 
         with torch.no_grad():
-            self.model.load_weights(stream())  # type: ignore[operator]
-        # A model that asks for nothing (or for less) leaves the stream before its end.
-        self.wait(len(tensors))
+            if self._check is None:
+                tensors = stream()
+                self.model.load_weights(tensors)  # type: ignore[operator]
+                # A model that asks for nothing (or for less) leaves the stream before its end.
+                for _ in tensors:
+                    pass
+                return
+            for batch in batches:
+                self.model.load_weights(iter(batch))  # type: ignore[operator]
+                for name, tensor in batch:
+                    self._check.loaded(name, tensor)
 
     def finish_weight_update(self) -> None:
         """Transforms what vLLM transforms, and compares what the engine now holds with what the trainer has."""
         if self._is_packed:
             finalize_layerwise_reload(self.model, self.model_config)
             _repack_tied_head(self.model)
-        assert self._weights is not None
-        self.num_probed_columns = check_engine(self.model, self._weights, self._update)
+        check = self._check or self._new_check()
+        for name, tensor in self._sent.items():
+            check.loaded(name, tensor)
+        check.finish(self._sent, self.digests)
+        self._sent.clear()
+        self.num_probed_columns = check.num_columns
 
 
 @dataclass
@@ -92,6 +121,8 @@ class SharedMemoryTransfer(CheckedTransfer):
 
     init_info_cls = _NothingToSay
     update_info_cls = _WhatIsInMemory
+    _weights: SharedWeights | None = None
+    _update: SharedUpdate
 
     def init_transfer_engine(self, init_info: _NothingToSay) -> None:
         """Nothing to agree on: every update names its memory."""
@@ -102,22 +133,90 @@ class SharedMemoryTransfer(CheckedTransfer):
         if self._weights is None or self._weights.path != update.path:
             # Kept from update to update: mapping a large set anew takes longer than copying it.
             self._weights = SharedWeights(update.plan, update.path, writable=False)
-        self.load()
+        weights = self._weights
 
-    def wait(self, num_tensors: int) -> None:
-        """See `CheckedTransfer.wait`."""
+        def batches() -> Batches:
+            for number, item in enumerate(weights.tensors.items()):
+                weights.wait(number + 1, update.timeout_seconds)
+                yield [item]
+
+        self.load(batches(), update.plan, compare_digests=update.compare_digests, keeps_all=True, device=_CPU)
+
+    def digests(self) -> torch.Tensor:
+        """See `CheckedTransfer.digests`; waits for the trainer's ranks."""
         assert self._weights is not None
-        self._weights.wait(num_tensors, self._update.timeout_seconds)
+        self._weights.wait(len(self._update.plan.entries) + 1, self._update.timeout_seconds)
+        return self._weights.digests
 
     def shutdown(self) -> None:
         """Unmaps the memory."""
         self._weights = None
 
 
+class BucketTransfer(CheckedTransfer):
+    """Weights come in buckets (`buckets.BucketSender`), which are loaded before the next ones come.
+
+    Only where matrices are repacked whole sets are kept, in this process's memory, until they have been compared.
+    """
+
+    _receiver: BucketReceiver | None = None
+
+    def receive(
+        self, plan: SharedPlan, channel: Channel, bucket_bytes: int, device: torch.device, *, compare_digests: bool
+    ) -> None:
+        """Loads one set while buckets arrive on the device."""
+        keeps_all = self._is_packed
+        if self._receiver is None:
+            self._receiver = BucketReceiver(plan, channel, bucket_bytes, device, keeps_all=keeps_all)
+        batches = iter(self._receiver)
+        self.load(batches, plan, compare_digests=compare_digests, keeps_all=keeps_all, device=device)
+
+    def digests(self) -> torch.Tensor:
+        """See `CheckedTransfer.digests`; they came behind the tensors."""
+        assert self._receiver is not None
+        return self._receiver.digests
+
+    def shutdown(self) -> None:
+        """Leaves the trainer and frees the memory."""
+        self._receiver = None
+
+
+@dataclass
+class _WhatIsInBuckets(WeightTransferUpdateInfo):
+    update: BucketUpdate
+
+
+class IpcTransfer(BucketTransfer):
+    """Buckets are memory of the trainer's on this host, on a GPU or not."""
+
+    init_info_cls = _NothingToSay
+    update_info_cls = _WhatIsInBuckets
+    _reader: BucketReader | None = None
+
+    def init_transfer_engine(self, init_info: _NothingToSay) -> None:
+        """Nothing to agree on: every update names its buckets."""
+
+    def receive_weights(self, update_info: _WhatIsInBuckets) -> None:
+        """Loads while the trainer sends."""
+        update = update_info.update
+        if self._reader is None:
+            self._reader = BucketReader(update.offer, self.parallel_config.rank, update.timeout_seconds)
+        self._reader.start(update.first_bucket)
+        device = _CPU if update.offer.cuda_handle is None else self.device
+        bucket_bytes, compare_digests = update.offer.bucket_bytes, update.compare_digests
+        self.receive(update.plan, self._reader, bucket_bytes, device, compare_digests=compare_digests)
+
+    def shutdown(self) -> None:
+        """See `BucketTransfer.shutdown`."""
+        super().shutdown()
+        self._reader = None
+
+
 @dataclass
 class _Meeting(WeightTransferInitInfo):
     """Where the trainer and the workers of all engines meet, and what will be sent."""
 
+    backend: Literal["gloo", "nccl"]
     address: str
     port: int
     first_rank: int
@@ -135,47 +234,36 @@ class _TheSame(WeightTransferUpdateInfo):
     pass
 
 
-class BroadcastTransfer(CheckedTransfer):
-    """Weights come over the network (`broadcast.BucketSender`) and stay in this process's memory until the next."""
+class BroadcastTransfer(BucketTransfer):
+    """Buckets come over the network."""
 
     init_info_cls = _Meeting
     update_info_cls = _TheSame
-    _receiver: BucketReceiver | None = None
+    _group: Group | None = None
 
     def init_transfer_engine(self, init_info: _Meeting) -> None:
         """Meets the others."""
         self.shutdown()
+        if init_info.backend == "nccl" and self.device.type != "cuda":
+            raise ValueError("rollout.vllm.transfer: nccl needs servers with GPUs; use gloo")
+        self._meeting = init_info
+        self._bucket_device = self.device if init_info.backend == "nccl" else _CPU
         entries = tuple(TensorEntry(name, tuple(shape), *rest) for name, shape, *rest in init_info.entries)
-        plan = whole_tensors(entries)
-        self._weights = SharedWeights(plan)
-        self._update = SharedUpdate(
-            path=self._weights.path,
-            plan=plan,
-            compare_digests=init_info.compare_digests,
-            timeout_seconds=init_info.timeout_seconds,
-        )
+        self._plan = whole_tensors(entries)
         rank = init_info.first_rank + self.parallel_config.rank
-        group = Group(init_info.address, init_info.port, rank, init_info.size, init_info.timeout_seconds)
-        self._receiver = BucketReceiver(self._weights, group, init_info.bucket_bytes)
+        address, timeout = (init_info.address, init_info.port), init_info.timeout_seconds
+        self._group = Group(init_info.backend, *address, rank, init_info.size, timeout, self._bucket_device)
 
     def receive_weights(self, update_info: _TheSame) -> None:
         """Loads while buckets arrive."""
-        assert self._receiver is not None
-        self._receiver.begin()
-        self.load()
-        self._receiver.finish()
-
-    def wait(self, num_tensors: int) -> None:
-        """See `CheckedTransfer.wait`."""
-        assert self._receiver is not None
-        self._receiver.wait(num_tensors)
+        assert self._group is not None
+        bucket_bytes, compare_digests = self._meeting.bucket_bytes, self._meeting.compare_digests
+        self.receive(self._plan, self._group, bucket_bytes, self._bucket_device, compare_digests=compare_digests)
 
     def shutdown(self) -> None:
-        """Leaves the group and frees the memory."""
-        self._receiver = None
-        if self._weights is not None:
-            self._weights.close()
-        self._weights = None
+        """See `BucketTransfer.shutdown`."""
+        super().shutdown()
+        self._group = None
 
 
 class WorkerExtension:
@@ -213,6 +301,6 @@ def _repack_tied_head(model: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-for _name, _transfer in ((SHARED_MEMORY, SharedMemoryTransfer), (BROADCAST, BroadcastTransfer)):
+for _name, _transfer in zip(BACKENDS.values(), (SharedMemoryTransfer, IpcTransfer, BroadcastTransfer), strict=True):
     if _name not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(_name, _transfer)

@@ -10,7 +10,7 @@ have all columns read back, large ones a few that differ from update to update.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,48 +19,11 @@ from torch import Tensor
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from megatron_prime.rollout.vllm.messages import SharedUpdate
-from megatron_prime.rollout.vllm.shared_weights import SharedWeights
-from megatron_prime.weights.shards import Range, Ranges, cut, digest
+from megatron_prime.rollout.vllm.shared_weights import SharedPlan
+from megatron_prime.weights.shards import Range, Ranges, cut, digest_on
 
 _MAX_PROBE_OPERATIONS = 2_000_000_000
 _NUM_COLUMNS = 16
-
-
-def check_engine(model: Any, weights: SharedWeights, update: SharedUpdate) -> int:
-    """Compares everything that a worker's model holds with what the trainer has.
-
-    Args:
-        model: the worker's model.
-        weights: what was sent.
-        update: says whether the trainer's checksums are compared too.
-
-    Returns:
-        Columns read back of each repacked matrix; 0 without such.
-
-    Raises:
-        ValueError: names what differs, what the engine has beyond, and what it does not have at all.
-    """
-    fused: Mapping[str, Sequence[str]] = getattr(model, "packed_modules_mapping", {})
-    num_columns = _num_columns(model)
-    sent = _Sent(weights, update.compare_digests)
-    problems: list[str] = []
-    for path, layer in model.named_modules():
-        for kind, parameter in layer.named_parameters(recurse=False):
-            names = _hf_names(path, kind, fused)
-            if isinstance(layer, ParallelLMHead) and names[0] not in weights.tensors:
-                names = ["model.embed_tokens.weight"]
-            if missing := [name for name in names if name not in weights.tensors]:
-                problems.append(f"{path}.{kind}: holds values for which nothing was sent ({missing})")
-                continue
-            parts = _parts(layer, kind, [(name, weights.tensors[name]) for name in names])
-            if not _holds(f"{path}.{kind}", layer, parameter.data, parts, sent, num_columns):
-                problems.append(f"{path}.{kind}: is not what was sent")
-    problems += [f"{name}: was sent and is nowhere in the engine" for name in sorted(sent.unseen)]
-    problems += sent.changed(update.timeout_seconds)
-    if problems:
-        raise ValueError(f"the engine's weights differ: {problems[:6]} ({len(problems)} in all)")
-    return num_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,70 +39,133 @@ class _Part:
         return parameter[self.first_row : self.first_row + stop - start]
 
 
-class _Sent:
-    """What was sent, and the checksums of what arrived, to be compared when the trainer has written its own."""
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What this worker has of a region of a tensor."""
 
-    def __init__(self, weights: SharedWeights, compare_digests: bool) -> None:
-        self._weights = weights
-        self._slices: dict[str, list[tuple[int, Ranges]]] = {name: [] for name in weights.tensors}
+    where: str
+    values: Tensor
+    ranges: Ranges
+
+
+class EngineCheck:
+    """Compares everything that a worker's model holds with what the trainer has, tensor by tensor.
+
+    Args:
+        model: the worker's, whose parameters have the place that they will keep.
+        plan: what is sent.
+        compare_digests: compare the trainer's checksums too.
+        device: where checksums are computed (`digest_on`).
+    """
+
+    def __init__(self, model: Any, plan: SharedPlan, *, compare_digests: bool, device: torch.device) -> None:
+        fused: Mapping[str, Sequence[str]] = getattr(model, "packed_modules_mapping", {})
+        shapes = {entry.name: entry.shape for entry in plan.entries}
+        self.num_columns = _num_columns(model)
+        """Read back of each repacked matrix; 0 without such."""
+        self._plan = plan
+        self._device = device
+        self._slices: dict[str, list[tuple[int, Ranges]]] = {name: [] for name in shapes}
         if compare_digests:
-            for number, (name, ranges) in enumerate(weights.plan.slices):
+            for number, (name, ranges) in enumerate(plan.slices):
                 self._slices[name].append((number, ranges))
-        self._found: list[tuple[int, bytes, str]] = []
-        """Slice, checksum of what is here, and where it is."""
+        self._held: dict[str, list[_Held]] = {name: [] for name in shapes}
+        self._packed: list[tuple[str, Any, list[_Part]]] = []
         self._unread: set[int] = set()
         """Slices of which what was sent is to be compared."""
-        self.unseen = set(weights.tensors)
+        self._found: list[tuple[int, bytes, str]] = []
+        """Slice, checksum of what is here, and where it is."""
+        self._problems: list[str] = []
+        self._unseen = set(shapes)
+        for path, layer in model.named_modules():
+            for kind, parameter in layer.named_parameters(recurse=False):
+                names = _hf_names(path, kind, fused)
+                if isinstance(layer, ParallelLMHead) and names[0] not in shapes:
+                    names = ["model.embed_tokens.weight"]
+                if missing := [name for name in names if name not in shapes]:
+                    self._problems.append(f"{path}.{kind}: holds values for which nothing was sent ({missing})")
+                    continue
+                self._unseen -= set(names)
+                parts = _parts(layer, kind, [(name, shapes[name]) for name in names])
+                self._add(f"{path}.{kind}", layer, parameter.data, parts)
 
-    def equals(self, part: _Part, values: Tensor, where: str) -> bool:
-        """Whether a parameter's values are those of the region, bit for bit or (known later) by checksum."""
-        tensor = self._weights.tensors[part.name]
-        self.unseen.discard(part.name)
-        slices = self._slices[part.name]
+    def loaded(self, name: str, tensor: Tensor) -> None:
+        """Compares a tensor with what the model has made of it.
+
+        Args:
+            name: of the Hugging Face tensor, whose loading is over.
+            tensor: what was sent.
+        """
+        unread = {number for number, _ in self._slices[name] if number in self._unread}
+        for held in self._held[name]:
+            if not self._equals(held, name, tensor, unread):
+                self._problems.append(f"{held.where}: is not what was sent")
+        for number, ranges in self._slices[name]:
+            if number in unread:
+                self._found.append((number, digest_on(self._device, cut(tensor, ranges)), "on its way"))
+
+    def finish(self, sent: Mapping[str, Tensor], digests: Callable[[], Tensor]) -> None:
+        """Compares what has to wait until everything is loaded.
+
+        Args:
+            sent: the tensors, where a matrix was repacked.
+            digests: waits for the trainer's checksums.
+
+        Raises:
+            ValueError: names what differs, what the engine has beyond, and what it does not have at all.
+        """
+        for where, layer, parts in self._packed:
+            if not _probe(layer, [cut(sent[part.name], part.ranges) for part in parts], self.num_columns):
+                self._problems.append(f"{where}: is not what was sent")
+        problems = self._problems + [f"{name}: was sent and is nowhere in the engine" for name in sorted(self._unseen)]
+        if self._found:
+            expected = [row.tobytes() for row in digests().cpu().numpy()]
+            problems += [
+                f"{self._plan.slices[number][0]}{[list(bounds) for bounds in self._plan.slices[number][1]]}: "
+                f"changed ({where})"
+                for number, found, where in self._found
+                if found != expected[number]
+            ]
+        if problems:
+            raise ValueError(f"the engine's weights differ: {problems[:6]} ({len(problems)} in all)")
+
+    def _add(self, where: str, layer: Any, parameter: Tensor, parts: list[_Part]) -> None:
+        is_there, is_packed = parameter.numel() > 0, hasattr(layer, "cpu_linear")
+        if is_there:
+            # An embedding is padded to whole tiles behind the vocabulary.
+            for part in parts:
+                self._held[part.name].append(_Held(where, part.of(parameter), part.ranges))
+        elif not is_packed and any(start < stop for part in parts for start, stop in part.ranges[:1]):
+            self._problems.append(f"{where}: is not what was sent")
+        # A head keeps its parameter beside the repacked copy.
+        is_probed = is_packed and (not is_there or bool(self.num_columns and isinstance(layer, ParallelLMHead)))
+        if is_probed:
+            self._packed.append((where, layer, parts))
+        if is_probed or not is_there:
+            for part in parts:
+                self._unread |= {n for n, ranges in self._slices[part.name] if _intersection(ranges, part.ranges)}
+
+    def _equals(self, held: _Held, name: str, tensor: Tensor, unread: set[int]) -> bool:
+        """Whether values are those of the region, bit for bit or (known later) by checksum."""
+        values, slices = held.values, self._slices[name]
         if values.dtype != tensor.dtype or not slices:
-            return _equal(values, cut(tensor, part.ranges).to(values.dtype)) and self.mark(part)
+            unread |= {number for number, ranges in slices if _intersection(ranges, held.ranges)}
+            return _equal(values, cut(tensor, held.ranges))
         for number, ranges in slices:
-            if (common := _intersection(ranges, part.ranges)) is None:
+            if (common := _intersection(ranges, held.ranges)) is None:
                 continue
-            here = cut(values, tuple((a - c, b - c) for (a, b), (c, _) in zip(common, part.ranges, strict=True)))
+            here = cut(values, tuple((a - c, b - c) for (a, b), (c, _) in zip(common, held.ranges, strict=True)))
             if common == ranges:
-                self._found.append((number, digest(here), where))
+                self._found.append((number, digest_on(self._device, here), held.where))
             else:
-                self._unread.add(number)
+                unread.add(number)
                 if not _equal(here, cut(tensor, common)):
                     return False
         return True
 
-    def mark(self, part: _Part) -> bool:
-        """Notes that what was sent of the region has to be what the trainer has."""
-        self.unseen.discard(part.name)
-        self._unread |= {
-            number for number, ranges in self._slices[part.name] if _intersection(ranges, part.ranges) is not None
-        }
-        return True
-
-    def region(self, part: _Part) -> Tensor:
-        """What was sent of the region."""
-        return cut(self._weights.tensors[part.name], part.ranges)
-
-    def changed(self, timeout_seconds: float) -> list[str]:
-        """Slices that are not here as they are in the trainer."""
-        plan = self._weights.plan
-        for number in sorted(self._unread):
-            name, ranges = plan.slices[number]
-            self._found.append((number, digest(cut(self._weights.tensors[name], ranges)), "on its way"))
-        if not self._found:
-            return []
-        self._weights.wait(len(plan.entries) + 1, timeout_seconds)
-        expected = [row.tobytes() for row in self._weights.digests.numpy()]
-        return [
-            f"{plan.slices[number][0]}{[list(bounds) for bounds in plan.slices[number][1]]}: changed ({where})"
-            for number, found, where in self._found
-            if found != expected[number]
-        ]
-
 
 def _equal(values: Tensor, expected: Tensor) -> bool:
+    expected = expected.to(values.device, values.dtype)
     if values.shape != expected.shape:
         return False
     # Bits in the widest words that fit: comparing bfloat16 as such is five times slower.
@@ -176,7 +202,7 @@ def _hf_names(path: str, kind: str, fused: Mapping[str, Sequence[str]]) -> list[
     return [f"{parent}.{part}.{kind}".removeprefix(".") for part in fused.get(last, (last,))]
 
 
-def _parts(layer: Any, kind: str, tensors: Sequence[tuple[str, Tensor]]) -> list[_Part]:
+def _parts(layer: Any, kind: str, tensors: Sequence[tuple[str, Sequence[int]]]) -> list[_Part]:
     """This worker's regions of the tensors that its parameter is made of, in the order of its rows."""
     shares: list[Range | None] = [None] * len(tensors)
     columns: Range | None = None
@@ -189,14 +215,14 @@ def _parts(layer: Any, kind: str, tensors: Sequence[tuple[str, Tensor]]) -> list
         sizes = [count * layer.head_size for count in heads]
         shares = [(r * size, (r + 1) * size) for r, size in zip(ranks, sizes, strict=True)]
     elif isinstance(layer, ColumnParallelLinear):
-        shares = [_share(len(tensor), layer.tp_rank, layer.tp_size) for _, tensor in tensors]
+        shares = [_share(shape[0], layer.tp_rank, layer.tp_size) for _, shape in tensors]
     elif isinstance(layer, RowParallelLinear) and kind == "weight":
-        columns = _share(tensors[0][1].shape[1], layer.tp_rank, layer.tp_size)
+        columns = _share(tensors[0][1][1], layer.tp_rank, layer.tp_size)
     parts: list[_Part] = []
     first_row = 0
-    for (name, tensor), share in zip(tensors, shares, strict=True):
-        rows = share or (0, len(tensor))
-        rest = [(0, size) for size in tensor.shape[1:]]
+    for (name, shape), share in zip(tensors, shares, strict=True):
+        rows = share or (0, shape[0])
+        rest = [(0, size) for size in shape[1:]]
         parts.append(_Part(name, (rows, *([columns] if columns else rest)), first_row))
         first_row += rows[1] - rows[0]
     return parts
@@ -204,20 +230,6 @@ def _parts(layer: Any, kind: str, tensors: Sequence[tuple[str, Tensor]]) -> list
 
 def _share(size: int, rank: int, num_ranks: int) -> Range:
     return rank * size // num_ranks, (rank + 1) * size // num_ranks
-
-
-def _holds(where: str, layer: Any, parameter: Tensor, parts: Sequence[_Part], sent: _Sent, num_columns: int) -> bool:
-    """Whether a parameter, and the repacked copy that the layer computes with, have these values."""
-    if parameter.numel() > 0:
-        # An embedding is padded to whole tiles behind the vocabulary.
-        if not all(sent.equals(part, part.of(parameter), where) for part in parts):
-            return False
-    elif not hasattr(layer, "cpu_linear"):
-        return all(sent.mark(part) and sent.region(part).numel() == 0 for part in parts)
-    # A head keeps its parameter beside the repacked copy.
-    if parameter.numel() > 0 and not (num_columns and isinstance(layer, ParallelLMHead)):
-        return True
-    return _probe(layer, [sent.region(part) for part in parts if sent.mark(part)], num_columns)
 
 
 def _probe(layer: Any, regions: Sequence[Tensor], num_columns: int) -> bool:

