@@ -1,4 +1,4 @@
-"""The vLLM engine beside the trainer with weights that pass through two buckets: the same answers, checks and losses."""
+"""The vLLM engine beside the trainer with weights that pass through two buckets: as good, as checked, as robust."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_what_engines_in_the_ranks_cannot_do(tmp_path: Path, overrides: list[str
         (
             "rollout.vllm.servers=[http://a:1]",
             "ipc",
-            "ipc does not reach servers, which may be on other hosts; use auto",
+            "ipc does not reach servers, which may be on other hosts; use",
         ),
         ("rollout.vllm.in_ranks=true", "nccl", "nccl does not reach engines in the ranks; use auto or shared_memory"),
         ("rollout.vllm.in_ranks=false", "gloo", "gloo does not reach engines beside the trainer; use auto or shared_"),

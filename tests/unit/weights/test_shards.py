@@ -17,7 +17,7 @@ from megatron_prime.weights.layouts import local_slice
 from megatron_prime.weights.shards import (
     NUM_DIGEST_BYTES,
     ShardSlice,
-    _odd_factors,
+    _nh_keys,
     block_sums,
     check_cover,
     cut,
@@ -114,14 +114,18 @@ def test_a_folder_gives_its_weights_in_both_ways(model_folder: Path) -> None:
         assert torch.equal(sliced[name].values, streamed[name])
 
 
-def test_block_sums_are_weighted_sums_of_words() -> None:
+def test_block_sums_are_nh_of_words() -> None:
     values = torch.randn(3, 9001, generator=torch.Generator().manual_seed(1)).bfloat16()
     data = values.view(-1).view(torch.uint8).numpy().tobytes()
     words = [int.from_bytes(data[start : start + 8].ljust(8, b"\0"), "little") for start in range(0, len(data), 8)]
-    factors = [int(factor) for factor in _odd_factors(values.device)]
-    assert all(factor % 2 for factor in factors)
+    words += [0] * (-len(words) % 8192)
+    keys = _nh_keys(values.device).T.tolist()
+    assert len({key for pair in keys for key in pair}) > 16380
     expected = [
-        sum((word ^ (word >> 32)) * factor for word, factor in zip(words[start : start + 8192], factors, strict=False))
+        sum(
+            (word + low) % 2**32 * (((word >> 32) + high) % 2**32)
+            for word, (low, high) in zip(words[start : start + 8192], keys, strict=True)
+        )
         for start in range(0, len(words), 8192)
     ]
     assert [int(found) % 2**64 for found in block_sums(values)] == [found % 2**64 for found in expected]
