@@ -93,7 +93,7 @@ class Place:
         self.copy_index, self.num_copies = 0, 1
 
 
-def export_of(folder: Path, place: Place) -> WeightExport:
+def shards_of(folder: Path, place: Place) -> dict[str, torch.Tensor]:
     """This rank's shards as a trainer holds them."""
     architecture, opened = read_architecture(folder), HfFolder(folder)
     local = {}
@@ -116,6 +116,12 @@ def export_of(folder: Path, place: Place) -> WeightExport:
                 padded_vocab_size=architecture.padded_vocab_size(128, place.tp_size),
             )
             local[spec.megatron_name] = shard.clone()
+    return local
+
+
+def export_of(folder: Path, place: Place) -> WeightExport:
+    """This rank's shards on their way out."""
+    architecture, local = read_architecture(folder), shards_of(folder, place)
     groups = ParallelGroups(
         tp_group=dist.group.WORLD if place.tp_size > 1 else None,
         pp_group=dist.group.WORLD if place.pp_size > 1 else None,
