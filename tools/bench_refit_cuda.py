@@ -73,7 +73,9 @@ class StandIn:
             synchronize(self.device)
             connection.send("done")
 
-    def buckets(self, key: str, meet: Callable[[torch.device], Channel], bucket_bytes: int, first: int, check: bool):
+    def buckets(
+        self, key: str, meet: Callable[[torch.device], Channel], bucket_bytes: int, first: int, check: bool
+    ) -> None:
         """Weights that come through a channel, made at its first use."""
         if key not in self._receivers:
             channel = meet(self.device)
@@ -191,7 +193,7 @@ class Bench:
             connection.send(("buckets", "nccl", partial(meet_by_nccl, port), bucket_bytes, 0, True))
             if not ends:
                 group = Group("nccl", "127.0.0.1", port, 0, 2, TIMEOUT_SECONDS, self.device)
-                buckets = torch.empty(2, bucket_bytes, dtype=torch.uint8, device=self.device)
+                buckets = torch.empty(2, bucket_bytes, dtype=torch.uint8, device=self.device).unbind()
                 ends.append(BucketSender(self.plan, group, buckets, with_digests=True))
             ends[0].send(self.weights)
             connection.recv()

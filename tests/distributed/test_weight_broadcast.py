@@ -36,7 +36,7 @@ def exchange(port: int, bucket_bytes: int, keeps_all: bool) -> list[list[bool]]:
     plan = plan_of(make_weights(0))
     group = Group("gloo", "127.0.0.1", port, rank, 3, 60.0, CPU)
     if rank == 0:
-        sender = BucketSender(plan, group, torch.empty(2, bucket_bytes, dtype=torch.uint8), with_digests=True)
+        sender = BucketSender(plan, group, torch.empty(2, bucket_bytes, dtype=torch.uint8).unbind(), with_digests=True)
         for version in range(3):
             sent = make_weights(version)
             sums = torch.frombuffer(bytearray(b"".join(map(digest, sent.values()))), dtype=torch.uint8)

@@ -45,14 +45,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
 
 
 @pytest.fixture(scope="module")
-def parent() -> Iterator[EngineParent]:
-    """Imports vLLM once for all engines here."""
-    parent = EngineParent(1, (), 120.0)
-    yield parent
-    parent.close()
-
-
-@pytest.fixture(scope="module")
 def tied(folders, parent: EngineParent) -> Iterator[VllmEngine]:
     engine = make_engine(folders["qwen2_tied"][0], parent)
     yield engine

@@ -63,19 +63,20 @@ def read_rows(root: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "family", "dtype", "bound"),
+    ("layout", "family", "dtype", "transfer", "bound"),
     [
-        ("tp2", "qwen2_tied", "float32", 1e-4),
-        ("pp2", "qwen3_tied", "float32", 1e-4),
-        ("dp2", "llama_untied", "float32", 1e-4),
+        ("tp2", "qwen2_tied", "float32", "shared_memory", 1e-4),
+        ("pp2", "qwen3_tied", "float32", "shared_memory", 1e-4),
+        ("dp2", "llama_untied", "float32", "ipc", 1e-4),
         # Two implementations that both round activations to 8 bits of mantissa.
-        ("tp2", "qwen2_untied", "bfloat16", 0.15),
+        ("tp2", "qwen2_untied", "bfloat16", "ipc", 0.15),
     ],
 )
 def test_engine_and_trainer_agree_after_every_step(
-    tmp_path: Path, layout: str, family: str, dtype: str, bound: float
+    tmp_path: Path, layout: str, family: str, dtype: str, transfer: str, bound: float
 ) -> None:
-    assert train(write_config(tmp_path, family, layout, dtype)) == 0
+    config = write_config(tmp_path, family, layout, dtype)
+    assert train(config, f"rollout.vllm.transfer={transfer}") == 0
     rows = [row for row in read_rows(tmp_path) if row["step"] > 0]
     assert len(rows) == 5
     for row in rows:
@@ -130,7 +131,7 @@ def test_a_run_survives_its_engines_and_learns_the_same(tmp_path: Path) -> None:
     config = write_config(hunted, "qwen2_tied", "tp2", num_steps=8)
     shutil.rmtree(hunted / "start")
     shutil.copytree(calm / "start", hunted / "start")
-    run = subprocess.Popen([*TRAIN, str(config)], cwd=ROOT)
+    run = subprocess.Popen([*TRAIN, str(config), "rollout.vllm.transfer=ipc"], cwd=ROOT)
     killed: set[int] = set()
     while run.poll() is None:
         for engine in engines_of(run.pid):
