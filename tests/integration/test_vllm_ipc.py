@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [save_model("qwen2_tied", root / f"weights{seed}", seed) for seed in range(2)]
 
 
-def make(folders: list[Path], parent: EngineParent, **changes: object) -> StreamedVllmEngine:
+def make(folders: list[Path], parent: EngineParent, **changes: Any) -> StreamedVllmEngine:
     """An engine whose every matrix is larger than two buckets."""
     engine = make_engine(folders[0], parent, transfer="ipc", **changes)
     assert isinstance(engine, StreamedVllmEngine)

@@ -220,7 +220,7 @@ class VllmEngine:
                         f"the last time: {error}"
                     ) from error
 
-    def _lose(self, error: EngineLost) -> None:
+    def _lose(self, error: Exception) -> None:
         logger.warning("vLLM engine %d was lost: %s", self._setup.engine_index, error)
         if self._process is not None:
             self._process.close()

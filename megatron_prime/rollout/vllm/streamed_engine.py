@@ -109,8 +109,9 @@ class StreamedVllmEngine(VllmEngine):
                 return None
             assert self._weights is not None
             is_mine = any(self._weights.gather(lost is not None))
-            if any(problems := world.all_gather(self._load(self._weights) if is_mine else None)):
-                return next(problem for problem in problems if problem)
+            problem = self._load(self._weights) if is_mine else None
+            if problems := [found for found in world.all_gather(problem) if found is not None]:
+                return problems[0]
         if not share.waiting:
             return None
         return f"vLLM engine {self._setup.engine_index} was lost {attempts} times in a row; the last time: {lost}"

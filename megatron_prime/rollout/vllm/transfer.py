@@ -199,7 +199,8 @@ class IpcTransfer(BucketTransfer):
     def receive_weights(self, update_info: _WhatIsInBuckets) -> None:
         """Loads while the trainer sends."""
         update = update_info.update
-        if self._reader is None:
+        if self._reader is None or self._reader.offer != update.offer:
+            self.shutdown()
             self._reader = BucketReader(update.offer, self.parallel_config.rank, update.timeout_seconds)
         self._reader.start(update.first_bucket)
         device = _CPU if update.offer.cuda_handle is None else self.device
