@@ -210,6 +210,8 @@ class IpcTransfer(BucketTransfer):
     def shutdown(self) -> None:
         """See `BucketTransfer.shutdown`."""
         super().shutdown()
+        if self._reader is not None:
+            self._reader.close()
         self._reader = None
 
 
