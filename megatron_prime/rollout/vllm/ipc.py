@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
+from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.vllm.shared_weights import SharedMemory, aligned
 
 _POLL_SECONDS = 0.0002
@@ -90,15 +91,15 @@ class SharedBuckets:
         """Returns when all readers are done with a bucket.
 
         Raises:
-            RuntimeError: they are lost, or one does not read on.
+            RolloutError: they are lost, or one does not read on.
         """
         deadline = time.monotonic() + self._timeout_seconds
         while int(self._counters[1:].min()) < work:
             # The last thing that a reader does before it says that it is ready is to count.
             if self._is_lost() and int(self._counters[1:].min()) < work:
-                raise RuntimeError("the engine reads no more")
+                raise RolloutError("the engine reads no more")
             if time.monotonic() > deadline:
-                raise RuntimeError(f"the engine has not read on for {self._timeout_seconds:g} seconds")
+                raise RolloutError(f"the engine has not read on for {self._timeout_seconds:g} seconds")
             time.sleep(_POLL_SECONDS)
 
     def close(self) -> None:
@@ -149,13 +150,13 @@ class BucketReader:
         """Fetches a bucket as soon as it is full.
 
         Raises:
-            RuntimeError: the trainer sends no more.
+            RolloutError: the trainer sends no more.
         """
         number, data = work
         deadline = time.monotonic() + self._timeout_seconds
         while int(self._counters[0]) < number:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"the trainer has sent nothing for {self._timeout_seconds:g} seconds")
+                raise RolloutError(f"the trainer has sent nothing for {self._timeout_seconds:g} seconds")
             time.sleep(_POLL_SECONDS)
         data.copy_(self._buckets[(number - self._first - 1) % 2][: len(data)])
         _synchronize(data)

@@ -83,7 +83,7 @@ class StreamedVllmEngine(VllmEngine):
                 buckets = self._channel.buckets
                 sender = BucketSender(self._plan, self._channel, buckets, with_digests=setup.verify_refit)
                 self._sent = sender.send(stream)
-            except RuntimeError as error:
+            except RolloutError as error:
                 # The engine says why, if it still can.
                 logger.warning("sending weights to vLLM engine %d failed: %s", setup.engine_index, error)
                 deque(stream, maxlen=0)

@@ -87,7 +87,7 @@ def test_a_reader_that_stopped_halfway_leaves_nothing_to_its_successor() -> None
 
     thread = threading.Thread(target=read_two_buckets)
     thread.start()
-    with pytest.raises(RuntimeError, match="the engine reads no more"):
+    with pytest.raises(RolloutError, match="the engine reads no more"):
         send(channel, 0)
     thread.join()
     lost.clear()
@@ -109,11 +109,11 @@ def test_a_reader_that_stopped_halfway_leaves_nothing_to_its_successor() -> None
 
 def test_silence_has_an_end_on_both_sides() -> None:
     channel = SharedBuckets(256, 1, CPU, 0.05, lambda: False)
-    with pytest.raises(RuntimeError, match=r"the engine has not read on for 0.05 seconds"):
+    with pytest.raises(RolloutError, match=r"the engine has not read on for 0.05 seconds"):
         send(channel, 0)
     reader = BucketReader(channel.offer, 0, 0.05)
     reader.start(channel.num_filled)
-    with pytest.raises(RuntimeError, match=r"the trainer has sent nothing for 0.05 seconds"):
+    with pytest.raises(RolloutError, match=r"the trainer has sent nothing for 0.05 seconds"):
         reader.wait(reader.begin(torch.empty(256, dtype=torch.uint8)))
 
 
