@@ -53,7 +53,8 @@ def refit_twice(rank: int, folders: list[Path], sizes: tuple[int, int], port: in
             role.load_hf(HfFolder(folder))
             engine.load_weights(role.export_weights(), version)
             gaps.append(largest_gap(folder, prompts, engine.generate(prompts, sampling())))
-        writer = engine.writer(role.export_weights())
+        writer = engine._writer
+        assert writer is not None
         results.put((rank, gaps, writer.plan.num_writers, writer.memory is not None))
         dist.barrier()
         engine.close()
