@@ -53,7 +53,7 @@ def test_two_workers_hold_the_latest_weights_and_no_incomplete_ones(folders, par
     weights = export(folders[0])
     weights._shapes.pop("model.layers.0.self_attn.k_proj.weight")
     engine._plan = None
-    with pytest.raises(RolloutError, match=r"lost 1 times in a row; the last time: ValueError: .*k_proj"):
+    with pytest.raises(RolloutError, match=r"lost 1 times in a row; the last time: .*nothing was sent .*k_proj"):
         engine.load_weights(weights, 2)
     with pytest.raises(RolloutError, match="has no weights"):
         engine.generate(prompts, sampling())
