@@ -1,8 +1,8 @@
 """What the ranks of each layout send in one PRIME step, counted at the process groups, and weak scaling over data.
 
 A step is: scores of three models, an update of the PRM, an update of the policy, and the stream of its weights that an
-engine or a folder reads. Answers are random and fixed. Payload is what the caller hands to a collective on one rank
-(of a gather its result, of a message what is sent); a ring sends (n-1)/n of it, an all-reduce twice that. Weak scaling:
+engine or a folder reads. Answers are random and fixed. Counted is what a rank sends where collectives are rings: in a
+group of n (n-1)/n of what the caller hands over (of a gather: its result), of an all-reduce twice that. Weak scaling:
 two data-parallel ranks with twice the answers beside one rank, each with one thread. Prints two tables and writes
 build/bench/scaling.json.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
@@ -55,7 +56,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "DP2, distributed optimizer": {"use_distributed_optimizer": True},
 }
 PHASES = ("score", "PRM update", "policy update", "export")
-# What a rank sends of its payload, by operation, on n ranks.
+# What a rank sends of the payload, by operation, in a group of n ranks.
 OPERATIONS = {
     "allreduce_": lambda n: 2 * (n - 1) / n,
     "allreduce_coalesced_": lambda n: 2 * (n - 1) / n,
@@ -72,18 +73,21 @@ OPERATIONS = {
 
 
 class Counting(TorchDispatchMode):
-    """Sums the bytes of tensors that go through process groups."""
+    """Sums the bytes that this rank sends through process groups."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.payload: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             name = func.overloadpacket.__name__
             if name in OPERATIONS:
+                names = [argument.name for argument in func._schema.arguments]
+                group = dist.ProcessGroup.unbox(args[names.index("process_group")])
                 # The larger of input and output is the whole: a gather's result, a scatter's argument.
-                self.payload[name] += max(num_bytes(argument) for argument in args[:2])
+                payload = max(num_bytes(argument) for argument in args[:2])
+                self.sent[name] += round(payload * OPERATIONS[name](group.size()))
             elif name not in ("recv_", "barrier", "monitored_barrier_"):
                 raise NotImplementedError(f"c10d::{name} is not counted")
         return func(*args, **(kwargs or {}))
@@ -157,43 +161,40 @@ def one_step(models: tuple[Any, Any, Any], rollout: Any) -> Iterator[str]:
     yield "export"
 
 
-def work(rank: int, world_size: int, port: int, folder: str, sizes: dict[str, Any], num_responses: int) -> None:
-    """One rank: payload by phase and operation of a step, and seconds of the fastest of three others."""
+def work(
+    rank: int, world_size: int, port: int, folder: str, sizes: dict[str, Any], num_responses: int, num_timed: int
+) -> None:
+    """One rank: bytes sent by phase and operation of a step, and seconds of the fastest of others."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in place.items()}}
     torch.set_num_threads(1)
     rollout = make_batch(num_responses)
     with roles(folder, sizes, world_size) as models:
         seconds = []
-        for _ in range(3):
+        for _ in range(num_timed):
             started = time.perf_counter()
             for _ in one_step(models, rollout):
                 pass
             seconds.append(time.perf_counter() - started)
-        payload = {}
+        sent = {}
         with Counting() as counting:
             for phase in one_step(models, rollout):
-                payload[phase] = dict(counting.payload)
-                counting.payload.clear()
-        result = {"seconds": min(seconds), "payload": payload}
+                sent[phase] = dict(counting.sent)
+                counting.sent.clear()
+        result = {"seconds": min(seconds), "sent": sent}
         Path(folder, f"rank{rank}.json").write_text(json.dumps(result))
 
 
-def measure(sizes: dict[str, Any], world_size: int, num_responses: int) -> list[dict[str, Any]]:
+def measure(sizes: dict[str, Any], world_size: int, num_responses: int, num_timed: int) -> list[dict[str, Any]]:
     """The results of all ranks."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         Path(folder, "config.json").write_text(json.dumps(SHAPE))
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        arguments = (world_size, port, folder, sizes, num_responses)
+        arguments = (world_size, port, folder, sizes, num_responses, num_timed)
         mp.start_processes(work, args=arguments, nprocs=world_size, start_method="spawn")
         return [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in range(world_size)]
-
-
-def sent_mib(payload: dict[str, int], num_ranks: int) -> float:
-    """What a rank sends of its payload in a ring."""
-    return sum(amount * OPERATIONS[name](num_ranks) for name, amount in payload.items()) / 2**20
 
 
 def main() -> None:
@@ -204,20 +205,20 @@ def main() -> None:
     for column in ("layout", *PHASES, "whole step", "of it"):
         traffic.add_column(column)
     for name, sizes in LAYOUTS.items():
-        ranks = measure(sizes, 2, NUM_RESPONSES)
-        totals = [sum((Counter(p) for p in rank["payload"].values()), Counter()) for rank in ranks]
-        busiest = max(range(2), key=lambda rank: sent_mib(totals[rank], 2))
-        by_phase = {phase: sent_mib(ranks[busiest]["payload"][phase], 2) for phase in PHASES}
+        ranks = measure(sizes, 2, NUM_RESPONSES, num_timed=1)
+        totals = [sum((Counter(phase) for phase in rank["sent"].values()), Counter()) for rank in ranks]
+        busiest = max(range(2), key=lambda rank: totals[rank].total())
+        by_phase = {phase: sum(ranks[busiest]["sent"][phase].values()) / 2**20 for phase in PHASES}
         kinds = ", ".join(
-            f"{kind.strip('_')} {sent_mib({kind: n}, 2):.1f}" for kind, n in totals[busiest].most_common(3)
+            f"{kind.strip('_')} {sent / 2**20:.1f}" for kind, sent in totals[busiest].most_common(3) if sent
         )
         rows.append({"variant": name, "seconds": max(r["seconds"] for r in ranks), "sent_mib": by_phase})
         traffic.add_row(name, *(f"{mib:.1f}" for mib in by_phase.values()), f"{sum(by_phase.values()):.1f}", kinds)
     scaling = Table(title="Weak scaling over data")
     for column in ("ranks", "answers", "seconds per step", "efficiency"):
         scaling.add_column(column)
-    alone = min(measure({}, 1, NUM_RESPONSES)[0]["seconds"] for _ in range(2))
-    together = min(max(r["seconds"] for r in measure({}, 2, 2 * NUM_RESPONSES)) for _ in range(2))
+    alone = min(measure({}, 1, NUM_RESPONSES, num_timed=3)[0]["seconds"] for _ in range(2))
+    together = min(max(r["seconds"] for r in measure({}, 2, 2 * NUM_RESPONSES, num_timed=3)) for _ in range(2))
     rows += [
         {"variant": "1 rank", "seconds": alone},
         {"variant": "ours", "seconds": together, "efficiency": alone / together},
