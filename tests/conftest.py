@@ -22,6 +22,10 @@ LONG = (
     "test_nemo_run",
     "test_curve_parity",
     "test_parity_matrix",
+    "test_vllm_ipc",
+    "test_vllm_ranks",
+    "test_resume",
+    "test_readme",
     "test_checkpoints",
 )
 """Files of a minute or more, longest first: they begin first, so that no process is left alone with one at the end."""
