@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -243,6 +244,17 @@ def test_a_server_with_other_weights_is_not_listened_to(
         engine.generate(prompts, sampling())
     engine.load_weights(export(folders[0]), 21)
     assert largest_gap(folders[0], prompts, engine.generate(prompts, sampling())) < 1e-4
+
+
+def test_an_update_that_was_never_finished_is_left(
+    engine: VllmServers, folders: list[Path], servers: list[Server]
+) -> None:
+    """Its trainer died, or the weights reached this server and not another one."""
+    for path in ("pause?mode=abort", "start_weight_update"):
+        with urlopen(Request(f"{servers[0].url}/{path}", method="POST")) as answer:
+            assert answer.status == 200
+    engine.load_weights(export(folders[1]), 22)
+    assert largest_gap(folders[1], make_prompts(2), engine.generate(make_prompts(2), sampling())) < 1e-4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this host has a GPU")

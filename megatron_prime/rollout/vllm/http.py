@@ -47,6 +47,7 @@ class VllmServer:
 
     async def meet(self, meeting: dict[str, Any]) -> None:
         """Has its workers join the group that weights are sent in."""
+        await self._call("POST", "/collective_rpc", {"method": "prime_leave_update"})
         await self._call("POST", "/shutdown_weight_transfer_engine")
         await self._call("POST", "/init_weight_transfer_engine", {"init_info": meeting})
 

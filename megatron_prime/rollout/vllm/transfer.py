@@ -19,6 +19,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from megatron_prime.rollout.vllm.broadcast import Group
 from megatron_prime.rollout.vllm.buckets import BucketReceiver, Channel
@@ -35,19 +36,36 @@ Batches = Iterator[list[tuple[str, torch.Tensor]]]
 class CheckedTransfer(WeightTransferEngine[Any, Any]):
     """Loads whole Hugging Face tensors, of which each worker reads only its share, and compares what it then holds.
 
-    An update that raises leaves the model half loaded. Nothing here undoes that: the process ends, or is never asked
-    for an answer again, and a new one loads the whole set.
+    An update that raises, or that nobody finishes, leaves old and new weights side by side. Nothing here undoes that:
+    the process ends, or is never asked for an answer again before it has loaded a whole set.
     """
 
     supports_draft_weight_update = False
     num_probed_columns = 0
+    _is_reloading = False
 
     def start_weight_update(self) -> None:
         """Prepares the layers whose weights vLLM has transformed after loading."""
+        self.leave_update()
         # Asked before the reload: it puts unpacked parameters into the layers.
         self._is_packed = any(is_packed(layer) for layer in self.model.modules())
         if self._is_packed:
             initialize_layerwise_reload(self.model)
+            self._is_reloading = True
+
+    def leave_update(self) -> None:
+        """Gives layers that wait for the rest of an update their own tensors back, and forgets what they had got."""
+        if not self._is_reloading:
+            return
+        for layer in self.model.modules():
+            if (info := get_layerwise_info(layer)).can_load():
+                info.load_numel = info.load_numel_total = 0
+                info.loaded_weights.clear()
+        self._finish_reload()
+
+    def _finish_reload(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        self._is_reloading = False
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Loads one complete set (without the base class's wait for an accelerator)."""
@@ -96,7 +114,7 @@ class CheckedTransfer(WeightTransferEngine[Any, Any]):
     def finish_weight_update(self) -> None:
         """Transforms what vLLM transforms, and compares what the engine now holds with what the trainer has."""
         if self._is_packed:
-            finalize_layerwise_reload(self.model, self.model_config)
+            self._finish_reload()
             _repack_tied_head(self.model)
         check = self._check or self._new_check()
         for name, tensor in self._sent.items():
@@ -274,6 +292,12 @@ class WorkerExtension:
 
     weight_transfer_engine: CheckedTransfer
     model_runner: Any
+    _weight_update_active: bool
+
+    def prime_leave_update(self) -> None:
+        """Ends an update that nobody will finish: vLLM itself ends only those that raise."""
+        self._weight_update_active = False
+        self.weight_transfer_engine.reset_weight_update_target()
 
     def prime_num_probed_columns(self) -> int:
         """Of the last update (`messages.Loaded`)."""
