@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import pickle
 import platform
+import queue
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -92,6 +93,17 @@ class Place:
         self.pp_rank, self.pp_size = rank // tp_size, pp_size
         self.copy_index, self.num_copies = 0, 1
 
+    def export_groups(self) -> ParallelGroups:
+        """The groups over which the model's weights are gathered."""
+        return ParallelGroups(
+            tp_group=dist.group.WORLD if self.tp_size > 1 else None,
+            pp_group=dist.group.WORLD if self.pp_size > 1 else None,
+            tp_rank=self.tp_rank,
+            tp_size=self.tp_size,
+            pp_rank=self.pp_rank,
+            pp_size=self.pp_size,
+        )
+
 
 def shards_of(folder: Path, place: Place) -> dict[str, torch.Tensor]:
     """This rank's shards as a trainer holds them."""
@@ -122,15 +134,7 @@ def shards_of(folder: Path, place: Place) -> dict[str, torch.Tensor]:
 def export_of(folder: Path, place: Place) -> WeightExport:
     """This rank's shards on their way out."""
     architecture, local = read_architecture(folder), shards_of(folder, place)
-    groups = ParallelGroups(
-        tp_group=dist.group.WORLD if place.tp_size > 1 else None,
-        pp_group=dist.group.WORLD if place.pp_size > 1 else None,
-        tp_rank=place.tp_rank,
-        tp_size=place.tp_size,
-        pp_rank=place.pp_rank,
-        pp_size=place.pp_size,
-    )
-    return WeightExport(weight_specs(architecture), architecture, lambda: local, groups)
+    return WeightExport(weight_specs(architecture), architecture, lambda: local, place.export_groups())
 
 
 def reset_peak(process_id: int | str) -> None:
@@ -204,7 +208,13 @@ def bench_ours(folder: Path, layout: str, settings: VllmSection, repeats: int, p
     ]
     for process in ranks:
         process.start()
-    row = results.get(timeout=300)
+    while True:
+        try:
+            row = results.get(timeout=1)
+            break
+        except queue.Empty:
+            if any(process.exitcode for process in ranks):
+                raise SystemExit(f"bench_refit: a rank of {layout} failed; its traceback is above") from None
     for process in ranks:
         process.join()
     return row
@@ -335,7 +345,9 @@ def main() -> None:
     """Runs everything and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"], help="fewer for a quick look")
     options = parser.parse_args()
+    CONFIG["num_hidden_layers"] = options.layers
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_folder(folder)

@@ -205,7 +205,7 @@ class Bench:
         writer = WeightWriter(self.weights, is_leader=True, with_digests=True, timeout_seconds=TIMEOUT_SECONDS)
 
         def way() -> None:
-            writer.begin()
+            writer.begin(self.weights)
             connection.send(("memory", writer.path, writer.plan))
             writer.write(self.weights)
             connection.recv()

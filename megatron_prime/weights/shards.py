@@ -131,9 +131,11 @@ def shard_slices(
     num_rows = [shape[0] // tp_size for shape in spec.hf_shapes]
     blocks = shard.reshape(num_blocks, sum(num_rows) // num_blocks, *first[1:])
     parts = blocks.split([rows // num_blocks for rows in num_rows], dim=1)
+    # Block by block: the rows of one tensor are not one piece of the shard's memory.
     return [
-        _rows(name, shape, tp_rank * rows, part.reshape(rows, *shape[1:]))
+        _rows(name, shape, tp_rank * rows + number * rows // num_blocks, block)
         for name, shape, rows, part in zip(spec.hf_names, spec.hf_shapes, num_rows, parts, strict=True)
+        for number, block in enumerate(part)
     ]
 
 
@@ -169,13 +171,15 @@ def check_cover(shapes: Mapping[str, tuple[int, ...]], slices: Iterable[tuple[st
 
 def find_non_finite(slices: Iterable[ShardSlice]) -> list[str]:
     """Names of the slices that hold NaN or an infinity."""
-    # One pass without a temporary of the tensor's size: NaN and infinities both survive in the extremes.
     found = []
     for part in slices:
-        if part.values.numel():
-            low, high = torch.aminmax(part.values)
-            if not bool(torch.isfinite(low) & torch.isfinite(high)):
-                found.append(part.name)
+        # A finite sum has finite terms, and is read at the speed of memory. One that is not may have overflowed.
+        if not part.values.numel() or torch.isfinite(part.values.sum()):
+            continue
+        # NaN and infinities both survive in the extremes; no temporary of the tensor's size.
+        low, high = torch.aminmax(part.values)
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            found.append(part.name)
     return found
 
 

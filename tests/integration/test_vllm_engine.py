@@ -67,6 +67,23 @@ def test_logprobs_are_those_of_the_latest_weights(folders, parent, family: str, 
     engine.close()
 
 
+def test_an_engine_computes_with_the_memory_that_the_trainer_writes(folders, parent) -> None:
+    """Nothing is copied where the layouts agree; a copy would not see what is written behind its back."""
+    folder = folders["qwen2_tied"][0]
+    prompts = make_prompts(2)
+    for pack_weights, follows in ((False, True), (True, False)):
+        engine = make_engine(folder, parent, pack_weights=pack_weights)
+        engine.load_weights(export(folder), 1)
+        assert largest_gap(folder, prompts, engine.generate(prompts, sampling())) < 1e-4
+        assert engine._writer is not None and engine._writer.memory is not None
+        engine._writer.memory.tensors["model.layers.0.self_attn.v_proj.weight"].zero_()
+        # The cache would still have the old values of the same prompts.
+        others = make_prompts(2, length=13)
+        gap = largest_gap(folder, others, engine.generate(others, sampling()))
+        assert (gap > 1e-2) if follows else (gap < 1e-4)
+        engine.close()
+
+
 def test_two_tensor_parallel_workers(folders, parent) -> None:
     engine = make_engine(folders["qwen3_tied"][0], parent, tensor_parallel_size=2)
     prompts = make_prompts(3)

@@ -15,7 +15,6 @@ from megatron_prime.rollout.vllm.answers import make_request, raise_for, to_resp
 from megatron_prime.rollout.vllm.messages import EngineOptions, EngineRequest
 from megatron_prime.rollout.vllm.process import EngineLost, EngineParent, EngineProcess
 from megatron_prime.rollout.vllm.writer import WeightWriter
-from megatron_prime.weights.shards import find_non_finite
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +110,8 @@ class VllmEngine:
         """See `protocol.Engine.load_weights`; a failed load leaves no engine that could generate."""
         self.weight_version = -1
         self.prepare(weights)
-        problems = [f"{name}: holds values that are not finite" for name in find_non_finite(weights.slices())]
+        assert self._writer is not None
+        problems = [f"{name}: holds values that are not finite" for name in self._writer.begin(weights)]
         # Also says that every rank is prepared.
         problems = sorted({problem for found in world.all_gather(problems) for problem in found})
         if problems:
@@ -131,7 +131,6 @@ class VllmEngine:
                 with_digests=setup.verify_refit,
                 timeout_seconds=setup.timeout_seconds,
             )
-        self._writer.begin()
 
     def sleep(self) -> None:
         """An engine process keeps its memory; nothing to do."""

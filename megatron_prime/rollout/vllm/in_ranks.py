@@ -24,7 +24,6 @@ from megatron_prime.rollout.vllm.engine import VllmSetup
 from megatron_prime.rollout.vllm.messages import Finished, Generate, LoadWeights
 from megatron_prime.rollout.vllm.process import engine_environment
 from megatron_prime.rollout.vllm.writer import WeightWriter
-from megatron_prime.weights.shards import find_non_finite
 
 _engines: list[Any] = []
 """Kept until the process ends: vLLM takes the default process group, which is the trainer's, with it."""
@@ -100,8 +99,7 @@ class VllmInRanks:
                 with_digests=self._setup.verify_refit,
                 timeout_seconds=self._setup.timeout_seconds,
             )
-        writer.begin()
-        problems = [f"{name}: holds values that are not finite" for name in find_non_finite(weights.slices())]
+        problems = [f"{name}: holds values that are not finite" for name in writer.begin(weights)]
         if writer.gathers:
             problems.append("rollout.vllm.in_ranks: the ranks of a model copy are on several hosts; use false")
         # Also says that every rank has begun.

@@ -101,11 +101,12 @@ def build(options: EngineOptions, *, in_ranks: bool = False) -> Any:
 def load(llm: Any, message: LoadWeights) -> Loaded:
     """Replaces all weights and everything that was computed with the old ones."""
     llm.start_weight_update()
+    # Nothing is sampled until all is done: the cache goes first, while the trainer writes.
+    llm.collective_rpc("prime_zero_kv_cache")
     llm.update_weights({"update_info": {"update": message.update}})
     llm.finish_weight_update(weight_version=str(message.version))
     if not llm.reset_prefix_cache():
         raise RuntimeError("the prefix cache of the old weights could not be reset")
-    llm.collective_rpc("prime_zero_kv_cache")
     (num_columns, *_) = llm.collective_rpc("prime_num_probed_columns")
     return Loaded(version=message.version, num_probed_columns=num_columns)
 

@@ -139,6 +139,8 @@ class SharedWeights:
         self.path = self._memory.path
         self.plan = plan
         whole = self._memory.bytes
+        self.bytes = whole[: num_bytes_of(plan.entries)]
+        """All tensors, each at its entry's offset."""
         self.tensors = {entry.name: entry.view(whole[entry.offset : entry.end]) for entry in plan.entries}
         self.progress = whole[progress_start : progress_start + 8 * plan.num_writers].view(torch.int64)
         """Per writer, how many tensors of the plan are done as far as it is concerned; one more: its checksums, too."""

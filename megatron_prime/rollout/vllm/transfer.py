@@ -6,7 +6,7 @@ Imported in every vLLM worker (it is the worker extension's module), which regis
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from megatron_prime.rollout.vllm.broadcast import Group
 from megatron_prime.rollout.vllm.buckets import BucketReceiver, Channel
+from megatron_prime.rollout.vllm.in_place import place
 from megatron_prime.rollout.vllm.ipc import BucketReader
 from megatron_prime.rollout.vllm.messages import BACKENDS, BucketUpdate, SharedUpdate
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan, SharedWeights, TensorEntry, whole_tensors
@@ -76,7 +77,14 @@ class CheckedTransfer(WeightTransferEngine[Any, Any]):
         raise NotImplementedError
 
     def load(
-        self, batches: Batches, plan: SharedPlan, *, compare_digests: bool, keeps_all: bool, device: torch.device
+        self,
+        batches: Batches,
+        plan: SharedPlan,
+        *,
+        compare_digests: bool,
+        keeps_all: bool,
+        device: torch.device,
+        in_place: Collection[str] = (),
     ) -> None:
         """Loads tensors as they come, close behind the trainer that sends them.
 
@@ -87,25 +95,32 @@ class CheckedTransfer(WeightTransferEngine[Any, Any]):
             keeps_all: tensors stay valid, so that they can be compared at the end; otherwise those of a batch only
                 until the next.
             device: where checksums are computed.
+            in_place: tensors that come where the model's parameters are.
         """
         self._sent: dict[str, torch.Tensor] = {}
         self._new_check = partial(EngineCheck, self.model, plan, compare_digests=compare_digests, device=device)
         # A layer that is repacked has other parameters until then.
-        self._check = None if keeps_all else self._new_check()
+        self._check = None if self._is_packed else self._new_check()
 
         def stream() -> Iterator[tuple[str, torch.Tensor]]:
             for batch in batches:
-                self._sent.update(batch)
-                yield from batch
+                for name, tensor in batch:
+                    if name in in_place:
+                        assert self._check is not None
+                        self._check.loaded(name, tensor)
+                    else:
+                        self._sent[name] = tensor
+                        yield name, tensor
 
         with torch.no_grad():
-            if self._check is None:
+            if keeps_all:
                 tensors = stream()
                 self.model.load_weights(tensors)  # type: ignore[operator]
                 # A model that asks for nothing (or for less) leaves the stream before its end.
                 for _ in tensors:
                     pass
                 return
+            assert self._check is not None
             for batch in batches:
                 self.model.load_weights(iter(batch))  # type: ignore[operator]
                 for name, tensor in batch:
@@ -135,11 +150,12 @@ class _WhatIsInMemory(WeightTransferUpdateInfo):
 
 
 class SharedMemoryTransfer(CheckedTransfer):
-    """Weights lie in memory that the trainer's ranks on this host write."""
+    """Weights lie in memory that the trainer's ranks on this host write, many of them where they stay."""
 
     init_info_cls = _NothingToSay
     update_info_cls = _WhatIsInMemory
     _weights: SharedWeights | None = None
+    _in_place: frozenset[str] = frozenset()
     _update: SharedUpdate
 
     def init_transfer_engine(self, init_info: _NothingToSay) -> None:
@@ -151,14 +167,16 @@ class SharedMemoryTransfer(CheckedTransfer):
         if self._weights is None or self._weights.path != update.path:
             # Kept from update to update: mapping a large set anew takes longer than copying it.
             self._weights = SharedWeights(update.plan, update.path, writable=False)
-        weights = self._weights
+            self._in_place = frozenset() if self._is_packed else place(self.model, self._weights)
+        weights, in_place = self._weights, self._in_place
 
         def batches() -> Batches:
             for number, item in enumerate(weights.tensors.items()):
                 weights.wait(number + 1, update.timeout_seconds)
                 yield [item]
 
-        self.load(batches(), update.plan, compare_digests=update.compare_digests, keeps_all=True, device=_CPU)
+        digests = update.compare_digests
+        self.load(batches(), update.plan, compare_digests=digests, keeps_all=True, device=_CPU, in_place=in_place)
 
     def digests(self) -> torch.Tensor:
         """See `CheckedTransfer.digests`; waits for the trainer's ranks."""

@@ -16,31 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from megatron_prime.rollout.vllm.regions import Part, parameters_of
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan
-from megatron_prime.weights.shards import Range, Ranges, cut, digest_on
+from megatron_prime.weights.shards import Ranges, cut, digest_on
 
 _MAX_PROBE_OPERATIONS = 2_000_000_000
 _NUM_COLUMNS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """A region of a Hugging Face tensor and where its rows start in this worker's parameter."""
-
-    name: str
-    ranges: Ranges
-    first_row: int
-
-    def of(self, parameter: Tensor) -> Tensor:
-        start, stop = self.ranges[0]
-        return parameter[self.first_row : self.first_row + stop - start]
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
+class _Values:
     """What this worker has of a region of a tensor."""
 
     where: str
@@ -59,7 +46,6 @@ class EngineCheck:
     """
 
     def __init__(self, model: Any, plan: SharedPlan, *, compare_digests: bool, device: torch.device) -> None:
-        fused: Mapping[str, Sequence[str]] = getattr(model, "packed_modules_mapping", {})
         shapes = {entry.name: entry.shape for entry in plan.entries}
         self.num_columns = _num_columns(model)
         """Read back of each repacked matrix; 0 without such."""
@@ -69,25 +55,20 @@ class EngineCheck:
         if compare_digests:
             for number, (name, ranges) in enumerate(plan.slices):
                 self._slices[name].append((number, ranges))
-        self._held: dict[str, list[_Held]] = {name: [] for name in shapes}
-        self._packed: list[tuple[str, Any, list[_Part]]] = []
+        self._held: dict[str, list[_Values]] = {name: [] for name in shapes}
+        self._packed: list[tuple[str, Any, Sequence[Part]]] = []
         self._unread: set[int] = set()
         """Slices of which what was sent is to be compared."""
         self._found: list[tuple[int, bytes, str]] = []
         """Slice, checksum of what is here, and where it is."""
         self._problems: list[str] = []
         self._unseen = set(shapes)
-        for path, layer in model.named_modules():
-            for kind, parameter in layer.named_parameters(recurse=False):
-                names = _hf_names(path, kind, fused)
-                if isinstance(layer, ParallelLMHead) and names[0] not in shapes:
-                    names = ["model.embed_tokens.weight"]
-                if missing := [name for name in names if name not in shapes]:
-                    self._problems.append(f"{path}.{kind}: holds values for which nothing was sent ({missing})")
-                    continue
-                self._unseen -= set(names)
-                parts = _parts(layer, kind, [(name, shapes[name]) for name in names])
-                self._add(f"{path}.{kind}", layer, parameter.data, parts)
+        for held in parameters_of(model, shapes):
+            if held.missing:
+                self._problems.append(f"{held.where}: holds values for which nothing was sent ({list(held.missing)})")
+                continue
+            self._unseen -= {part.name for part in held.parts}
+            self._add(held.where, held.layer, held.parameter.data, held.parts)
 
     def loaded(self, name: str, tensor: Tensor) -> None:
         """Compares a tensor with what the model has made of it.
@@ -129,12 +110,12 @@ class EngineCheck:
         if problems:
             raise ValueError(f"the engine's weights differ: {problems[:6]} ({len(problems)} in all)")
 
-    def _add(self, where: str, layer: Any, parameter: Tensor, parts: list[_Part]) -> None:
+    def _add(self, where: str, layer: Any, parameter: Tensor, parts: Sequence[Part]) -> None:
         is_there, is_packed = parameter.numel() > 0, hasattr(layer, "cpu_linear")
         if is_there:
             # An embedding is padded to whole tiles behind the vocabulary.
             for part in parts:
-                self._held[part.name].append(_Held(where, part.of(parameter), part.ranges))
+                self._held[part.name].append(_Values(where, part.of(parameter), part.ranges))
         elif not is_packed and any(start < stop for part in parts for start, stop in part.ranges[:1]):
             self._problems.append(f"{where}: is not what was sent")
         # A head keeps its parameter beside the repacked copy.
@@ -145,7 +126,7 @@ class EngineCheck:
             for part in parts:
                 self._unread |= {n for n, ranges in self._slices[part.name] if _intersection(ranges, part.ranges)}
 
-    def _equals(self, held: _Held, name: str, tensor: Tensor, unread: set[int]) -> bool:
+    def _equals(self, held: _Values, name: str, tensor: Tensor, unread: set[int]) -> bool:
         """Whether values are those of the region, bit for bit or (known later) by checksum."""
         values, slices = held.values, self._slices[name]
         if values.dtype != tensor.dtype or not slices:
@@ -195,41 +176,6 @@ def _num_columns(model: Any) -> int:
 
 def _is_packed_linear(layer: Any) -> bool:
     return hasattr(layer, "cpu_linear") and hasattr(layer, "output_size") and layer.weight.numel() == 0
-
-
-def _hf_names(path: str, kind: str, fused: Mapping[str, Sequence[str]]) -> list[str]:
-    parent, _, last = path.rpartition(".")
-    return [f"{parent}.{part}.{kind}".removeprefix(".") for part in fused.get(last, (last,))]
-
-
-def _parts(layer: Any, kind: str, tensors: Sequence[tuple[str, Sequence[int]]]) -> list[_Part]:
-    """This worker's regions of the tensors that its parameter is made of, in the order of its rows."""
-    shares: list[Range | None] = [None] * len(tensors)
-    columns: Range | None = None
-    if isinstance(layer, VocabParallelEmbedding):
-        indices = layer.shard_indices
-        shares = [(indices.org_vocab_start_index, indices.org_vocab_end_index)]
-    elif isinstance(layer, QKVParallelLinear):
-        rank, heads = layer.tp_rank, (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads)
-        ranks = (rank, rank // layer.num_kv_head_replicas, rank // layer.num_kv_head_replicas)
-        sizes = [count * layer.head_size for count in heads]
-        shares = [(r * size, (r + 1) * size) for r, size in zip(ranks, sizes, strict=True)]
-    elif isinstance(layer, ColumnParallelLinear):
-        shares = [_share(shape[0], layer.tp_rank, layer.tp_size) for _, shape in tensors]
-    elif isinstance(layer, RowParallelLinear) and kind == "weight":
-        columns = _share(tensors[0][1][1], layer.tp_rank, layer.tp_size)
-    parts: list[_Part] = []
-    first_row = 0
-    for (name, shape), share in zip(tensors, shares, strict=True):
-        rows = share or (0, shape[0])
-        rest = [(0, size) for size in shape[1:]]
-        parts.append(_Part(name, (rows, *([columns] if columns else rest)), first_row))
-        first_row += rows[1] - rows[0]
-    return parts
-
-
-def _share(size: int, rank: int, num_ranks: int) -> Range:
-    return rank * size // num_ranks, (rank + 1) * size // num_ranks
 
 
 def _probe(layer: Any, regions: Sequence[Tensor], num_columns: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from megatron_prime.rollout.protocol import ExportedWeights
 from megatron_prime.rollout.vllm.messages import SharedUpdate
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan, SharedWeights, lay_out
-from megatron_prime.weights.shards import Ranges, cut, digest
+from megatron_prime.weights.shards import NUM_DIGEST_BYTES, Ranges, cut, digest, find_non_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,8 @@ class WeightWriter:
         self, weights: ExportedWeights, *, is_leader: bool, with_digests: bool, timeout_seconds: float
     ) -> None:
         self._with_digests = with_digests
+        self._sums = b""
+        """Of this rank's slices."""
         tensors = weights.tensors()
         entries = lay_out(tensors)
         host, own = socket.gethostname(), [(part.name, part.ranges) for part in weights.slices()]
@@ -74,15 +77,31 @@ class WeightWriter:
         )
         """What the engine is told."""
 
-    def begin(self) -> None:
-        """Takes back what was said of the last refit; `write` of any rank must come after all ranks' `begin`."""
+    def begin(self, weights: ExportedWeights) -> list[str]:
+        """Looks at what will be written, and takes back what was said of the last refit.
+
+        Args:
+            weights: of the layout that the writer was constructed with.
+
+        Returns:
+            Names of this rank's tensors that hold NaN or an infinity. `write` of any rank must come after all ranks'
+            `begin`.
+        """
         self._say(0)
+        if self.gathers or not self._with_digests:
+            return find_non_finite(weights.slices())
+        # Both only read: where there is a second core (the engine's, which has nothing to do yet) one is for nothing.
+        with ThreadPoolExecutor(1) as beside:
+            sums = beside.submit(lambda: b"".join(digest(part.values) for part in weights.slices()))
+            found = find_non_finite(weights.slices())
+            self._sums = sums.result()
+        return found
 
     def write(self, weights: ExportedWeights) -> None:
         """Writes this rank's part, telling the engine how far it is; a collective where tensors are gathered.
 
         Args:
-            weights: of the layout that the writer was constructed with.
+            weights: those that `begin` has looked at.
         """
         if self.gathers:
             self._write_gathered(weights)
@@ -91,11 +110,9 @@ class WeightWriter:
         for part in weights.slices():
             self._say(self._position[part.name])
             cut(self.memory.tensors[part.name], part.ranges).copy_(part.values)
-        self._say(len(self._position))
-        if self._with_digests:
-            # After the values: the engine needs them first, and computes its own checksums meanwhile.
-            for number, part in enumerate(weights.slices(), start=self._first_slice):
-                self._write_digest(number, part.values)
+        if self._sums:
+            sums = torch.frombuffer(bytearray(self._sums), dtype=torch.uint8).view(-1, NUM_DIGEST_BYTES)
+            self.memory.digests[self._first_slice : self._first_slice + len(sums)] = sums
         self._say(len(self._position) + 1)
 
     def checksum(self) -> str:
@@ -112,13 +129,10 @@ class WeightWriter:
             if self.memory is not None:
                 self.memory.tensors[name].copy_(tensor)
                 if self._with_digests:
-                    self._write_digest(number, tensor)
+                    sums = bytearray(digest(tensor))
+                    self.memory.digests[number] = torch.frombuffer(sums, dtype=torch.uint8)
                 self._say(number + 1)
         self._say(len(self._position) + 1)
-
-    def _write_digest(self, number: int, values: torch.Tensor) -> None:
-        assert self.memory is not None
-        self.memory.digests[number] = torch.frombuffer(bytearray(digest(values)), dtype=torch.uint8)
 
     def _say(self, num_tensors: int) -> None:
         if self.memory is not None:
