@@ -110,8 +110,7 @@ class VllmEngine:
         """See `protocol.Engine.load_weights`; a failed load leaves no engine that could generate."""
         self.weight_version = -1
         self.prepare(weights)
-        assert self._writer is not None
-        problems = [f"{name}: holds values that are not finite" for name in self._writer.begin(weights)]
+        problems = [f"{name}: holds values that are not finite" for name in self._begin(weights)]
         # Also says that every rank is prepared.
         problems = sorted({problem for found in world.all_gather(problems) for problem in found})
         if problems:
@@ -131,6 +130,11 @@ class VllmEngine:
                 with_digests=setup.verify_refit,
                 timeout_seconds=setup.timeout_seconds,
             )
+
+    def _begin(self, weights: ExportedWeights) -> list[str]:
+        """Looks at what will be loaded; names of this rank's tensors that hold NaN or an infinity."""
+        assert self._writer is not None
+        return self._writer.begin(weights)
 
     def sleep(self) -> None:
         """An engine process keeps its memory; nothing to do."""

@@ -16,6 +16,7 @@ from megatron_prime.rollout.vllm.ipc import SharedBuckets
 from megatron_prime.rollout.vllm.messages import BucketUpdate
 from megatron_prime.rollout.vllm.process import EngineLost
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan, lay_out, whole_tensors
+from megatron_prime.weights.shards import find_non_finite
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,9 @@ class StreamedVllmEngine(VllmEngine):
                 device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
                 readers, timeout = setup.options.tensor_parallel_size, setup.timeout_seconds
                 self._channel = SharedBuckets(setup.bucket_bytes, readers, device, timeout, self._is_lost)
+
+    def _begin(self, weights: ExportedWeights) -> list[str]:
+        return find_non_finite(weights.slices())
 
     def _checksum(self) -> str:
         return self._sent
