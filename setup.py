@@ -37,6 +37,7 @@ setup(
         "dev": [
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",
+            "filelock>=3.16,<4",
             "hypothesis>=6.150,<7",
             "ruff==0.17.5",
             "pyright==1.1.414",

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 # Triton's kernels run as Python on CPU tensors; read when Triton is first imported, here and in processes of tests.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -63,3 +68,19 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
     report = yield
     _fail_if_missing(report, collector.config)
     return report
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a model that half knows the small task, trained once for all test processes."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / "start"
+    with FileLock(root / "start.lock"):
+        if not (folder / "sft" / "summary.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            here = Path(__file__).parent / "distributed"
+            code = f"from small_task import make_start; make_start({str(folder)!r})"
+            subprocess.run([sys.executable, "-c", code], cwd=here, check=True, capture_output=True, timeout=300)
+    return str(folder / "sft" / "hf")

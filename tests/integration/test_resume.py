@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 from kill_and_resume import COMMAND, kill_once
@@ -16,15 +14,6 @@ from small_task import prime_config, read_curve, write_yaml
 
 PARALLEL = {"world_size": 2, "tensor_model_parallel_size": 2}
 NUM_STEPS = 7
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> str:
-    root = tmp_path_factory.mktemp("start")
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[1] / 'distributed')!r}); "
-    code += f"from small_task import make_start; make_start({str(root)!r})"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
-    return str(root / "sft" / "hf")
 
 
 def config_of(start: str, directory: Path, name: str) -> Path:

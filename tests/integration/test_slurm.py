@@ -144,8 +144,7 @@ def test_a_bad_node_is_named_and_excluded(cluster: SlurmCluster, work: Path) -> 
     assert "\nn3:1| layout" in log
 
 
-def test_two_nodes_train_as_one_machine_through_stop_and_requeue(cluster: SlurmCluster, work: Path) -> None:
-    start = trained_start(work)
+def test_two_nodes_train_as_one_machine_through_stop_and_requeue(cluster: SlurmCluster, work: Path, start: str) -> None:
     paths = {}
     for name in ("local", "slurm"):
         sections = {
@@ -172,13 +171,6 @@ def test_two_nodes_train_as_one_machine_through_stop_and_requeue(cluster: SlurmC
     assert read_curve(str(work), "slurm") == read_curve(str(work), "local")
     weights = [load_file(work / name / "hf" / "model.safetensors") for name in paths]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
-
-
-def trained_start(work: Path) -> str:
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests' / 'distributed')!r}); "
-    code += f"from small_task import make_start; make_start({str(work)!r})"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=LONG_SECONDS)
-    return str(work / "sft" / "hf")
 
 
 def test_a_lost_node_costs_no_checkpoint_and_cancelling_leaves_nothing(cluster: SlurmCluster, work: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import time
 
 import pytest
 from rich.console import Console
@@ -88,6 +89,8 @@ def test_tensorboard_holds_the_scalars_and_a_resumed_run_replaces_later_ones(fol
     for step in (1, 2, 3):
         first.log(step, {"policy/loss": float(step), "prm/loss": math.nan})
     first.close()
+    # Files of one second are read in the order of their names, in which a process's tenth comes before its ninth.
+    time.sleep(1.01 - time.time() % 1)
     resumed = MetricsLogger(folder, 4, True, console=plain_console())
     resumed.log(2, {"policy/loss": 20.0})
     resumed.close()
