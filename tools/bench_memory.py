@@ -37,6 +37,7 @@ VARIANTS = {
 """`ours` is packed, as all but one are."""
 COMMON = [
     f"run.num_steps={NUM_STEPS + 1}",
+    "run.num_threads=2",
     "parallel.world_size=1",
     "parallel.tensor_model_parallel_size=1",
     "rollout.num_prompts=4",
