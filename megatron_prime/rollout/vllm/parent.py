@@ -7,6 +7,7 @@ the file descriptor of a new engine's connection with the engine's pickled optio
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import pickle
@@ -24,10 +25,19 @@ def main(descriptor: int) -> None:
     die_with_parent()
     control = socket.socket(fileno=descriptor)
     logging.getLogger("torch").setLevel(logging.ERROR)
-    import vllm  # noqa: F401
+    import vllm
     from vllm import LLM, SamplingParams  # noqa: F401
+    from vllm.platforms import current_platform
 
-    from megatron_prime.rollout.vllm import server
+    from megatron_prime.rollout.vllm import server, transfer  # noqa: F401
+
+    if current_platform.is_cpu():
+        # What an engine would otherwise import when it is built; a GPU must not be touched before the fork.
+        import vllm.model_executor.model_loader
+        import vllm.v1.worker.cpu_worker  # noqa: F401
+    # vLLM collects garbage several times while it builds an engine: what is here already is none.
+    gc.collect()
+    gc.freeze()
 
     # Ended engines need no funeral: their connection's end says it.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
