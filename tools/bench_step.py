@@ -29,16 +29,18 @@ BUILD = ROOT / "build" / "bench" / "step"
 PHASES = ("score", "prm_update", "policy_update", "step")
 # Everything is kept, because random weights solve nothing.
 LARGE = [
+    "run.num_threads=2",
     "parallel.world_size=1",
     "parallel.tensor_model_parallel_size=1",
-    "rollout.num_prompts=8",
-    "rollout.max_response_tokens=128",
+    "rollout.num_prompts=2",
+    "rollout.max_response_tokens=64",
     "filter.min_accuracy=0",
     "filter.max_accuracy=1",
     "filter.max_attempts=1",
     "prm.num_window_batches=1",
     "advantage.process_coef=0",
     "policy.num_minibatches=1",
+    "evaluation.num_prompts=0",
     "micro_batch.micro_batch_tokens=2048",
 ]
 COMMON = ["evaluation.every_steps=0", "checkpoint.every_steps=0", "checkpoint.export_hf=false"]
@@ -153,7 +155,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for case in arguments.cases:
         model = small_model() if case == "demo" else large_model()
-        overrides = [f"model.path={model}", *(["run.num_steps=12"] if case == "demo" else ["run.num_steps=3", *LARGE])]
+        overrides = [f"model.path={model}", *(["run.num_steps=12"] if case == "demo" else ["run.num_steps=2", *LARGE])]
         found: dict[str, list[dict[str, float]]] = {variant: [] for variant in code}
         for _ in range(arguments.repeats):
             for variant, package in code.items():
