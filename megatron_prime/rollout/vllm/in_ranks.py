@@ -19,7 +19,7 @@ from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.prompts import check_prompts
 from megatron_prime.rollout.protocol import ExportedWeights, OnAnswer
-from megatron_prime.rollout.vllm.answers import make_request, raise_for, to_response
+from megatron_prime.rollout.vllm.answers import make_request, not_finite, raise_for, raise_together, to_response
 from megatron_prime.rollout.vllm.engine import VllmSetup
 from megatron_prime.rollout.vllm.messages import Finished, Generate, LoadWeights
 from megatron_prime.rollout.vllm.process import engine_environment
@@ -99,11 +99,11 @@ class VllmInRanks:
                 with_digests=self._setup.verify_refit,
                 timeout_seconds=self._setup.timeout_seconds,
             )
-        problems = [f"{name}: holds values that are not finite" for name in writer.begin(weights)]
+        problems = not_finite(writer.begin(weights))
         if writer.gathers:
             problems.append("rollout.vllm.in_ranks: the ranks of a model copy are on several hosts; use false")
         # Also says that every rank has begun.
-        raise_for(sorted({problem for found in world.all_gather(problems) for problem in found}))
+        raise_together(problems)
         writer.write(weights)
         problem = None
         try:

@@ -21,7 +21,7 @@ from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.prompts import check_prompts
 from megatron_prime.rollout.protocol import ExportedWeights, OnAnswer
-from megatron_prime.rollout.vllm.answers import make_request, raise_for, to_response
+from megatron_prime.rollout.vllm.answers import make_request, not_finite, raise_for, raise_together, to_response
 from megatron_prime.rollout.vllm.broadcast import Group
 from megatron_prime.rollout.vllm.buckets import BucketSender
 from megatron_prime.rollout.vllm.http import ServerLost, VllmServer
@@ -103,9 +103,7 @@ class VllmServers:
     def load_weights(self, weights: ExportedWeights, version: int) -> str:
         """See `protocol.Engine.load_weights`; a failed load leaves no server that could be asked for answers."""
         self.weight_version = -1
-        problems = [f"{name}: holds values that are not finite" for name in find_non_finite(weights.slices())]
-        problems = sorted({problem for found in world.all_gather(problems) for problem in found})
-        raise_for(f"weights of version {version}: {problem}" for problem in problems)
+        raise_together(not_finite(find_non_finite(weights.slices())), f"weights of version {version}: ")
         if self._plan is None:
             self._plan = whole_tensors(lay_out(weights.tensors()))
         failures: Counter[str] = Counter()
