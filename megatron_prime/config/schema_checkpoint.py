@@ -10,7 +10,8 @@ class CheckpointSection:
     every_steps: int = 10
     """0: only at the end."""
     asynchronous: bool = True
-    """Training goes on while a checkpoint is written, from a copy of all states in host memory."""
+    """Training goes on while a checkpoint is written, from a copy of all states in host memory; the last one of a run
+    is written without."""
     keep_last: int = 2
     """The latest that are kept."""
     keep_best: int | None = 1

@@ -127,7 +127,7 @@ class PrimeTrainer:
             stopping = not last and self.parts.should_stop()
             saving = last or stopping or is_due(self.num_steps_done, config.checkpoint.every_steps)
             if saving:
-                self.save()
+                self.save(background=not (last or stopping))
             # A request that came while it was saved needs no other step.
             stopping = stopping or (saving and not last and self.parts.should_stop())
             if last or stopping:
@@ -317,12 +317,13 @@ class PrimeTrainer:
         self.evaluations[self.num_steps_done] = result
         return result.metrics()
 
-    def save(self) -> None:
-        """Begins to save everything."""
+    def save(self, *, background: bool) -> None:
+        """Saves everything, or begins to: in the background training goes on meanwhile."""
         evaluated = self.evaluations.get(self.num_steps_done)
         accuracy = _finite(evaluated.value) if evaluated else None
         with self.stages("checkpoint", *self._trained(), training=True):
-            self.parts.checkpoints.save(self.num_steps_done, self.state_dict(), accuracy=accuracy)
+            state = self.state_dict()
+            self.parts.checkpoints.save(self.num_steps_done, state, accuracy=accuracy, background=background)
 
     def summary(self) -> dict[str, Any]:
         """What the run leaves in summary.json, less the launcher's part (commit, machine)."""

@@ -111,7 +111,14 @@ class Examples(Protocol):
 class Checkpoints(Protocol):
     """Saves and restores models, optimizers and the trainer's own state together."""
 
-    def save(self, step: int, trainer_state: Mapping[str, Any], *, accuracy: float | None = None) -> None: ...
+    def save(
+        self,
+        step: int,
+        trainer_state: Mapping[str, Any],
+        *,
+        accuracy: float | None = None,
+        background: bool = True,
+    ) -> None: ...
 
     def check(self) -> None: ...
 

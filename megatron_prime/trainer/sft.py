@@ -73,7 +73,8 @@ class SftTrainer:
             if saving:
                 seconds = time.perf_counter() - start
                 with stages("checkpoint"):
-                    self.checkpoints.save(done, {"num_steps_done": done, "loss": loss, "seconds": seconds})
+                    state = {"num_steps_done": done, "loss": loss, "seconds": seconds}
+                    self.checkpoints.save(done, state, background=not (last or stopping))
             # A request that came while it was saved needs no other step.
             stopping = stopping or (saving and not last and self.should_stop())
             if last or stopping:

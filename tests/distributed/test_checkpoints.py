@@ -22,7 +22,7 @@ from megatron_prime.config.schema import (
     ParallelSection,
 )
 from megatron_prime.errors import CheckpointError
-from megatron_prime.manifest import step_folder
+from megatron_prime.manifest import committed, step_folder
 from megatron_prime.mcore.checkpoint.checkpointer import Checkpointer
 from megatron_prime.mcore.checkpoint.resume import find_checkpoint, identity_of
 from megatron_prime.mcore.cpu import megatron_platform
@@ -130,7 +130,7 @@ def _train_on(role: TrainableRole) -> dict[str, Any]:
 
 
 def write(name: str, dtype: str, folder: Path, root: Path) -> dict[str, Any]:
-    """Trains and saves; training goes on while the files are written."""
+    """Trains and saves; training goes on while the files are written, or after that."""
     parallel = parallel_of(name)
     with parallel_layout(parallel, seed=1) as layout:
         role = build_role(folder, dtype, parallel, layout)
@@ -139,7 +139,9 @@ def write(name: str, dtype: str, folder: Path, root: Path) -> dict[str, Any]:
         place = root / name
         place.mkdir(exist_ok=True)
         saver = Checkpointer(place, {"model": role}, CheckpointSection(), {"model": str(folder)}, None)
-        saver.save(NUM_STEPS, {"losses": losses})
+        background = name != "tp2"
+        saver.save(NUM_STEPS, {"losses": losses}, background=background)
+        assert background or len(committed(place)) == 1
         found = _train_on(role)
         saver.finish()
     return found

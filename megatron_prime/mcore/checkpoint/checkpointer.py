@@ -133,7 +133,14 @@ class Checkpointer:
             load_training_state(role.chunks, role.optimizer, role.scheduler, checkpoint / name)
 
     @on_megatron_platform
-    def save(self, step: int, trainer_state: Mapping[str, Any], *, accuracy: float | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        trainer_state: Mapping[str, Any],
+        *,
+        accuracy: float | None = None,
+        background: bool = True,
+    ) -> None:
         """Writes a checkpoint, in the background where `checkpoint.asynchronous` says so; collective.
 
         What is no longer to be kept is removed once it is committed.
@@ -142,15 +149,18 @@ class Checkpointer:
             step: steps done.
             trainer_state: picklable, the same on every rank.
             accuracy: of the evaluation after this step.
+            background: training goes on meanwhile; otherwise nothing is copied, and the checkpoint is committed when
+                this returns.
 
         Raises:
             CheckpointError: this or the previous one could not be written; nothing older was removed.
         """
         self.finish()
-        job = self._prepare(step, trainer_state, accuracy)
+        background = background and self.section.asynchronous
+        job = self._prepare(step, trainer_state, accuracy, copies_all=background)
         self._make_folders(job.writing)
         self._pending = job
-        if self.section.asynchronous:
+        if background:
             job.thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint {step}", daemon=True)
             job.thread.start()
         else:
@@ -193,12 +203,14 @@ class Checkpointer:
         except CheckpointError as error:
             logger.error("%s", error)
 
-    def _prepare(self, step: int, trainer_state: Mapping[str, Any], accuracy: float | None) -> _Job:
+    def _prepare(
+        self, step: int, trainer_state: Mapping[str, Any], accuracy: float | None, *, copies_all: bool
+    ) -> _Job:
         """Takes this rank's part of all states, as copies where training goes on meanwhile."""
         chunks = {}
         for name, role in self.roles.items():
             copies = _copies(self._my_chunks(name, role))
-            chunks[name] = _consumed(list(copies)) if self.section.asynchronous else copies
+            chunks[name] = _consumed(list(copies)) if copies_all else copies
         counts = world.all_gather({name: step_count(role.optimizer) for name, role in self.roles.items()})
         commons: dict[str, Mapping[str, Any]] = {}
         for name, role in self.roles.items():

@@ -228,10 +228,20 @@ class MemoryCheckpoints:
 
         self.accuracies: dict[int, float | None] = {}
         self.awaited: set[int] = set()
+        self.in_background: set[int] = set()
 
-    def save(self, step: int, trainer_state: Mapping[str, Any], *, accuracy: float | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        trainer_state: Mapping[str, Any],
+        *,
+        accuracy: float | None = None,
+        background: bool = True,
+    ) -> None:
         self.saved[step] = pickle.dumps(dict(trainer_state))
         self.accuracies[step] = accuracy
+        if background:
+            self.in_background.add(step)
 
     def check(self) -> None: ...
 

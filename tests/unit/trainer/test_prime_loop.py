@@ -281,6 +281,7 @@ def test_a_run_evaluates_saves_and_sums_up() -> None:
     assert list(rows) == [0, 1, 2, 3, 4, 5]
     assert [step for step, row in rows.items() if "evaluation/accuracy" in row] == [0, 2, 4, 5]
     assert sorted(checkpoints.saved) == [2, 4, 5] and checkpoints.awaited == {5}
+    assert checkpoints.in_background == {2, 4}
     assert checkpoints.accuracies == {2: 0.5, 4: 0.5, 5: 0.5}
     assert (summary["num_steps"], summary["num_prompts_sampled"]) == (5, 20)
     assert (summary["accuracy_before"], summary["accuracy_after"]) == (0.5, 0.5)

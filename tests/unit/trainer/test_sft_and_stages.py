@@ -102,6 +102,7 @@ def test_sft_takes_every_example_once_logs_and_saves() -> None:
     assert {step: row["sft/loss"] for step, row in logger.rows.items()} == {2: 1.0, 4: 3.0, 5: 4.0}
     assert "time/update_seconds" in logger.rows[2]
     assert sorted(checkpoints.saved) == [2, 4, 5] and checkpoints.awaited == {5}
+    assert checkpoints.in_background == {2, 4}
     assert (summary["num_steps"], summary["final_loss"]) == (5, 4.0)
 
 
@@ -128,8 +129,8 @@ class InterruptedCheckpoints(MemoryCheckpoints):
 
     asked = False
 
-    def save(self, step: int, trainer_state: Mapping[str, Any], *, accuracy: float | None = None) -> None:
-        super().save(step, trainer_state, accuracy=accuracy)
+    def save(self, step: int, trainer_state: Mapping[str, Any], **options: Any) -> None:
+        super().save(step, trainer_state, **options)
         self.asked = True
 
 
