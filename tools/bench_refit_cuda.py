@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_refit import Place, section, shards_of, write_folder
+from refit_setup import Place, section, shards_of, write_folder
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -40,8 +40,8 @@ from megatron_prime.rollout.vllm.ipc import BucketReader, SharedBuckets
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan, SharedWeights, lay_out, whole_tensors
 from megatron_prime.rollout.vllm.writer import WeightWriter
 from megatron_prime.weights.architecture import read_architecture
+from megatron_prime.weights.digests import digest, digest_on
 from megatron_prime.weights.families import weight_specs
-from megatron_prime.weights.shards import digest, digest_on
 from megatron_prime.weights.stream import ParallelGroups, WeightExport
 
 TIMEOUT_SECONDS = 60.0
@@ -202,7 +202,9 @@ class Bench:
 
     def through_memory(self, connection: Connection) -> Callable[[], None]:
         """Our transfer `shared_memory`."""
-        writer = WeightWriter(self.weights, is_leader=True, with_digests=True, timeout_seconds=TIMEOUT_SECONDS)
+        writer = WeightWriter(
+            self.weights, is_leader=True, num_workers=1, with_digests=True, timeout_seconds=TIMEOUT_SECONDS
+        )
 
         def way() -> None:
             writer.begin(self.weights)

@@ -1,0 +1,135 @@
+"""The model and the trainer ranks of `bench_refit.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from megatron_prime.config.schema import VllmSection
+from megatron_prime.weights.architecture import read_architecture
+from megatron_prime.weights.families import weight_specs
+from megatron_prime.weights.hf_folder import HfFolder
+from megatron_prime.weights.layouts import local_slice
+from megatron_prime.weights.stream import ParallelGroups, WeightExport
+
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+Row = dict[str, Any]
+
+
+def write_folder(folder: Path) -> None:
+    """A random model of CONFIG's shape."""
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    torch.manual_seed(0)
+    tensors = {
+        name: (torch.randn(shape) * 0.02).bfloat16()
+        for spec in weight_specs(read_architecture(folder))
+        for name, shape in zip(spec.hf_names, spec.hf_shapes, strict=True)
+    }
+    save_file(tensors, folder / "model.safetensors")
+
+
+def section(num_workers: int, pack: bool, verify: bool) -> VllmSection:
+    return VllmSection(
+        tensor_parallel_size=num_workers,
+        max_model_len=256,
+        max_num_seqs=8,
+        kv_cache_gib=0.125,
+        num_threads=1,
+        pack_weights=pack,
+        verify_refit=verify,
+    )
+
+
+class Place:
+    """Where a bench rank stands (the part of `mcore.parallel.Layout` that an engine's setup reads)."""
+
+    def __init__(self, rank: int, tp_size: int, pp_size: int) -> None:
+        self.tp_rank, self.tp_size = rank % tp_size, tp_size
+        self.pp_rank, self.pp_size = rank // tp_size, pp_size
+        self.copy_index, self.num_copies = 0, 1
+
+    def export_groups(self) -> ParallelGroups:
+        """The groups over which the model's weights are gathered."""
+        return ParallelGroups(
+            tp_group=dist.group.WORLD if self.tp_size > 1 else None,
+            pp_group=dist.group.WORLD if self.pp_size > 1 else None,
+            tp_rank=self.tp_rank,
+            tp_size=self.tp_size,
+            pp_rank=self.pp_rank,
+            pp_size=self.pp_size,
+        )
+
+
+def trainer_place(rank: int, sizes: tuple[int, int], folder: Path, port: int) -> tuple[Place, WeightExport]:
+    """Joins the other ranks."""
+    torch.set_num_threads(1)
+    world_size = sizes[0] * sizes[1]
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    place = Place(rank, *sizes)
+    return place, export_of(folder, place)
+
+
+def shards_of(folder: Path, place: Place) -> dict[str, torch.Tensor]:
+    """This rank's shards as a trainer holds them."""
+    architecture, opened = read_architecture(folder), HfFolder(folder)
+    local = {}
+    for spec in weight_specs(architecture):
+        last = place.pp_size - 1
+        stage = (
+            spec.layer * place.pp_size // architecture.num_layers
+            if spec.layer is not None
+            else 0
+            if "embedding" in spec.megatron_name
+            else last
+        )
+        if stage == place.pp_rank:
+            shard = local_slice(
+                spec,
+                architecture,
+                opened.fetch,
+                tp_rank=place.tp_rank,
+                tp_size=place.tp_size,
+                padded_vocab_size=architecture.padded_vocab_size(128, place.tp_size),
+            )
+            local[spec.megatron_name] = shard.clone()
+    return local
+
+
+def export_of(folder: Path, place: Place) -> WeightExport:
+    """This rank's shards on their way out."""
+    architecture, local = read_architecture(folder), shards_of(folder, place)
+    return WeightExport(weight_specs(architecture), architecture, lambda: local, place.export_groups())
+
+
+def reset_peak(process_id: int | str) -> None:
+    Path(f"/proc/{process_id}/clear_refs").write_text("5")
+
+
+def peak_gb(process_id: int | str) -> float:
+    status = Path(f"/proc/{process_id}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1e6
+
+
+def timings(seconds: list[float]) -> Row:
+    return {"seconds": min(seconds), "median_seconds": sorted(seconds)[len(seconds) // 2]}
