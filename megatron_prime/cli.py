@@ -133,8 +133,6 @@ def _serve(options: argparse.Namespace, arguments: list[str]) -> int:
         raise ConfigError(f"kind: {options.config} is a {config.kind!r} configuration, which has no rollouts")
     # A server needs none of the trainer's GPUs or data.
     section, architecture = config.rollout.vllm, check(config, check_files=False)
-    if not section.pack_weights:
-        raise ConfigError("rollout.vllm.pack_weights: false is for engines beside the trainer; a server always packs")
     command, environment = server_command(
         engine_options(config.model.path, config.model.dtype, section, architecture),
         options.host,

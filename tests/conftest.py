@@ -23,6 +23,7 @@ LONG = (
     "test_slurm",
     "test_vllm_training",
     "test_vllm_engine",
+    "test_vllm_sets",
     "test_vllm_servers",
     "test_nemo_run",
     "test_curve_parity",

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from itertools import pairwise
 
 import torch
-import xxhash
 from torch import Tensor
 
 from megatron_prime.errors import WeightsError
@@ -16,13 +14,8 @@ from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.families import Layout, WeightSpec
 
 Range = tuple[int, int]
-
-
 Ranges = tuple[Range, ...]
 """(start, stop) per dimension."""
-
-NUM_DIGEST_BYTES = 16
-_BLOCK_WORDS, _PIECE_BLOCKS, _HALF = 8192, 1024, 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +25,8 @@ class ShardSlice:
     name: str
     ranges: Ranges
     values: Tensor
+    dim: int = 0
+    """Along which tensor parallelism cuts the tensor, where it cuts it."""
 
 
 def cut(tensor: Tensor, ranges: Ranges) -> Tensor:
@@ -39,60 +34,25 @@ def cut(tensor: Tensor, ranges: Ranges) -> Tensor:
     return tensor[tuple(slice(*bounds) for bounds in ranges)]
 
 
-def digest(values: Tensor) -> bytes:
-    """Checksum of a tensor's values (not of its name or shape, which plans carry).
-
-    XXH3 (xxhash.com) reads at the speed of memory, 27 GB/s on one core where `WeightChecksum` reads 2.5; it is for
-    errors, not against adversaries. A tensor on an accelerator is copied to the host for it.
+def cut_for_workers(part: ShardSlice, size: int, num_workers: int) -> list[ShardSlice]:
+    """A slice in pieces, none of which is the business of several workers that hold equal parts of the tensor.
 
     Args:
-        values: any dtype, device and strides.
+        part: the slice.
+        size: of the whole tensor along the slice's `dim`.
+        num_workers: tensor-parallel ranks.
     """
-    data: Any = values.detach().cpu().contiguous()
-    return xxhash.xxh3_128_digest(data.view(-1).view(torch.uint8).numpy())
-
-
-def digest_on(device: torch.device, values: Tensor) -> bytes:
-    """The checksum that a device computes where it has the values: on a CPU `digest`, elsewhere one that reads no less.
-
-    A GPU reduces every block of 64 KiB to eight bytes (`block_sums`), which go to the host for `digest`.
-
-    Args:
-        device: both sides of a comparison name the same kind.
-        values: any dtype, device and strides.
-    """
-    values = values.detach().to(device)
-    return digest(values if device.type == "cpu" else block_sums(values))
-
-
-def block_sums(values: Tensor) -> Tensor:
-    """A universal hash of every block of a tensor's bytes.
-
-    NH (Black, Halevi, Krawczyk, Krovetz, Rogaway: UMAC, CRYPTO 1999): the sum over words of (low half + key) times
-    (high half + key), halves modulo 2^32 and the sum modulo 2^64. Two different blocks agree with probability 2^-32.
-
-    Args:
-        values: any dtype, device and strides.
-
-    Returns:
-        [blocks] int64, on the device of the values.
-    """
-    data = values.contiguous().view(-1).view(torch.uint8)
-    low_keys, high_keys = _nh_keys(data.device)
-    sums = []
-    # A piece at a time: products take as much memory as the words.
-    for piece in data.split(8 * _BLOCK_WORDS * _PIECE_BLOCKS):
-        missing = -len(piece) % (8 * _BLOCK_WORDS)
-        words = torch.nn.functional.pad(piece, (0, missing)) if missing else piece
-        words = words.view(torch.int64).view(-1, _BLOCK_WORDS)
-        low, high = (words + low_keys) & _HALF, ((words >> 32) + high_keys) & _HALF
-        sums.append((low * high).sum(1))
-    return torch.cat(sums) if sums else data.new_empty(0, dtype=torch.int64)
-
-
-@cache
-def _nh_keys(device: torch.device) -> Tensor:
-    return torch.randint(2**32, (2, _BLOCK_WORDS), generator=torch.Generator().manual_seed(0)).to(device)
+    start, stop = part.ranges[part.dim]
+    edges = [start, *(edge for n in range(1, num_workers) if start < (edge := n * size // num_workers) < stop), stop]
+    return [
+        ShardSlice(
+            part.name,
+            (*part.ranges[: part.dim], (first, last), *part.ranges[part.dim + 1 :]),
+            part.values.narrow(part.dim, first - start, last - first),
+            part.dim,
+        )
+        for first, last in pairwise(edges)
+    ]
 
 
 def shard_slices(
@@ -122,7 +82,7 @@ def shard_slices(
         case Layout.ROW:
             start = tp_rank * shard.shape[1]
             ranges = ((0, first[0]), (start, start + shard.shape[1]), *((0, size) for size in first[2:]))
-            return [ShardSlice(spec.hf_names[0], ranges, shard)]
+            return [ShardSlice(spec.hf_names[0], ranges, shard, dim=1)]
         case Layout.VOCAB:
             start = min(tp_rank * shard.shape[0], first[0])
             rows = shard[: max(min(first[0] - start, shard.shape[0]), 0)]
@@ -167,20 +127,6 @@ def check_cover(shapes: Mapping[str, tuple[int, ...]], slices: Iterable[tuple[st
     ]
     if problems:
         raise WeightsError("\n".join(problems))
-
-
-def find_non_finite(slices: Iterable[ShardSlice]) -> list[str]:
-    """Names of the slices that hold NaN or an infinity."""
-    found = []
-    for part in slices:
-        # A finite sum has finite terms, and is read at the speed of memory. One that is not may have overflowed.
-        if not part.values.numel() or torch.isfinite(part.values.sum()):
-            continue
-        # NaN and infinities both survive in the extremes; no temporary of the tensor's size.
-        low, high = torch.aminmax(part.values)
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            found.append(part.name)
-    return found
 
 
 def _rows(name: str, shape: tuple[int, ...], start: int, values: Tensor) -> ShardSlice:

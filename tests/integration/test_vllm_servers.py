@@ -34,10 +34,11 @@ ROOT = Path(__file__).resolve().parents[2]
 class Server:
     """One `megatron-prime serve` process group."""
 
-    def __init__(self, config: Path, port: int) -> None:
+    def __init__(self, config: Path, port: int, *overrides: str) -> None:
         self.config = config
         self.url = f"http://127.0.0.1:{port}"
-        self._command = [sys.executable, "-m", "megatron_prime.cli", "serve", str(config), "--port", str(port)]
+        self._command = [sys.executable, "-m", "megatron_prime.cli", "serve", str(config), *overrides]
+        self._command += ["--port", str(port)]
         self.start()
 
     def start(self) -> None:
@@ -68,7 +69,8 @@ def servers(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> It
     }
     path = tmp_path_factory.mktemp("config") / "served.yaml"
     path.write_text(json.dumps(config))
-    started = [Server(path, free_port()) for _ in range(2)]
+    # Their sampling differs in its last bits: oneDNN's products and torch's.
+    started = [Server(path, free_port()), Server(path, free_port(), "rollout.vllm.pack_weights=false")]
     yield started
     for server in started:
         server.kill()
@@ -91,7 +93,17 @@ def ids_of(rows) -> list[list[tuple[int, ...]]]:
     return [[answer.token_ids for answer in row] for row in rows]
 
 
-def test_answers_are_those_of_the_latest_weights(engine: VllmServers, folders: list[Path]) -> None:
+def num_probed_columns(server: Server) -> int:
+    """Of its last refit; 0 where matrices are not repacked."""
+    body = json.dumps({"method": "prime_num_probed_columns"}).encode()
+    request = Request(f"{server.url}/collective_rpc", body, {"Content-Type": "application/json"})
+    with urlopen(request, timeout=60) as answer:
+        return int(json.load(answer)["results"][0])
+
+
+def test_answers_are_those_of_the_latest_weights(
+    engine: VllmServers, servers: list[Server], folders: list[Path]
+) -> None:
     prompts = make_prompts(5, length=200)
     checksums = []
     for version, folder in enumerate([*folders, folders[0]]):
@@ -104,6 +116,7 @@ def test_answers_are_those_of_the_latest_weights(engine: VllmServers, folders: l
         assert {answer.finish_reason for row in answers for answer in row} <= {"stop", "length"}
         assert largest_gap(folder, prompts, answers) < 1e-4
     assert checksums[0] == checksums[2] != checksums[1]
+    assert [num_probed_columns(server) > 0 for server in servers] == [True, False]
 
 
 def test_wrong_weights_are_refused_before_a_server_hears_of_them(engine: VllmServers, folders: list[Path]) -> None:

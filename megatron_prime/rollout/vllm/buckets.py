@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan, TensorEntry, aligned, num_bytes_of
-from megatron_prime.weights.shards import NUM_DIGEST_BYTES, digest, digest_on
+from megatron_prime.weights.digests import NUM_DIGEST_BYTES, digest, digest_on
 
 
 class Channel(Protocol):

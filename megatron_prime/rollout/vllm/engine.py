@@ -124,6 +124,7 @@ class VllmEngine:
             self._writer = WeightWriter(
                 weights,
                 is_leader=setup.is_leader,
+                num_workers=setup.options.tensor_parallel_size,
                 with_digests=setup.verify_refit,
                 timeout_seconds=setup.timeout_seconds,
             )

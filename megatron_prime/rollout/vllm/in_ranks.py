@@ -96,6 +96,7 @@ class VllmInRanks:
             writer = self._writer = WeightWriter(
                 weights,
                 is_leader=leads,
+                num_workers=self._setup.options.tensor_parallel_size,
                 with_digests=self._setup.verify_refit,
                 timeout_seconds=self._setup.timeout_seconds,
             )

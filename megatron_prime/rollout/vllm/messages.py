@@ -14,6 +14,8 @@ BACKENDS = {
     "servers": "megatron_prime_broadcast",
 }
 """What the classes of `transfer` are called in vLLM's factory."""
+PLAIN = "MEGATRON_PRIME_VLLM_PLAIN"
+"""In the environment of workers that are not to repack matrices for oneDNN on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -42,6 +42,15 @@ class Held:
     missing: tuple[str, ...]
     """Tensors that it should be made of and that there are not; `parts` is empty then."""
 
+    @property
+    def fits(self) -> bool:
+        """Whether the parts fill the parameter; an embedding has rows behind the vocabulary."""
+        num_rows = sum(stop - start for (start, stop), *_ in (part.ranges for part in self.parts))
+        rest = {tuple(stop - start for start, stop in part.ranges[1:]) for part in self.parts}
+        may_be_longer = isinstance(self.layer, VocabParallelEmbedding)
+        is_filled = num_rows <= len(self.parameter) if may_be_longer else num_rows == len(self.parameter)
+        return is_filled and rest == {tuple(self.parameter.shape[1:])}
+
 
 def parameters_of(model: Any, shapes: Shapes) -> Iterator[Held]:
     """Every parameter of a worker's model.

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from megatron_prime.rollout.vllm.messages import BACKENDS, EngineOptions
+from megatron_prime.rollout.vllm.messages import BACKENDS, PLAIN, EngineOptions
 from megatron_prime.rollout.vllm.process import engine_environment
 from megatron_prime.rollout.vllm.server import STEP_TOKENS
 
@@ -45,6 +45,8 @@ def server_command(
         command += ["--max-num-batched-tokens", str(max(options.max_model_len, STEP_TOKENS))]
     environment = os.environ | engine_environment(on_gpu=torch.cuda.is_available())
     environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    if not options.pack_weights:
+        environment[PLAIN] = "1"
     if num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(num_threads)
     return command, environment

@@ -57,12 +57,13 @@ def build(options: EngineOptions, *, in_ranks: bool = False) -> Any:
         options: what it is built from.
         in_ranks: this process is a rank of the trainer and becomes a worker; its neighbours are the others.
     """
-    import vllm._custom_ops as custom_ops
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
+    from megatron_prime.rollout.vllm.transfer import leave_matrices_plain
+
     if not options.pack_weights:
-        custom_ops._supports_onednn = False
+        leave_matrices_plain()
     limits: dict[str, Any] = {}
     if options.kv_cache_bytes is not None:
         limits["kv_cache_memory_bytes"] = options.kv_cache_bytes

@@ -27,7 +27,7 @@ from megatron_prime.rollout.vllm.buckets import BucketSender
 from megatron_prime.rollout.vllm.http import ServerLost, VllmServer
 from megatron_prime.rollout.vllm.messages import EngineRequest, Finished
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan, lay_out, whole_tensors
-from megatron_prime.weights.shards import find_non_finite
+from megatron_prime.weights.digests import find_non_finite
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_prime.errors import RolloutError
-from megatron_prime.weights.shards import NUM_DIGEST_BYTES, Ranges
+from megatron_prime.weights.digests import NUM_DIGEST_BYTES
+from megatron_prime.weights.shards import Ranges
 
 TensorShape = tuple[str, tuple[int, ...], torch.dtype]
 """Name, shape and dtype of a whole Hugging Face tensor."""

@@ -16,7 +16,7 @@ from megatron_prime.rollout.vllm.ipc import SharedBuckets
 from megatron_prime.rollout.vllm.messages import BucketUpdate
 from megatron_prime.rollout.vllm.process import EngineLost
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan, lay_out, whole_tensors
-from megatron_prime.weights.shards import find_non_finite
+from megatron_prime.weights.digests import find_non_finite
 
 logger = logging.getLogger(__name__)
 

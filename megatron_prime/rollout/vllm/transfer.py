@@ -6,12 +6,13 @@ Imported in every vLLM worker (it is the worker extension's module), which regis
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
+import vllm._custom_ops as custom_ops
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -23,12 +24,13 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from megatron_prime.rollout.vllm.broadcast import Group
 from megatron_prime.rollout.vllm.buckets import BucketReceiver, Channel
-from megatron_prime.rollout.vllm.in_place import place
+from megatron_prime.rollout.vllm.in_place import Placement
 from megatron_prime.rollout.vllm.ipc import BucketReader
-from megatron_prime.rollout.vllm.messages import BACKENDS, BucketUpdate, SharedUpdate
+from megatron_prime.rollout.vllm.messages import BACKENDS, PLAIN, BucketUpdate, SharedUpdate
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan, SharedWeights, TensorEntry, whole_tensors
 from megatron_prime.rollout.vllm.verify import EngineCheck
 
+_BATCH_BYTES = 64 << 20
 _CPU = torch.device("cpu")
 Batches = Iterator[list[tuple[str, torch.Tensor]]]
 """Tensors with their names, some at a time."""
@@ -82,49 +84,48 @@ class CheckedTransfer(WeightTransferEngine[Any, Any]):
         plan: SharedPlan,
         *,
         compare_digests: bool,
-        keeps_all: bool,
         device: torch.device,
-        in_place: Collection[str] = (),
+        placement: Placement | None = None,
+        digests_all: bool = True,
     ) -> None:
         """Loads tensors as they come, close behind the trainer that sends them.
 
         Args:
-            batches: all tensors of the plan.
+            batches: all tensors of the plan. Where matrices are repacked they stay valid, otherwise those of a batch
+                only until the next.
             plan: what is sent.
             compare_digests: compare the trainer's checksums too.
-            keeps_all: tensors stay valid, so that they can be compared at the end; otherwise those of a batch only
-                until the next.
             device: where checksums are computed.
-            in_place: tensors that come where the model's parameters are.
+            placement: loads tensors, in place of vLLM.
+            digests_all: see `EngineCheck`.
         """
         self._sent: dict[str, torch.Tensor] = {}
-        self._new_check = partial(EngineCheck, self.model, plan, compare_digests=compare_digests, device=device)
+        self._new_check = partial(
+            EngineCheck, self.model, plan, compare_digests=compare_digests, digests_all=digests_all, device=device
+        )
         # A layer that is repacked has other parameters until then.
         self._check = None if self._is_packed else self._new_check()
-
-        def stream() -> Iterator[tuple[str, torch.Tensor]]:
-            for batch in batches:
-                for name, tensor in batch:
-                    if name in in_place:
-                        assert self._check is not None
-                        self._check.loaded(name, tensor)
-                    else:
-                        self._sent[name] = tensor
-                        yield name, tensor
-
         with torch.no_grad():
-            if keeps_all:
-                tensors = stream()
+            if self._check is None:
+                tensors = self._kept(batches)
                 self.model.load_weights(tensors)  # type: ignore[operator]
                 # A model that asks for nothing (or for less) leaves the stream before its end.
                 for _ in tensors:
                     pass
                 return
-            assert self._check is not None
             for batch in batches:
-                self.model.load_weights(iter(batch))  # type: ignore[operator]
+                if placement is None:
+                    self.model.load_weights(iter(batch))  # type: ignore[operator]
                 for name, tensor in batch:
+                    if placement is not None:
+                        placement.load(name, tensor)
                     self._check.loaded(name, tensor)
+
+    def _kept(self, batches: Batches) -> Iterator[tuple[str, torch.Tensor]]:
+        for batch in batches:
+            for name, tensor in batch:
+                self._sent[name] = tensor
+                yield name, tensor
 
     def finish_weight_update(self) -> None:
         """Transforms what vLLM transforms, and compares what the engine now holds with what the trainer has."""
@@ -155,7 +156,7 @@ class SharedMemoryTransfer(CheckedTransfer):
     init_info_cls = _NothingToSay
     update_info_cls = _WhatIsInMemory
     _weights: SharedWeights | None = None
-    _in_place: frozenset[str] = frozenset()
+    _placement: Placement | None = None
     _update: SharedUpdate
 
     def init_transfer_engine(self, init_info: _NothingToSay) -> None:
@@ -167,16 +168,28 @@ class SharedMemoryTransfer(CheckedTransfer):
         if self._weights is None or self._weights.path != update.path:
             # Kept from update to update: mapping a large set anew takes longer than copying it.
             self._weights = SharedWeights(update.plan, update.path, writable=False)
-            self._in_place = frozenset() if self._is_packed else place(self.model, self._weights)
-        weights, in_place = self._weights, self._in_place
+            is_plain = self.device.type == "cpu" and not self._is_packed
+            self._placement = Placement(self.model, self._weights) if is_plain else None
+        self.load(
+            self._batches(self._weights),
+            update.plan,
+            compare_digests=update.compare_digests,
+            device=_CPU,
+            placement=self._placement,
+            digests_all=False,
+        )
 
-        def batches() -> Batches:
-            for number, item in enumerate(weights.tensors.items()):
-                weights.wait(number + 1, update.timeout_seconds)
-                yield [item]
-
-        digests = update.compare_digests
-        self.load(batches(), update.plan, compare_digests=digests, keeps_all=True, device=_CPU, in_place=in_place)
+    def _batches(self, weights: SharedWeights) -> Batches:
+        """Tensors as they are written; several at a time where vLLM loads them, which takes it a while to begin."""
+        batch: list[tuple[str, torch.Tensor]] = []
+        batch_bytes = _BATCH_BYTES if self._placement is None else 0
+        for number, (name, tensor) in enumerate(weights.tensors.items()):
+            weights.wait(number + 1, self._update.timeout_seconds)
+            batch.append((name, tensor))
+            if sum(tensor.nbytes for _, tensor in batch) >= batch_bytes:
+                yield batch
+                batch = []
+        yield batch
 
     def digests(self) -> torch.Tensor:
         """See `CheckedTransfer.digests`; waits for the trainer's ranks."""
@@ -186,7 +199,7 @@ class SharedMemoryTransfer(CheckedTransfer):
 
     def shutdown(self) -> None:
         """Unmaps the memory."""
-        self._weights = None
+        self._weights = self._placement = None
 
 
 class BucketTransfer(CheckedTransfer):
@@ -201,11 +214,9 @@ class BucketTransfer(CheckedTransfer):
         self, plan: SharedPlan, channel: Channel, bucket_bytes: int, device: torch.device, *, compare_digests: bool
     ) -> None:
         """Loads one set while buckets arrive on the device."""
-        keeps_all = self._is_packed
         if self._receiver is None:
-            self._receiver = BucketReceiver(plan, channel, bucket_bytes, device, keeps_all=keeps_all)
-        batches = iter(self._receiver)
-        self.load(batches, plan, compare_digests=compare_digests, keeps_all=keeps_all, device=device)
+            self._receiver = BucketReceiver(plan, channel, bucket_bytes, device, keeps_all=self._is_packed)
+        self.load(iter(self._receiver), plan, compare_digests=compare_digests, device=device)
 
     def digests(self) -> torch.Tensor:
         """See `CheckedTransfer.digests`; they came behind the tensors."""
@@ -331,6 +342,12 @@ class WorkerExtension:
         return os.getpid()
 
 
+def leave_matrices_plain() -> None:
+    """Keeps vLLM from repacking matrices for oneDNN, in this process and in the workers that it starts."""
+    os.environ[PLAIN] = "1"
+    custom_ops._supports_onednn = False
+
+
 def is_packed(layer: torch.nn.Module) -> bool:
     """Whether oneDNN holds this layer's matrix and the parameter itself is empty."""
     weight = getattr(layer, "weight", None)
@@ -346,6 +363,8 @@ def _repack_tied_head(model: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
+if PLAIN in os.environ:
+    leave_matrices_plain()
 for _name, _transfer in zip(BACKENDS.values(), (SharedMemoryTransfer, IpcTransfer, BroadcastTransfer), strict=True):
     if _name not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(_name, _transfer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,11 @@ import torch
 from megatron_prime.rollout.protocol import ExportedWeights
 from megatron_prime.rollout.vllm.messages import SharedUpdate
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan, SharedWeights, lay_out
-from megatron_prime.weights.shards import NUM_DIGEST_BYTES, Ranges, cut, digest, find_non_finite
+from megatron_prime.weights.digests import NUM_DIGEST_BYTES, digest, examine, find_non_finite
+from megatron_prime.weights.shards import Ranges, ShardSlice, cut, cut_for_workers
+
+_MAX_THREADS = 4
+"""That examine a rank's weights: reading is limited by memory, not by cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,7 @@ class WeightWriter:
     Args:
         weights: of this rank's model, for their layout; all ranks of the copy construct their writers together.
         is_leader: the rank beside the engine; one per copy.
+        num_workers: of the engine: each finds the checksums of what it holds of every tensor.
         with_digests: also write checksums of the trainer's values.
         timeout_seconds: how long the engine waits for a rank to write on.
 
@@ -44,14 +49,16 @@ class WeightWriter:
     """
 
     def __init__(
-        self, weights: ExportedWeights, *, is_leader: bool, with_digests: bool, timeout_seconds: float
+        self, weights: ExportedWeights, *, is_leader: bool, num_workers: int, with_digests: bool, timeout_seconds: float
     ) -> None:
+        self._num_workers = num_workers
         self._with_digests = with_digests
         self._sums = b""
         """Of this rank's slices."""
         tensors = weights.tensors()
         entries = lay_out(tensors)
-        host, own = socket.gethostname(), [(part.name, part.ranges) for part in weights.slices()]
+        self._shapes = {name: shape for name, shape, _ in tensors}
+        host, own = socket.gethostname(), [(part.name, part.ranges) for part in self._slices(weights)]
         hosts = {offer.host for offer in weights.gather(_Offer(None, host, os.getpid(), []))}
         self.gathers = len(hosts) > 1
         """Whether the copy's ranks are on several hosts, so that its leader writes for all."""
@@ -90,11 +97,9 @@ class WeightWriter:
         self._say(0)
         if self.gathers or not self._with_digests:
             return find_non_finite(weights.slices())
-        # Both only read: where there is a second core (the engine's, which has nothing to do yet) one is for nothing.
-        with ThreadPoolExecutor(1) as beside:
-            sums = beside.submit(lambda: b"".join(digest(part.values) for part in weights.slices()))
-            found = find_non_finite(weights.slices())
-            self._sums = sums.result()
+        # The engine's cores have nothing to do yet.
+        num_threads = min(len(os.sched_getaffinity(0)) // self.plan.num_writers, _MAX_THREADS)
+        self._sums, found = examine(list(self._slices(weights)), max(num_threads, 1))
         return found
 
     def write(self, weights: ExportedWeights) -> None:
@@ -123,6 +128,11 @@ class WeightWriter:
         """Unmaps the memory."""
         if self.memory is not None:
             self.memory.close()
+
+    def _slices(self, weights: ExportedWeights) -> Iterator[ShardSlice]:
+        """What has a checksum of its own."""
+        for part in weights.slices():
+            yield from cut_for_workers(part, self._shapes[part.name][part.dim], self._num_workers)
 
     def _write_gathered(self, weights: ExportedWeights) -> None:
         for number, (name, tensor) in enumerate(weights):

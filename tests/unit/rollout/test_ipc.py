@@ -15,7 +15,7 @@ from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.vllm.buckets import BucketReceiver, BucketSender
 from megatron_prime.rollout.vllm.ipc import BucketReader, SharedBuckets
 from megatron_prime.rollout.vllm.shared_weights import lay_out, whole_tensors
-from megatron_prime.weights.shards import digest
+from megatron_prime.weights.digests import digest
 
 CPU = torch.device("cpu")
 SHAPES = {"one": (3,), "empty": (0, 4), "long": (1000,), "matrix": (37, 5), "last": (64,)}
