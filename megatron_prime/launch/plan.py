@@ -239,7 +239,8 @@ def _host_bytes(
     process = _PROCESS_BYTES if hardware.name != "cpu" else 0
     batches = 8 * _BATCH_FIELDS * work.num_rows * work.max_response_tokens
     total = ranks * (process + batches)
-    if config.checkpoint.asynchronous:
+    # The last one of a run is written without a copy.
+    if config.checkpoint.asynchronous and 0 < config.checkpoint.every_steps < config.run.num_steps:
         total += checkpoint / num_nodes
     if config.parallel.offload_idle == "all":
         trained, frozen = _models(config)

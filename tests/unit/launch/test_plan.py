@@ -145,6 +145,15 @@ def test_what_computes_is_there_and_the_rest_waits_in_host_memory() -> None:
     )
 
 
+def test_a_checkpoint_is_copied_where_training_goes_on_meanwhile() -> None:
+    def host_bytes(*overrides: str) -> float:
+        return plan_of("prime_qwen2.5_math_7b", "qwen2.5-math-7b", *overrides).host_bytes
+
+    on_its_way = 14 * 2 * PUBLISHED_PARAMETERS["qwen2.5-math-7b"]
+    assert host_bytes() - host_bytes("checkpoint.asynchronous=false") == pytest.approx(on_its_way, rel=0.1)
+    assert host_bytes("checkpoint.every_steps=0") == host_bytes("checkpoint.asynchronous=false")
+
+
 def test_more_engines_sample_faster() -> None:
     def seconds(*overrides: str) -> float:
         return plan_of("prime_qwen2.5_72b", "qwen2.5-72b", *overrides).seconds["rollout"]
