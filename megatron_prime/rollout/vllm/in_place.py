@@ -30,11 +30,16 @@ class Placement:
         entries = {entry.name: entry for entry in weights.plan.entries}
         shapes = {name: entry.shape for name, entry in entries.items()}
         self._copies: dict[str, list[tuple[Tensor, Part]]] = defaultdict(list)
+        seen: set[int] = set()
         for held in parameters_of(model, shapes):
             parameter = held.parameter
+            # A tied head has its embedding's.
+            if id(parameter) in seen or not held.fits:
+                continue
+            seen.add(id(parameter))
             if place := _piece(held, entries):
                 parameter.data = weights.bytes[slice(*place)].view(parameter.dtype).view(parameter.shape)
-            elif held.fits:
+            else:
                 # What other weights were read from can not be written to.
                 parameter.data = parameter.data.clone()
                 for part in held.parts:

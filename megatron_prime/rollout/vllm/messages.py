@@ -15,7 +15,7 @@ BACKENDS = {
 }
 """What the classes of `transfer` are called in vLLM's factory."""
 PLAIN = "MEGATRON_PRIME_VLLM_PLAIN"
-"""In the environment of workers that are not to repack matrices for oneDNN on a CPU."""
+"""1 in the environment of vLLM's workers that are not to repack matrices on a CPU; set when an engine is built."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 
 from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.vllm.messages import (
+    PLAIN,
     BucketUpdate,
     EngineOptions,
     EngineRequest,
@@ -74,6 +75,8 @@ class EngineParent:
 
     def __init__(self, num_threads: int, device_ids: Sequence[int], timeout_seconds: float) -> None:
         environment = {key: value for key, value in os.environ.items() if key not in _TRAINER_ENVIRONMENT}
+        # An engine in this rank may have left its mark; one that is forked sets its own.
+        environment.pop(PLAIN, None)
         environment |= engine_environment(on_gpu=bool(device_ids)) | {"OMP_NUM_THREADS": str(num_threads)}
         if device_ids:
             # The trainer may itself see only some of the GPUs, by numbers or by names.

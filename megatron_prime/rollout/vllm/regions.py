@@ -41,10 +41,14 @@ class Held:
     """In the order of the parameter's rows."""
     missing: tuple[str, ...]
     """Tensors that it should be made of and that there are not; `parts` is empty then."""
+    is_whole: bool
+    """Whether the tensors have as many rows as the layer says, where its shares do not follow from theirs."""
 
     @property
     def fits(self) -> bool:
         """Whether the parts fill the parameter; an embedding has rows behind the vocabulary."""
+        if not self.parts or not self.is_whole:
+            return False
         num_rows = sum(stop - start for (start, stop), *_ in (part.ranges for part in self.parts))
         rest = {tuple(stop - start for start, stop in part.ranges[1:]) for part in self.parts}
         may_be_longer = isinstance(self.layer, VocabParallelEmbedding)
@@ -67,7 +71,9 @@ def parameters_of(model: Any, shapes: Shapes) -> Iterator[Held]:
                 names = ["model.embed_tokens.weight"]
             missing = tuple(name for name in names if name not in shapes)
             parts = () if missing else tuple(_parts(layer, kind, [(name, shapes[name]) for name in names]))
-            yield Held(f"{path}.{kind}", layer, parameter, parts, missing)
+            rows = _num_rows(layer)
+            is_whole = rows is None or missing != () or rows == [shapes[name][0] for name in names]
+            yield Held(f"{path}.{kind}", layer, parameter, parts, missing, is_whole)
 
 
 def _hf_names(path: str, kind: str, fused: Mapping[str, Sequence[str]]) -> list[str]:
@@ -99,6 +105,16 @@ def _parts(layer: Any, kind: str, tensors: Sequence[tuple[str, Sequence[int]]]) 
         parts.append(Part(name, (rows, *([columns] if columns else rest)), first_row))
         first_row += rows[1] - rows[0]
     return parts
+
+
+def _num_rows(layer: Any) -> list[int] | None:
+    """Of the whole tensors, where a worker's shares come from the layer's numbers and not from their shapes."""
+    if isinstance(layer, VocabParallelEmbedding):
+        return [layer.org_vocab_size]
+    if isinstance(layer, QKVParallelLinear):
+        num_kv_rows = layer.total_num_kv_heads * layer.head_size
+        return [layer.total_num_heads * layer.head_size, num_kv_rows, num_kv_rows]
+    return None
 
 
 def _share(size: int, rank: int, num_ranks: int) -> Range:

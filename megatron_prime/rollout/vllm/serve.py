@@ -45,8 +45,7 @@ def server_command(
         command += ["--max-num-batched-tokens", str(max(options.max_model_len, STEP_TOKENS))]
     environment = os.environ | engine_environment(on_gpu=torch.cuda.is_available())
     environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    if not options.pack_weights:
-        environment[PLAIN] = "1"
+    environment[PLAIN] = "0" if options.pack_weights else "1"
     if num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(num_threads)
     return command, environment

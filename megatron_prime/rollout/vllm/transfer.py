@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 import vllm._custom_ops as custom_ops
+import vllm.model_executor.layers.utils as layer_utils
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -53,6 +54,8 @@ class CheckedTransfer(WeightTransferEngine[Any, Any]):
         # Asked before the reload: it puts unpacked parameters into the layers.
         self._is_packed = any(is_packed(layer) for layer in self.model.modules())
         if self._is_packed:
+            if os.environ.get(PLAIN) == "1":
+                raise RuntimeError("rollout.vllm.pack_weights: on this CPU vLLM repacks matrices in any case; use true")
             initialize_layerwise_reload(self.model)
             self._is_reloading = True
 
@@ -86,7 +89,6 @@ class CheckedTransfer(WeightTransferEngine[Any, Any]):
         compare_digests: bool,
         device: torch.device,
         placement: Placement | None = None,
-        digests_all: bool = True,
     ) -> None:
         """Loads tensors as they come, close behind the trainer that sends them.
 
@@ -97,12 +99,9 @@ class CheckedTransfer(WeightTransferEngine[Any, Any]):
             compare_digests: compare the trainer's checksums too.
             device: where checksums are computed.
             placement: loads tensors, in place of vLLM.
-            digests_all: see `EngineCheck`.
         """
         self._sent: dict[str, torch.Tensor] = {}
-        self._new_check = partial(
-            EngineCheck, self.model, plan, compare_digests=compare_digests, digests_all=digests_all, device=device
-        )
+        self._new_check = partial(EngineCheck, self.model, plan, compare_digests=compare_digests, device=device)
         # A layer that is repacked has other parameters until then.
         self._check = None if self._is_packed else self._new_check()
         with torch.no_grad():
@@ -176,13 +175,12 @@ class SharedMemoryTransfer(CheckedTransfer):
             compare_digests=update.compare_digests,
             device=_CPU,
             placement=self._placement,
-            digests_all=False,
         )
 
     def _batches(self, weights: SharedWeights) -> Batches:
-        """Tensors as they are written; several at a time where vLLM loads them, which takes it a while to begin."""
+        """Tensors as they are written; several at a time where vLLM begins anew with each batch."""
         batch: list[tuple[str, torch.Tensor]] = []
-        batch_bytes = _BATCH_BYTES if self._placement is None else 0
+        batch_bytes = 0 if self._is_packed or self._placement is not None else _BATCH_BYTES
         for number, (name, tensor) in enumerate(weights.tensors.items()):
             weights.wait(number + 1, self._update.timeout_seconds)
             batch.append((name, tensor))
@@ -343,9 +341,11 @@ class WorkerExtension:
 
 
 def leave_matrices_plain() -> None:
-    """Keeps vLLM from repacking matrices for oneDNN, in this process and in the workers that it starts."""
+    """Keeps vLLM from repacking matrices, in this process and in the workers that it starts."""
     os.environ[PLAIN] = "1"
     custom_ops._supports_onednn = False
+    # Its kernel for small matrices, on CPUs with AMX.
+    layer_utils.check_cpu_sgl_kernel = lambda n, k, dtype: False
 
 
 def is_packed(layer: torch.nn.Module) -> bool:
@@ -363,7 +363,7 @@ def _repack_tied_head(model: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-if PLAIN in os.environ:
+if os.environ.get(PLAIN) == "1":
     leave_matrices_plain()
 for _name, _transfer in zip(BACKENDS.values(), (SharedMemoryTransfer, IpcTransfer, BroadcastTransfer), strict=True):
     if _name not in WeightTransferEngineFactory._registry:

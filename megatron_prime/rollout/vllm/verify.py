@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from megatron_prime.rollout.vllm.regions import Part, parameters_of
@@ -44,22 +43,15 @@ class EngineCheck:
         model: the worker's, whose parameters have the place that they will keep.
         plan: what is sent.
         compare_digests: compare the trainer's checksums too.
-        digests_all: read all of what was sent where it has to be; otherwise this worker's share, because the other
-            workers have the very same memory before them.
         device: where checksums are computed (`digest_on`).
     """
 
-    def __init__(
-        self, model: Any, plan: SharedPlan, *, compare_digests: bool, digests_all: bool, device: torch.device
-    ) -> None:
+    def __init__(self, model: Any, plan: SharedPlan, *, compare_digests: bool, device: torch.device) -> None:
         shapes = {entry.name: entry.shape for entry in plan.entries}
         self.num_columns = _num_columns(model)
         """Read back of each repacked matrix; 0 without such."""
         self._plan = plan
         self._device = device
-        self._share, self._num_sharing = (
-            (0, 1) if digests_all else (get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
-        )
         self._slices: dict[str, list[tuple[int, Ranges]]] = {name: [] for name in shapes}
         if compare_digests:
             for number, (name, ranges) in enumerate(plan.slices):
@@ -77,9 +69,9 @@ class EngineCheck:
                 self._problems.append(f"{held.where}: holds values for which nothing was sent ({list(held.missing)})")
                 continue
             self._unseen -= {part.name for part in held.parts}
-            if held.parameter.numel() and not held.fits:
-                sent = [list(shapes[part.name]) for part in held.parts]
-                self._problems.append(f"{held.where}: has the shape {list(held.parameter.shape)}, what was sent {sent}")
+            if not held.is_whole or (held.parameter.numel() and not held.fits):
+                sent = {part.name: list(shapes[part.name]) for part in held.parts}
+                self._problems.append(f"{held.where}: what was sent has other sizes: {sent}")
                 continue
             self._add(held.where, held.layer, held.parameter.data, held.parts)
 
@@ -95,7 +87,7 @@ class EngineCheck:
             if not self._equals(held, name, tensor, unread):
                 self._problems.append(f"{held.where}: is not what was sent")
         for number, ranges in self._slices[name]:
-            if number in unread and number % self._num_sharing == self._share:
+            if number in unread:
                 self._found.append((number, digest_on(self._device, cut(tensor, ranges)), "on its way"))
 
     def finish(self, sent: Mapping[str, Tensor], digests: Callable[[], Tensor]) -> None:

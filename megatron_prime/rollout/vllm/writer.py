@@ -39,7 +39,7 @@ class WeightWriter:
     Args:
         weights: of this rank's model, for their layout; all ranks of the copy construct their writers together.
         is_leader: the rank beside the engine; one per copy.
-        num_workers: of the engine: each finds the checksums of what it holds of every tensor.
+        num_workers: of the engine, at whose shares the slices that have checksums end.
         with_digests: also write checksums of the trainer's values.
         timeout_seconds: how long the engine waits for a rank to write on.
 
@@ -98,8 +98,9 @@ class WeightWriter:
         if self.gathers or not self._with_digests:
             return find_non_finite(weights.slices())
         # The engine's cores have nothing to do yet.
-        num_threads = min(len(os.sched_getaffinity(0)) // self.plan.num_writers, _MAX_THREADS)
-        self._sums, found = examine(list(self._slices(weights)), max(num_threads, 1))
+        num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.plan.num_writers))
+        num_threads = min(len(os.sched_getaffinity(0)) // num_ranks, _MAX_THREADS)
+        self._sums, found = examine(self._slices(weights), max(num_threads, 1))
         return found
 
     def write(self, weights: ExportedWeights) -> None:
