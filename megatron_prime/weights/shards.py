@@ -44,6 +44,8 @@ def cut_for_workers(part: ShardSlice, size: int, num_workers: int) -> list[Shard
     """
     start, stop = part.ranges[part.dim]
     edges = [start, *(edge for n in range(1, num_workers) if start < (edge := n * size // num_workers) < stop), stop]
+    if len(edges) == 2:
+        return [part]
     return [
         ShardSlice(
             part.name,

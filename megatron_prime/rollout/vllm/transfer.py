@@ -29,7 +29,7 @@ from megatron_prime.rollout.vllm.in_place import Placement
 from megatron_prime.rollout.vllm.ipc import BucketReader
 from megatron_prime.rollout.vllm.messages import BACKENDS, PLAIN, BucketUpdate, SharedUpdate
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan, SharedWeights, TensorEntry, whole_tensors
-from megatron_prime.rollout.vllm.verify import EngineCheck
+from megatron_prime.rollout.vllm.verify import EngineCheck, is_packed
 
 _BATCH_BYTES = 64 << 20
 _CPU = torch.device("cpu")
@@ -346,12 +346,6 @@ def leave_matrices_plain() -> None:
     custom_ops._supports_onednn = False
     # Its kernel for small matrices, on CPUs with AMX.
     layer_utils.check_cpu_sgl_kernel = lambda n, k, dtype: False
-
-
-def is_packed(layer: torch.nn.Module) -> bool:
-    """Whether oneDNN holds this layer's matrix and the parameter itself is empty."""
-    weight = getattr(layer, "weight", None)
-    return hasattr(layer, "cpu_linear") and isinstance(weight, torch.Tensor) and weight.numel() == 0
 
 
 def _repack_tied_head(model: Any) -> None:

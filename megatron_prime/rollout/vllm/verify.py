@@ -171,7 +171,9 @@ def _intersection(one: Ranges, other: Ranges) -> Ranges | None:
 
 def _num_columns(model: Any) -> int:
     """How many columns of each repacked matrix to read: all that the budget allows, 0 without such matrices."""
-    shapes = [(layer.output_size, layer.input_size) for layer in model.modules() if _is_packed_linear(layer)]
+    # A packed head has no such sizes.
+    linears = [layer for layer in model.modules() if is_packed(layer) and hasattr(layer, "output_size")]
+    shapes = [(layer.output_size, layer.input_size) for layer in linears]
     if not shapes:
         return 0
     if sum(rows * columns * columns for rows, columns in shapes) <= _MAX_PROBE_OPERATIONS:
@@ -179,8 +181,10 @@ def _num_columns(model: Any) -> int:
     return _NUM_COLUMNS
 
 
-def _is_packed_linear(layer: Any) -> bool:
-    return hasattr(layer, "cpu_linear") and hasattr(layer, "output_size") and layer.weight.numel() == 0
+def is_packed(layer: Any) -> bool:
+    """Whether oneDNN holds this layer's matrix and the parameter itself is empty."""
+    weight = getattr(layer, "weight", None)
+    return hasattr(layer, "cpu_linear") and isinstance(weight, Tensor) and weight.numel() == 0
 
 
 def _probe(layer: Any, regions: Sequence[Tensor], num_columns: int) -> bool:
