@@ -21,41 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_act": "silu",
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "max_position_embeddings": 32768,
-    "num_attention_heads": 14,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
+from half_billion import write_folder
+
 Row = dict[str, Any]
-
-
-def write_folder(folder: Path) -> int:
-    """A random model of CONFIG's shape; returns its bytes of weights."""
-    import torch
-    from safetensors.torch import save_file
-
-    from megatron_prime.weights.architecture import read_architecture
-    from megatron_prime.weights.hf_folder import expected_shapes
-
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    torch.manual_seed(0)
-    shapes = expected_shapes(read_architecture(folder))
-    tensors = {name: (torch.randn(shape) * 0.02).bfloat16() for name, shape in shapes.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
 
 
 def memory_bytes(what: str) -> int:

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from half_billion import make_trainable
 from rich.console import Console
 from rich.table import Table
 
@@ -54,32 +55,6 @@ COMMON = [
     "checkpoint.every_steps=0",
     "checkpoint.export_hf=false",
 ]
-
-
-def model(num_layers: int) -> Path:
-    """A folder with Qwen2.5-0.5B's shape, random weights and the arithmetic tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    folder = BUILD / f"qwen2.5_0.5b_{num_layers}_layers"
-    if not (folder / "model.safetensors").exists():
-        torch.manual_seed(0)
-        config = Qwen2Config(
-            hidden_size=896,
-            intermediate_size=4864,
-            num_hidden_layers=num_layers,
-            num_attention_heads=14,
-            num_key_value_heads=2,
-            vocab_size=151936,
-            max_position_embeddings=32768,
-            tie_word_embeddings=True,
-            eos_token_id=1,
-            pad_token_id=0,
-        )
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(ROOT / "configs" / "models" / "arithmetic" / file, folder)
-    return folder
 
 
 def run(folder: Path, variant: str, overrides: list[str]) -> dict[str, Any]:
@@ -123,7 +98,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24, help="of the model (default: 24, as Qwen2.5-0.5B has)")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     arguments = parser.parse_args()
-    folder = model(arguments.layers)
+    folder = make_trainable(BUILD / f"qwen2.5_0.5b_{arguments.layers}_layers", arguments.layers)
     rows = [run(folder, variant, VARIANTS[variant]) for variant in arguments.variants]
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {arguments.layers} layers"
     parts = planned(folder)

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from refit_setup import CONFIG, Row, peak_gb, reset_peak, section, timings, trainer_place, write_folder
+from half_billion import CONFIG, write_folder
+from refit_setup import Row, peak_gb, reset_peak, section, timings, trainer_place
 from refit_simple_ways import FILE, bench_simple, file_rank
 
 from megatron_prime.config.schema import VllmSection

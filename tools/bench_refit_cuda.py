@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from refit_setup import Place, section, shards_of, write_folder
+from half_billion import write_folder
+from refit_setup import Place, section, shards_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 

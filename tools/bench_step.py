@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from half_billion import make_trainable
 from rich.console import Console
 from rich.table import Table
 
@@ -101,32 +102,6 @@ def ranks(overrides: list[str]) -> int:
     return 1 if "parallel.world_size=1" in overrides else 2
 
 
-def large_model() -> Path:
-    """A folder with Qwen2.5-0.5B's shape, random weights and the arithmetic tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    folder = BUILD / "qwen2.5_0.5b_shape"
-    if not (folder / "model.safetensors").exists():
-        torch.manual_seed(0)
-        config = Qwen2Config(
-            hidden_size=896,
-            intermediate_size=4864,
-            num_hidden_layers=24,
-            num_attention_heads=14,
-            num_key_value_heads=2,
-            vocab_size=151936,
-            max_position_embeddings=32768,
-            tie_word_embeddings=True,
-            eos_token_id=1,
-            pad_token_id=0,
-        )
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(ROOT / "configs" / "models" / "arithmetic" / file, folder)
-    return folder
-
-
 def small_model() -> Path:
     """The demo's starting model, shortly trained: its steps cost the same."""
     folder = BUILD / "runs" / "sft" / "hf"
@@ -154,7 +129,7 @@ def main() -> None:
         code = {"before": tree, **code}
     rows: list[dict[str, Any]] = []
     for case in arguments.cases:
-        model = small_model() if case == "demo" else large_model()
+        model = small_model() if case == "demo" else make_trainable(BUILD / "qwen2.5_0.5b_shape", num_layers=24)
         overrides = [f"model.path={model}", *(["run.num_steps=12"] if case == "demo" else ["run.num_steps=2", *LARGE])]
         found: dict[str, list[dict[str, float]]] = {variant: [] for variant in code}
         for _ in range(arguments.repeats):

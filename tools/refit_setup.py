@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from megatron_prime.config.schema import VllmSection
 from megatron_prime.weights.architecture import read_architecture
@@ -17,36 +15,7 @@ from megatron_prime.weights.hf_folder import HfFolder
 from megatron_prime.weights.layouts import local_slice
 from megatron_prime.weights.stream import ParallelGroups, WeightExport
 
-CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_act": "silu",
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "max_position_embeddings": 32768,
-    "num_attention_heads": 14,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
 Row = dict[str, Any]
-
-
-def write_folder(folder: Path) -> None:
-    """A random model of CONFIG's shape."""
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    torch.manual_seed(0)
-    tensors = {
-        name: (torch.randn(shape) * 0.02).bfloat16()
-        for spec in weight_specs(read_architecture(folder))
-        for name, shape in zip(spec.hf_names, spec.hf_shapes, strict=True)
-    }
-    save_file(tensors, folder / "model.safetensors")
 
 
 def section(num_workers: int, pack: bool, verify: bool) -> VllmSection:
