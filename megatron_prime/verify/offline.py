@@ -75,10 +75,10 @@ def verify_file(
     """
     num_rows, abilities = _scan(source, section)
     summary = FileSummary()
+    _require_file(target)
     num_done = _take_up(source, target, summary)
     progress(num_done, num_rows)
     pending: deque[tuple[dict[str, Any], Future[Verdict]]] = deque()
-    target.parent.mkdir(parents=True, exist_ok=True)
     with build_verifier(section, abilities) as verifier, target.open("a", encoding="utf-8") as file:
 
         def write() -> None:
@@ -176,10 +176,19 @@ def _kept(line: bytes) -> dict[str, Any]:
     return row if isinstance(row, dict) else {"row": line.decode(errors="replace").strip()}
 
 
+def _require_file(target: Path) -> None:
+    """Makes the file if there is none, so that nothing is graded that could not be written."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.open("a+b").close()
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written ({error.strerror}); name another file for the output") from error
+    if not target.is_file():
+        raise DataError(f"{target}: is no regular file; name another for the output")
+
+
 def _take_up(source: Path, target: Path, summary: FileSummary) -> int:
     """How many rows the target holds; one that was cut off by the end of its process is removed."""
-    if not target.exists():
-        return 0
     if target.samefile(source):
         raise DataError(f"{target}: is the input; name another file for the output")
     whole, inputs = 0, _lines(source)

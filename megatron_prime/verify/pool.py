@@ -229,7 +229,19 @@ class WorkerPool:
         num_starting = sum(not worker.ready for worker in self._workers if worker.kind.name == name)
         num_wanted = len(self._waiting[name]) - num_starting
         for _ in range(min(num_wanted, self._num_workers - self._num_busy())):
-            self._workers.append(_Worker(self._kinds[name]))
+            try:
+                self._workers.append(_Worker(self._kinds[name]))
+            except OSError as error:
+                self._start_failed(self._kinds[name], error)
+                return
+
+    def _start_failed(self, kind: WorkerKind, error: OSError) -> None:
+        """A machine that has no room for one more process may go on with those that there are."""
+        if any(worker.kind is kind for worker in self._workers):
+            _log.warning("no further %s worker could be started: %s", kind.name, error)
+            return
+        reason = f"a {kind.name} worker could not be started: {error}"
+        self._fail(self._take_waiting([kind.name]), VerifierError(f"{reason}; {kind.advice}"))
 
     def _collect(self) -> None:
         """Waits for news, at the longest until the nearest deadline; kills what is late."""

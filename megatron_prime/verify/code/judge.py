@@ -30,6 +30,8 @@ CALL_PRELUDE = "import collections, functools, heapq, itertools, math, string\n"
     for module in ("typing", "collections", "functools", "itertools", "math", "heapq", "bisect")
 )
 """Function-style problems are written for graders that have these names defined (APPS, LeetCode)."""
+_RESULT_TAGS = ("int", "list", "tuple", "dict")
+"""What may be equal to a JSON value. Nothing else a program sends is built in this process, which no limit holds."""
 _PROGRAM, _TESTS = 0, 1
 """Slots: each has its own user where there are users to spare."""
 
@@ -114,12 +116,28 @@ class _Run:
     def _check(self, problem: OutputTests, text: str, output: str, expected: str) -> str:
         if not problem.checker_code:
             return "pass" if CHECKERS[problem.checker](expected, output) else "wrong_answer"
-        # The checker is code of the data set: it gets a sandbox too, and the program is gone by now.
-        checker = AssertTests(["assert check(input, output, expected)"], setup=problem.checker_code)
+        status = self._ask_checker(problem.checker_code, text, output, expected)
+        if status != "failed":
+            return status
+        # A checker may read nothing but what is right: it is at fault only where it fails at that too.
+        status = self._ask_checker(problem.checker_code, text, expected, expected)
+        if status == "failed" and time.monotonic() >= self._deadline:
+            return "time_limit"
+        return {"pass": "wrong_answer", "harness_error": "harness_error"}.get(status, "bad_tests")
+
+    def _ask_checker(self, code: str, text: str, output: str, expected: str) -> str:
+        """What a checker says of an output; ``failed`` where it says nothing."""
+        # It is code of the data set: it gets a sandbox too, and the program is gone by now.
+        checker = AssertTests(["assert check(input, output, expected)"], setup=code)
         variables = {"input": text, "output": output, "expected": expected}
-        with self._child("test", _TESTS) as tester:
-            statuses = list(self._results(tester, checker, 0, variables, None))
-        return statuses[0] if statuses[0] in ("pass", "wrong_answer") else "bad_tests"
+        try:
+            with self._child("test", _TESTS) as tester:
+                (status,) = self._results(tester, checker, 0, variables, None)
+        except _Failed as failure:
+            status = failure.status
+        except OutOfTime:
+            status = "failed"
+        return status if status in ("pass", "wrong_answer", "harness_error") else "failed"
 
     def _output(self, code: str, text: str, max_bytes: int) -> str:
         """What the program prints for an input."""
@@ -236,7 +254,11 @@ class _Run:
         watch = self._stopwatch(*children)
         pieces = list(enumerate(problem.pieces))[first:]
         request = {"setup": problem.setup, "tests": pieces, "entry_point": problem.entry_point, "nonce": nonce}
-        tester.request({**request, "variables": variables}, watch.wall_seconds)
+        try:
+            tester.request({**request, "variables": variables}, watch.wall_seconds)
+        except wire.WireError:
+            # Too long, unless nobody is there to read it.
+            raise _Failed("harness_error" if tester.explain() == "harness_error" else "bad_tests") from None
         num_results = 0
         while num_results < len(pieces):
             ready = watch.wait(tester.events_descriptor, tester.end_descriptor)
@@ -249,7 +271,8 @@ class _Run:
                 num_results += 1
                 yield _status_of(event, program)
             if tester.end_descriptor in ready and num_results < len(pieces):
-                raise _Failed("memory_limit" if tester.explain() == "memory_limit" else "runtime_error")
+                end = tester.explain()
+                raise _Failed(end if end in ("memory_limit", "harness_error") else "runtime_error")
 
     def _child(self, role: str, slot: int, **descriptors: int) -> Child:
         # A process that answers many calls is held to each call's time by its judge.
@@ -275,7 +298,11 @@ def _receive(channel: socket.socket, child: Child, watch: Stopwatch) -> Any:
     while True:
         watch.wait(channel.fileno())
         channel.settimeout(watch.wall_seconds)
-        data = channel.recv(2**18)
+        try:
+            data = channel.recv(2**18)
+        except OSError as error:
+            # A reset, where the program has ended with our request unread.
+            raise wire.WireError(f"the program is gone: {error}") from error
         if not data:
             raise wire.WireError("the program is gone")
         if messages := frames.feed(data):
@@ -284,12 +311,13 @@ def _receive(channel: socket.socket, child: Child, watch: Stopwatch) -> Any:
 
 def _is_result(expected: Any, message: Any) -> bool:
     """Data sets give the result either as it is or as the only item of a list."""
-    try:
-        value = wire.decode(message)
-    except (wire.WireError, RecursionError):
-        return False
     wrapped = isinstance(expected, list) and len(expected) == 1
-    return same_values(expected, value) or (wrapped and same_values(expected[0], value))
+    try:
+        value = wire.decode(message, only=_RESULT_TAGS)
+        return same_values(expected, value) or (wrapped and same_values(expected[0], value))
+    except (wire.WireError, RecursionError, ValueError):
+        # Python writes no integer of more than 4300 digits, a key of a dictionary for instance.
+        return False
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from megatron_prime.verify.pool import Outcome, WorkerKind, WorkerPool
 from megatron_prime.verify.protocol import known
 
 KIND = "code"
-VERSION = 1
+VERSION = 2
 """Counts up with every change after which a program may be judged differently."""
 ISOLATIONS = ("fork_server", "bubblewrap")
 """The safe ones, the best first."""

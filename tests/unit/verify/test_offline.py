@@ -1,6 +1,7 @@
 """`megatron-prime verify`: rows in order, malformed ones marked, an interrupted file taken up."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -87,6 +88,15 @@ def test_another_file_is_not_overwritten(source, tmp_path):
         _grade(source, source)
     with pytest.raises(DataError, match="no such file"):
         _grade(tmp_path / "missing.jsonl", target)
+
+
+def test_a_target_that_cannot_be_written_is_named(source, tmp_path):
+    (tmp_path / "file").touch()
+    for target in (tmp_path, Path("/proc/out.jsonl"), tmp_path / "file" / "out.jsonl"):
+        with pytest.raises(DataError, match=f"{target}: cannot be written .*; name another file for the output"):
+            _grade(source, target)
+    with pytest.raises(DataError, match="/dev/null: is no regular file"):
+        _grade(source, Path("/dev/null"))
 
 
 def test_the_command(source, tmp_path, capsys):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,40 @@ def test_a_worker_that_cannot_start_is_a_clear_error():
     with pytest.raises(VerifierError, match=r"verifier\.memory_gib"):
         workers.submit("math", EQUAL, 1.0).result()
     workers.close()
+
+
+def _kind_without_interpreter(after=0):
+    """Whose command line is right so many times only."""
+    kind, started = echo_kind(), []
+
+    def command(descriptor):
+        started.append(descriptor)
+        return kind.command(descriptor) if len(started) <= after else ["/nonexistent/python"]
+
+    return replace(kind, command=command)
+
+
+def test_a_program_that_cannot_be_started_is_a_clear_error_and_ends_nothing():
+    workers = WorkerPool([_kind_without_interpreter(), echo_kind("other")], num_workers=2, cache_size=0)
+    try:
+        for _ in range(2):
+            pending = [workers.submit("echo", {"do": "answer", "number": n}, 5.0) for n in range(2)]
+            for future in pending:
+                with pytest.raises(VerifierError, match=r"echo worker could not .*/nonexistent/python.*nothing helps"):
+                    future.result(timeout=20)
+        assert workers.submit("other", {"do": "answer"}, 5.0).result(timeout=20).end == "answered"
+    finally:
+        workers.close()
+
+
+def test_a_machine_without_room_for_another_worker_goes_on_with_those_it_has(caplog):
+    workers = WorkerPool([_kind_without_interpreter(after=1)], num_workers=2, cache_size=0)
+    try:
+        pending = [workers.submit("echo", {"do": "sleep", "seconds": 0.1, "number": n}, 5.0) for n in range(3)]
+        assert [future.result(timeout=20).end for future in pending] == ["answered"] * 3
+        assert "no further echo worker could be started" in caplog.text
+    finally:
+        workers.close()
 
 
 def test_a_dead_parent_leaves_no_worker_behind():

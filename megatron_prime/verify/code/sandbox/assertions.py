@@ -12,6 +12,7 @@ import builtins
 import importlib
 import secrets
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -183,14 +184,36 @@ def run_tests(request: dict[str, Any], descriptor: int, report: Callable[..., No
     if not request["variables"]:
         _bind(namespace, "\n".join(texts), program, entry_point)
     candidate = None if entry_point is None else Name(program, entry_point)
-    status, error = _attempt(lambda: exec(setup, namespace))
+    status, error = _attempt_setup(setup, namespace)
     for (number, _), piece in zip(request["tests"], pieces, strict=True):
         if status == "pass":
             report("started", nonce=nonce, number=number)
             result = _attempt(lambda piece=piece: _run_piece(piece, namespace, candidate))
         else:
-            result = ("bad_tests", error)
+            result = (status, error)
         report("result", nonce=nonce, number=number, status=result[0], error=result[1])
+
+
+def _attempt_setup(setup: types.CodeType, namespace: dict[str, Any]) -> tuple[str, str]:
+    try:
+        exec(setup, namespace)
+    except ProgramGone as error:
+        return "program_gone", str(error)[:200]
+    except BaseException as error:
+        return ("runtime_error" if _comes_from_program(error) else "bad_tests"), type(error).__name__
+    return "pass", ""
+
+
+def _comes_from_program(error: BaseException) -> bool:
+    """Whether an exception is one of the program's, or was raised because of one."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        if isinstance(link, (_RaisedByProgram, ProgramGone)):
+            return True
+        seen.add(id(link))
+        link = link.__cause__ or link.__context__
+    return False
 
 
 def _run_piece(piece: Any, namespace: dict[str, Any], candidate: Name | None) -> None:

@@ -14,10 +14,11 @@ from typing import Any, Protocol
 
 from megatron_prime.verify.code.sandbox import wire
 from megatron_prime.verify.code.sandbox.launch import Launcher
-from megatron_prime.verify.code.sandbox.zygote import CANNOT_ENTER
 
 WALL_PER_CPU = 2.0
 """A test may last this many times its CPU limit: waiting for a busy machine is not the program's fault."""
+MAX_SAID_BYTES = 4 * 2**20
+"""Of events; more than the reports on 10,000 tests. Without an end a program could keep its judge reading for ever."""
 _LONGEST_NAP_SECONDS = 0.25
 _SHORTEST_NAP_SECONDS = 0.01
 _FAREWELL_SECONDS = 1.0
@@ -50,6 +51,8 @@ class Child:
         calls: int | None = None,
     ) -> None:
         self._control, theirs = socket.socketpair()
+        self._locked_in = False
+        self._num_said = 0
         self._frames = wire.Frames()
         self._events: list[dict[str, Any]] = []
         self._status: int | None = None
@@ -91,20 +94,28 @@ class Child:
         send_all(self._control, message, patience_seconds)
 
     def take_events(self) -> list[dict[str, Any]]:
-        """What the process has said since the last time; nothing it says is sure to be true."""
+        """What the process has said since the last time; nothing it says is sure to be true.
+
+        A process that says more than `MAX_SAID_BYTES` is killed.
+        """
         taken: list[dict[str, Any]] = []
         self._control.setblocking(False)
         with contextlib.suppress(OSError, wire.WireError):
-            while data := self._control.recv(2**18):
+            while self._num_said <= MAX_SAID_BYTES and (data := self._control.recv(2**18)):
+                self._num_said += len(data)
+                if not self._locked_in:
+                    self._locked_in, data = True, data[len(wire.LOCKED_IN) :]
                 taken += [message for message in self._frames.feed(data) if isinstance(message, dict)]
         self._events += taken
+        if self._num_said > MAX_SAID_BYTES and self._status is None:
+            self._process.kill()
         return taken
 
     def end(self) -> int:
         """Kills the process if it still runs; its exit status."""
         if self._status is None:
             # Should the launcher itself fail now, there is nothing left to end.
-            self._status = CANNOT_ENTER
+            self._status = -signal.SIGKILL
             self._process.kill()
             self._status = self._process.reap()
             self.take_events()
@@ -112,14 +123,20 @@ class Child:
         return self._status
 
     def explain(self) -> str:
-        """The status that the end of the process means: ``pass`` where it just ended."""
+        """The status that the end of the process means: ``pass`` where it just ended.
+
+        ``harness_error`` where it never was locked in, and so has run nothing; the exit status, which is the program's
+        to choose, has no say in that.
+        """
         if self._status is None:
             # Whoever notices that its pipe is closed comes a moment before the end of the process.
             _poll(self.end_descriptor).poll(1000 * _FAREWELL_SECONDS)
         spent = time.monotonic() - self._start
         status = self.end()
-        if status == CANNOT_ENTER:
+        if not self._locked_in:
             return "harness_error"
+        if self._num_said > MAX_SAID_BYTES:
+            return "output_limit"
         if status in (-signal.SIGXCPU, -signal.SIGKILL):
             # The kernel kills for two reasons, and one of them takes its time.
             return "time_limit" if status == -signal.SIGXCPU or spent >= self._cpu_limit else "memory_limit"

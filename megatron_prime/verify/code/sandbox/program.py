@@ -35,13 +35,15 @@ def take_descriptors(descriptors: Sequence[int]) -> None:
 
 
 def run(role: str) -> NoReturn:
-    """Takes one request from `CONTROL`, runs it and ends the process."""
+    """Says that this process is locked in, takes one request from `CONTROL`, runs it and ends the process."""
     atexit._clear()
     sys.stdin = io.TextIOWrapper(os.fdopen(0, "rb", closefd=False), encoding="utf-8", errors="surrogateescape")
     sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), encoding="utf-8", errors="surrogateescape")
     sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", closefd=False), encoding="utf-8", errors="backslashreplace")
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     sys.argv = ["program.py"]
+    # No text of the program has been read: it can neither send this in another's place nor take it back.
+    os.write(CONTROL, wire.LOCKED_IN)
     request = wire.receive(CONTROL)
     roles: dict[str, Callable[[dict[str, Any]], int]] = {"script": _script, "serve": _serve, "test": _test}
     os._exit(roles[role](request))

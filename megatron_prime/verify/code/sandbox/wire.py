@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
 MAX_MESSAGE_BYTES = 16 * 2**20
 """Longer messages end the run."""
+LOCKED_IN = b"\0"
+"""The first byte that a sandboxed process sends to its judge, before it has read what to run: it has no rights left."""
+MAX_EQUAL_HASHES = 500
+"""Keys of one table whose hash another one has: it takes the square of their number to build."""
+_FRACTION = re.compile(r"-?[0-9]+(/[0-9]+)?")
+_DECIMAL = re.compile(r"-?([0-9.]{1,100000}(E[+-][0-9]{1,6})?|s?NaN[0-9]{0,30}|Infinity)")
+"""As `encode` writes them; other forms are short and stand for numbers that no machine can hold."""
 _LENGTH = struct.Struct("=I")
 
 
@@ -144,12 +152,13 @@ def encode(value: Any, handle: Callable[[Any], Any] | None = None) -> Any:
     return {"handle": handle(value)}
 
 
-def decode(message: Any, handle: Callable[[Any], Any] | None = None) -> Any:
+def decode(message: Any, handle: Callable[[Any], Any] | None = None, *, only: Collection[str] | None = None) -> Any:
     """Undoes `encode`.
 
     Args:
         message: from the other side.
         handle: makes the object that stands for a handle; refused where None.
+        only: the tags that are accepted; all where None.
 
     Raises:
         WireError: not a message of `encode`.
@@ -159,16 +168,40 @@ def decode(message: Any, handle: Callable[[Any], Any] | None = None) -> Any:
     if not isinstance(message, dict) or len(message) != 1:
         raise WireError("no encoded value")
     ((tag, content),) = message.items()
+    if only is not None and tag not in only:
+        raise WireError(f"no {tag} is accepted")
     try:
         if tag == "handle" and handle is not None:
             return handle(content)
         if tag == "dict":
-            return {decode(key, handle): decode(value, handle) for key, value in content}
+            pairs = [(decode(key, handle, only=only), decode(value, handle, only=only)) for key, value in content]
+            _check_hashes(key for key, _ in pairs)
+            return dict(pairs)
         if tag in _READERS:
             return _READERS[tag](content)
-        return _BUILDERS[tag](decode(item, handle) for item in content)
+        items = [decode(item, handle, only=only) for item in content]
+        if tag in ("set", "frozenset"):
+            _check_hashes(items)
+        return _BUILDERS[tag](items)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise WireError(f"no encoded value: {error}") from error
+
+
+def _check_hashes(keys: Iterable[Hashable]) -> None:
+    """Refuses keys that no program has by chance, before a table of them is built."""
+    hashes = list(map(hash, keys))
+    # Equal hashes are equal numbers, of which a set keeps one: this table is small, whatever the keys are.
+    if len(hashes) - len(set(hashes)) > MAX_EQUAL_HASHES:
+        raise WireError(f"{len(hashes)} keys with {len(set(hashes))} hashes")
+
+
+def _number(pattern: re.Pattern[str], kind: Callable[[str], Any]) -> Callable[[Any], Any]:
+    def read(content: Any) -> Any:
+        if pattern.fullmatch(content) is None:
+            raise ValueError("no number as `encode` writes it")
+        return kind(content)
+
+    return read
 
 
 def _whole(value: int) -> int | dict[str, str]:
@@ -207,8 +240,8 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "bytes": bytes.fromhex,
     "bytearray": bytearray.fromhex,
     "complex": lambda content: complex(*content),
-    "Decimal": Decimal,
-    "Fraction": Fraction,
+    "Decimal": _number(_DECIMAL, Decimal),
+    "Fraction": _number(_FRACTION, Fraction),
     "range": lambda content: range(*content),
 }
 _BUILDERS: dict[str, Callable[[Any], Any]] = {tag: base for base, tag, _ in _COLLECTIONS}

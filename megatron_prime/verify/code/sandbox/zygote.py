@@ -20,8 +20,6 @@ from typing import NoReturn
 from megatron_prime.verify.code.sandbox import assertions, lockdown, namespaces, program  # noqa: F401
 from megatron_prime.verify.code.sandbox.libc import PR_SET_PDEATHSIG, set_process_option
 
-CANNOT_ENTER = 97
-"""Exit status of a child that could not lock itself in; nothing of the program has run."""
 _PRELOADED = """
 abc array ast base64 bisect calendar cmath collections.abc contextlib copy csv dataclasses datetime decimal enum
 fractions functools hashlib heapq io itertools json math numbers operator os pprint queue random re statistics string
@@ -110,9 +108,6 @@ class _Server:
     def _run(self, role: str, slot: int, cpu_seconds: int, descriptors: list[int]) -> NoReturn:
         try:
             self._enter(slot, cpu_seconds, descriptors)
-        except BaseException:
-            os._exit(CANNOT_ENTER)
-        try:
             program.run(role)
         finally:
             os._exit(1)

@@ -67,6 +67,7 @@ def test_partial_credit_of_the_released_grader(fork_server):
         ("print(int(input()) ** 2 + 7)\nraise SystemExit", "pass"),
         ("import os\nprint(int(input()) ** 2 + 7, flush=True)\nos._exit(0)", "pass"),
         ("import os\nos.abort()", "runtime_error"),
+        *((f"print(3)\nraise SystemExit({status})", "runtime_error") for status in (2, 97, 255)),
         ("x = bytearray(3 << 30)", "memory_limit"),
         ("print('x' * (3 << 20))", "output_limit"),
         ("import time\ntime.sleep(9)", "time_limit"),
@@ -97,6 +98,8 @@ def test_statuses_of_programs(fork_server, code, status):
         ("def f(n): return 'x' * (17 << 20)", "output_limit"),
         ("def f(n): raise SystemExit(0)", "runtime_error"),
         ("import os\ndef f(n): os._exit(0)", "runtime_error"),
+        ("import os\ndef f(n): os._exit(97)", "runtime_error"),
+        ("import os\nos._exit(97)", "runtime_error"),
         ("def f(n): return bytearray(3 << 30)", "memory_limit"),
         ("def f(n):\n    while True: pass", "time_limit"),
         ("while True: pass", "time_limit"),
@@ -113,6 +116,65 @@ def test_a_function_keeps_its_state_and_survives_its_own_errors(fork_server):
     code = "seen = []\ndef f(n):\n    seen.append(n)\n    if n == 2: raise ValueError\n    return len(seen)"
     content = {"fn_name": "f", "inputs": [[1], [2], [3]], "outputs": [1, 2, [3]]}
     assert statuses_of(fork_server, content, code) == ["pass", "runtime_error", "pass"]
+
+
+LEAVE = """
+import os, time
+from megatron_prime.verify.code.sandbox import wire
+def leave(descriptor):
+    time.sleep(0.3)
+    os._exit(0)
+wire.receive = leave
+def f(n): return n
+"""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"fn_name": "f", "inputs": [[3]], "outputs": [3]}, {"assert_code": "assert f(3) == 3"}],
+    ids=["call", "assert"],
+)
+def test_a_program_that_leaves_its_request_unread_fails(fork_server, content):
+    assert status_of(fork_server, content, LEAVE) == "runtime_error"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"fn_name": "f", "inputs": [[3]], "outputs": [16]}, {"assert_code": "assert f(3) == 16"}],
+    ids=["call", "assert"],
+)
+@pytest.mark.parametrize("message", ["b'{}'", "b'[]' * 2**17", "b'?' * 2**16"])
+def test_a_program_that_never_stops_talking_is_stopped(fork_server, content, message):
+    code = f"import os, struct\ndata = {message}\nwhile True: os.write(3, (struct.pack('=I', len(data)) + data) * 100)"
+    start = time.monotonic()
+    assert status_of(fork_server, content, code) == "output_limit"
+    assert time.monotonic() - start < 15.0
+
+
+FORGE = "from megatron_prime.verify.code.sandbox import wire\nwire.encode = lambda *_: {}\ndef f(n): return n"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        '{"Fraction": "1e200000000"}',
+        '{"dict": [[{"Decimal": "0"}, 0], [{"int": format(2**61 - 1 << 2**22, "x")}, 0]]}',
+        '{"dict": [[{"int": "f" * 5000}, 0], [1, 0]]}',
+        '{"dict": [[k * (2**61 - 1), 0] for k in range(100_000)]}',
+        '{"set": [k * (2**61 - 1) for k in range(100_000)]}',
+    ],
+    ids=["fraction", "decimal beside a long int", "long int", "equal hashes", "set"],
+)
+def test_no_value_of_a_program_keeps_its_judge_busy_or_ends_it(fork_server, message):
+    content = {"fn_name": "f", "inputs": [[3]], "outputs": [{"1": 0, "2": 0}]}
+    start = time.monotonic()
+    assert status_of(fork_server, content, FORGE.format(message)) == "wrong_answer"
+    assert time.monotonic() - start < 5.0
+
+
+def test_a_dictionary_may_have_numbers_and_tuples_as_keys(fork_server):
+    content = {"fn_name": "f", "inputs": [[3]], "outputs": [{"3": [3], "(3, 4)": True, "true": None}]}
+    assert status_of(fork_server, content, "def f(n): return {n: (n,), (n, n + 1): n == 3, True: None}") == "pass"
 
 
 def test_after_two_time_outs_the_rest_is_not_run(fork_server):
@@ -176,10 +238,43 @@ def test_assertions_cannot_be_talked_round(fork_server, code):
         ("assert f(1) == 1", "def f(n):\n    while True: pass", "time_limit"),
         ("assert f(1) == 1", "def f(n): return bytearray(3 << 30)", "memory_limit"),
         ("assert f(1) == 1", "def f(n", "compile_error"),
+        ("assert f(1) == 1", "import os\ndef f(n): os._exit(97)", "runtime_error"),
     ],
 )  # fmt: skip
 def test_assertions(fork_server, tests, code, status):
     assert status_of(fork_server, {"assert_code": tests}, code, _limits(status)) == status
+
+
+@pytest.mark.parametrize(
+    ("setup", "code", "status"),
+    [
+        ("obj = Foo()", "class Foo:\n    def f(self, x): return 2", "pass"),
+        ("obj = Foo()", "class Foo:\n    def f(self, x): return 3", "wrong_answer"),
+        ("obj = Foo()", "x = 1", "runtime_error"),
+        ("obj = Foo()", "class Foo:\n    def __init__(self): raise ValueError", "runtime_error"),
+        ("obj = Foo()", "class Foo:\n    def __init__(self): raise AssertionError", "runtime_error"),
+        ("obj = Foo()", "class Foo:\n    def __init__(self): raise SystemExit", "runtime_error"),
+        ("obj = Foo()", "class Foo:\n    def __init__(self): bytearray(3 << 30)", "memory_limit"),
+        ("obj = Foo()", "class Foo:\n    def __init__(self):\n        while True: pass", "time_limit"),
+        ("obj = Foo()", "import os\nclass Foo:\n    def __init__(self): os._exit(1)", "runtime_error"),
+        ("obj = Foo.make()", "class Foo: pass", "runtime_error"),
+        ("try:\n    obj = Foo()\nexcept ValueError as error:\n    raise KeyError from error",
+         "class Foo:\n    def __init__(self): raise ValueError", "runtime_error"),
+        ("try:\n    obj = Foo()\nexcept NameError:\n    obj = {}['Foo']", "x = 1", "runtime_error"),
+        ("try:\n    obj = Bar()\nexcept NameError:\n    obj = Foo()",
+         "class Foo:\n    def f(self, x): return 2", "pass"),
+        ("import missing_module\nobj = Foo()", "x = 1", "bad_tests"),
+        ("obj = {}['Foo']", "x = 1", "bad_tests"),
+        ("raise SystemExit", "x = 1", "bad_tests"),
+        ("obj = Foo(", "x = 1", "bad_tests"),
+    ],
+)  # fmt: skip
+def test_setup_code_that_fails_because_of_the_program_is_no_fault_of_the_tests(fork_server, setup, code, status):
+    content = {"assert_code": ["assert obj.f(1) == 2", "assert True"], "setup_code": setup}
+    statuses = statuses_of(fork_server, content, code, _limits(status))
+    assert score(statuses, "all_or_nothing")[0] == status
+    # A program that passes some tests without its setup would have partial credit for nothing.
+    assert status in ("pass", "wrong_answer") or "pass" not in statuses
 
 
 def test_a_checker_of_the_data_set(fork_server):
@@ -189,3 +284,41 @@ def test_a_checker_of_the_data_set(fork_server):
     assert status_of(fork_server, content, "print('bb', end='')") == "wrong_answer"
     broken = {**content, "checker": {"code": "def check(input, output, expected): return 1 / 0"}}
     assert status_of(fork_server, broken, "print('ba')") == "bad_tests"
+
+
+@pytest.mark.parametrize(
+    ("body", "output", "status"),
+    [
+        ("return int(output) == int(expected)", "", "wrong_answer"),
+        ("return int(output) == int(expected)", "x", "wrong_answer"),
+        ("return int(output) == int(expected)", "12", "pass"),
+        ("while output != expected: pass\n    return True", "13", "wrong_answer"),
+        ("return len(bytes(int(output))) == 12", "9" * 12, "wrong_answer"),
+        ("import os\n    if output != expected: os._exit(0)\n    return True", "13", "wrong_answer"),
+        ("return int(input) == int(output)", "12", "bad_tests"),
+        ("while True: pass", "12", "bad_tests"),
+        ("return", "12", "wrong_answer"),
+        ("return (", "12", "bad_tests"),
+    ],
+)
+def test_a_checker_that_fails_at_the_right_output_too_is_at_fault(fork_server, body, output, status):
+    checker = {"code": f"def check(input, output, expected):\n    {body}"}
+    content = {"inputs": ["x"], "outputs": ["12"], "checker": checker}
+    limits = SHORT if "while" in body else LIMITS
+    assert status_of(fork_server, content, f"print({output!r}, end='')", limits) == status
+
+
+def test_a_checker_that_hangs_is_tried_again_within_the_time_of_all_tests(fork_server):
+    checker = {"code": "def check(input, output, expected):\n    while True: pass"}
+    content = {"inputs": ["", ""], "outputs": ["", ""], "checker": checker}
+    start = time.monotonic()
+    limits = Limits(test_seconds=1.0, total_seconds=1.5)
+    assert statuses_of(fork_server, content, "pass", limits) == ["time_limit", "not_run"]
+    assert time.monotonic() - start < 2.5
+
+
+def test_an_output_too_long_for_the_checker_is_a_wrong_one(fork_server):
+    checker = {"code": "def check(input, output, expected):\n    return output == expected"}
+    content = {"inputs": [""], "outputs": ["a" * 2**20], "checker": checker}
+    # As JSON each of these characters takes six.
+    assert status_of(fork_server, content, "print('\\0' * (3 * 2**20), end='')") == "wrong_answer"

@@ -13,6 +13,7 @@ import pytest
 from code_cases import LIMITS, read_cases, squares_problem, status_of
 
 from megatron_prime.verify.code.judge import Limits
+from megatron_prime.verify.code.sandbox.bubblewrap import _Wrapped
 from megatron_prime.verify.code.sandbox.launch import ForkServer, SandboxError
 
 HOSTILE = read_cases("hostile")
@@ -193,6 +194,33 @@ def test_a_machine_without_namespaces_is_refused_unless_told_otherwise():
     assert "no safe way to run programs" in text and "fork_server: " in text and "bubblewrap: " in text, result.stderr
     assert "rlimits_unsafe" in text and "Operation not permitted" in text
     assert status == "pass"
+
+
+class _CannotLock:
+    """Processes of some roles end before they are locked in; the others are a fork server's."""
+
+    def __init__(self, server, roles):
+        self._server, self._roles = server, roles
+
+    def start(self, role, slot, cpu_seconds, descriptors):
+        if role in self._roles:
+            return _Wrapped(subprocess.Popen(["true"]))
+        return self._server.start(role, slot, cpu_seconds, descriptors)
+
+
+@pytest.mark.parametrize(
+    ("roles", "content"),
+    [
+        (["script"], {"inputs": [""], "outputs": ["1"]}),
+        (["test"], {"inputs": [""], "outputs": ["1"], "checker": {"code": "def check(*texts): return True"}}),
+        (["serve"], {"fn_name": "f", "inputs": [[]], "outputs": [1]}),
+        (["serve"], {"assert_code": "assert f() == 1"}),
+        (["test"], {"assert_code": "assert f() == 1"}),
+    ],
+)
+def test_a_process_that_cannot_lock_itself_in_is_no_fault_of_the_program(fork_server, roles, content):
+    code = "def f(): return 1\nprint(1)"
+    assert status_of(_CannotLock(fork_server, roles), content, code) == "harness_error"
 
 
 def test_a_killed_fork_server_is_noticed():

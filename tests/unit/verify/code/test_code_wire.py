@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import time
 from collections import Counter, OrderedDict, deque
 from decimal import Decimal
 from fractions import Fraction
@@ -97,6 +98,49 @@ def test_objects_of_a_program_are_stripped_of_their_methods():
 def test_what_was_never_encoded_is_refused(message):
     with contextlib.suppress(wire.WireError, RecursionError):
         wire.decode(message)
+
+
+PRIME = 2**61 - 1
+COLLIDING = [{"int": format(k * PRIME, "x")} for k in range(200_000)]
+"""Their hashes are all 0."""
+BOMBS = {
+    "exponent of a fraction": {"Fraction": "1e200000000"},
+    "digits of a fraction": {"Fraction": "1" * 2**20},
+    "exponent of a decimal": {"Decimal": "1e999999999999999999"},
+    "digits of a decimal": {"Decimal": "1" * 2**20},
+    "no text": {"Decimal": [0, [1], 0]},
+    "set": {"set": COLLIDING},
+    "frozen set": {"frozenset": COLLIDING},
+    "dictionary": {"dict": [[key, 0] for key in COLLIDING]},
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_values_that_are_short_to_send_and_long_to_build_are_refused(name):
+    start = time.monotonic()
+    with pytest.raises(wire.WireError):
+        wire.decode(BOMBS[name])
+    assert time.monotonic() - start < 5.0
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "-0", "1.50", "0E-10", "-1.2E+999999", "1E-999999", "NaN", "-sNaN12", "-Infinity", "7" * 5000]
+)
+def test_all_decimals_of_usual_contexts_come_through(text):
+    value = Decimal(text)
+    assert wire.decode(wire.encode(value)).compare_total(value) == 0
+
+
+def test_tables_with_some_equal_hashes_come_through():
+    table = {2**k: k for k in range(500)} | {-1: 0, -2: 0}
+    assert wire.decode(wire.encode(table)) == table and wire.decode(wire.encode(set(table))) == set(table)
+
+
+def test_only_the_tags_that_a_reader_asks_for_are_accepted():
+    assert wire.decode(wire.encode(([1], {2: 3})), only=("list", "tuple", "dict")) == ([1], {2: 3})
+    for value in ({1}, [(1, {2})], {1: {2}}, {frozenset(): 1}):
+        with pytest.raises(wire.WireError, match="set"):
+            wire.decode(wire.encode(value), only=("list", "tuple", "dict"))
 
 
 @given(st.lists(st.binary(max_size=12)))
