@@ -136,6 +136,10 @@ class RolloutBatch:
     def num_responses(self) -> int:
         return self.response_ids.shape[0]
 
+    @property
+    def num_groups(self) -> int:
+        return len(self.group_index.unique())
+
     @classmethod
     def from_groups(cls, groups: Sequence[Group]) -> RolloutBatch:
         """Flattens groups to padded tensors, group after group."""

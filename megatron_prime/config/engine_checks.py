@@ -127,12 +127,16 @@ def _check_heads(section: VllmSection, architecture: EngineArchitecture) -> list
 def _check_width(config: PrimeConfig) -> list[str]:
     size, parallel = config.rollout.vllm.tensor_parallel_size, config.parallel
     stage = max(parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size)
-    replica = stage * parallel.pipeline_model_parallel_size
-    if size <= replica or config.rollout.vllm.servers or config.rollout.vllm.in_ranks:
+    # Ranks of a pipeline's next stage come behind those of the first stage of all copies.
+    is_alone = parallel.world_size == stage * parallel.pipeline_model_parallel_size
+    width = parallel.world_size if is_alone else stage
+    # Beside a single process (`megatron-prime evaluate`) all of a host's GPUs are the engine's.
+    is_single = parallel.world_size == 1
+    if size <= width or is_single or config.rollout.vllm.servers or config.rollout.vllm.in_ranks:
         return []
     return [
-        f"rollout.vllm.tensor_parallel_size: {size} is more than the {replica} ranks of a replica, beside which an"
-        f" engine runs; use {replica} or less"
+        f"rollout.vllm.tensor_parallel_size: {size} is more than the {width} consecutive ranks of a replica, beside"
+        f" which an engine runs; use {width} or less"
     ]
 
 

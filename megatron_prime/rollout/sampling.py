@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from megatron_prime.errors import NonFiniteError
 from megatron_prime.rollout.kv_cache import Decode, KVCache, Prefill
 from megatron_prime.rollout.randomness import uniforms
 
@@ -58,6 +59,12 @@ def pick_tokens(
         Tokens, int64 [n], and their log-probabilities under the distribution they were drawn from (temperature and
         top-p applied; of the unscaled model where the temperature is 0), float32 [n].
     """
+    # NaN in a row reaches its maximum; what is drawn from it would be no token.
+    if not torch.isfinite(logits.amax(dim=-1)).all():
+        raise NonFiniteError(
+            "sampling: the model's logits are infinite or no numbers; an update has made its weights too large: lower "
+            "policy.optimizer.lr and go on from the last checkpoint"
+        )
     if temperature == 0:
         logprobs = logits.float().log_softmax(dim=-1)
         best, tokens = logprobs.max(dim=-1)

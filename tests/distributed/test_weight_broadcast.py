@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 
 import pytest
 import torch
 
-from megatron_prime.rollout.vllm.broadcast import Group
+from megatron_prime.rollout.vllm.broadcast import BROKEN_OFF, BrokenOff, Group
 from megatron_prime.rollout.vllm.buckets import BucketReceiver, BucketSender
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan, lay_out, whole_tensors
 from megatron_prime.weights.digests import digest
@@ -72,17 +71,50 @@ def give_up(port: int) -> str:
     group = Group("gloo", "127.0.0.1", port, rank, 2, 60.0, CPU)
     if rank == 0:
         group.abort()
-        time.sleep(3)  # leaving would close the connection, which receivers see too
+        group._store.wait(["done"])  # leaving would close the connection, which receivers see too
         return ""
+    message = "received something"
     try:
         group.wait(group.begin(torch.zeros(4)))
     except RuntimeError as error:
-        return str(error)
-    return "received something"
+        message = str(error)
+    group._store.set("done", "1")
+    return message
+
+
+def fail_alone(port: int) -> tuple[str, int | None]:
+    rank = int(os.environ["RANK"])
+    group = Group("gloo", "127.0.0.1", port, rank, 3, 60.0, CPU)
+    message, others = "", ["done 1", "done 2"]
+    if rank == 1:
+        group.abort()
+    elif rank == 2:
+        with pytest.raises(BrokenOff) as found:
+            group.wait(group.begin(torch.zeros(4)))
+        message = str(found.value)
+        group.abort()
+    else:
+        # The store is this process's.
+        group._store.wait(others)
+    culprit = group.given_up_by()
+    if rank == 1:
+        group._store.wait(["done 2"])  # as in `give_up`
+    if rank > 0:
+        group._store.set(f"done {rank}", "1")
+    return message, culprit
+
+
+def test_everyone_knows_who_gave_up_first(gloo_pool) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    sender, _, other = gloo_pool.run(3, fail_alone, port)
+    assert sender == ("", 1)
+    assert other == (f"{BROKEN_OFF}: rank 1 gave up", 1)
 
 
 def test_a_sender_that_gives_up_is_not_waited_for(gloo_pool) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    assert gloo_pool.run(2, give_up, port)[1] == "the sender gave up"
+    assert gloo_pool.run(2, give_up, port)[1].endswith("the sender gave up")

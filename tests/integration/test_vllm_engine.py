@@ -186,13 +186,15 @@ def test_weights_that_are_not_finite_never_reach_the_engine(tied: VllmEngine, fo
     assert tied.process_id() == process
 
 
-def kill_soon(engine: VllmEngine, seconds: float) -> threading.Thread:
-    """Kills whatever engine process there is after a while."""
+def kill_soon(engine: VllmEngine, seconds: float, killed: set[int]) -> threading.Thread:
+    """After a while kills the engine process that there is, or the next one if that was killed already."""
 
     def kill() -> None:
         time.sleep(seconds)
-        if (process := engine.process_id()) is not None:
-            os.kill(process, signal.SIGKILL)
+        while (process := engine.process_id()) is None or process in killed:
+            time.sleep(0.001)
+        killed.add(process)
+        os.kill(process, signal.SIGKILL)
 
     thread = threading.Thread(target=kill)
     thread.start()
@@ -205,20 +207,20 @@ def test_ten_kills_lose_and_double_nothing(folders, parent) -> None:
     engine.load_weights(export(folder), 0)
     prompts = make_prompts(16)
     params = sampling(max_response_tokens=100)
-    begun = time.perf_counter()
     expected = engine.generate(prompts, params)
+    begun = time.perf_counter()
+    assert engine.generate(prompts, params)
     seconds = time.perf_counter() - begun
     chance = random.Random(5)
-    seen = {engine.process_id()}
+    killed: set[int] = set()
     for number in range(10):
         if number % 2:
-            thread = kill_soon(engine, chance.uniform(0.0, 0.02))
+            thread = kill_soon(engine, chance.uniform(0.0, 0.02), killed)
             engine.load_weights(export(folder), number)
         else:
-            thread = kill_soon(engine, chance.uniform(0.2, 0.8) * seconds)
+            thread = kill_soon(engine, chance.uniform(0.1, 0.6) * seconds, killed)
         answers = engine.generate(prompts, params)
         thread.join()
-        seen.add(engine.process_id())
         assert [[r.token_ids for r in row] for row in answers] == [[r.token_ids for r in row] for row in expected]
         gaps = [
             abs(a - b)
@@ -227,9 +229,36 @@ def test_ten_kills_lose_and_double_nothing(folders, parent) -> None:
             for a, b in zip(one.logprobs, two.logprobs, strict=True)
         ]
         assert max(gaps) < 1e-4
-    # A kill may hit between two calls; each of the ten was a process that is gone.
-    engine.generate(prompts[:1], params)
-    assert len(seen | {engine.process_id()}) >= 8
+    # The last kill may have hit after its call.
+    assert engine.generate(prompts[:1], params)
+    assert len(killed) == 10
+    assert engine.process_id() not in killed
+    engine.close()
+
+
+def test_a_long_answer_is_no_silence_but_a_stopped_engine_is(folders, parent) -> None:
+    folder = folders["llama_untied"][0]
+    engine = make_engine(folder, parent)
+    engine._setup = replace(engine._setup, end_token_ids=())
+    engine.load_weights(export(folder), 1)
+    prompts = make_prompts(16)
+    params = sampling(max_response_tokens=450)
+    begun = time.perf_counter()
+    expected = engine.generate(prompts, params)
+    seconds = time.perf_counter() - begun
+    first = engine.process_id()
+    assert engine._process is not None and first is not None
+    # All answers end together, long after this.
+    engine._process._timeout_seconds = seconds / 2
+    answers = engine.generate(prompts, params)
+    assert [[r.token_ids for r in row] for row in answers] == [[r.token_ids for r in row] for row in expected]
+    assert engine.process_id() == first
+    timer = threading.Timer(seconds / 4, os.kill, (first, signal.SIGSTOP))
+    timer.start()
+    answers = engine.generate(prompts, params)
+    timer.join()
+    assert [[r.token_ids for r in row] for row in answers] == [[r.token_ids for r in row] for row in expected]
+    assert engine.process_id() != first
     engine.close()
 
 

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -23,6 +25,7 @@ from megatron_prime.cli import main
 from megatron_prime.config.schema import VllmSection
 from megatron_prime.engines import servers_setup
 from megatron_prime.errors import ConfigError, RolloutError
+from megatron_prime.rollout.vllm import one_server
 from megatron_prime.rollout.vllm.servers import VllmServers
 from megatron_prime.weights.architecture import read_architecture
 
@@ -76,8 +79,8 @@ def servers(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> It
         server.kill()
 
 
-def make_engine(folder: Path, urls: list[str], **changes: object) -> VllmServers:
-    section = VllmSection(servers=urls, timeout_seconds=400.0, bucket_mib=1)
+def make_engine(folder: Path, urls: Sequence[str], **changes: object) -> VllmServers:
+    section = VllmSection(servers=list(urls), timeout_seconds=400.0, bucket_mib=1)
     for name, value in changes.items():
         setattr(section, name, value)
     architecture = read_architecture(folder)
@@ -93,9 +96,9 @@ def ids_of(rows) -> list[list[tuple[int, ...]]]:
     return [[answer.token_ids for answer in row] for row in rows]
 
 
-def num_probed_columns(server: Server) -> int:
-    """Of its last refit; 0 where matrices are not repacked."""
-    body = json.dumps({"method": "prime_num_probed_columns"}).encode()
+def ask_worker(server: Server, method: str) -> int:
+    """What one of the worker's own methods says."""
+    body = json.dumps({"method": method}).encode()
     request = Request(f"{server.url}/collective_rpc", body, {"Content-Type": "application/json"})
     with urlopen(request, timeout=60) as answer:
         return int(json.load(answer)["results"][0])
@@ -116,7 +119,8 @@ def test_answers_are_those_of_the_latest_weights(
         assert {answer.finish_reason for row in answers for answer in row} <= {"stop", "length"}
         assert largest_gap(folder, prompts, answers) < 1e-4
     assert checksums[0] == checksums[2] != checksums[1]
-    assert [num_probed_columns(server) > 0 for server in servers] == [True, False]
+    # 0 where matrices are not repacked.
+    assert [ask_worker(server, "prime_num_probed_columns") > 0 for server in servers] == [True, False]
 
 
 def test_wrong_weights_are_refused_before_a_server_hears_of_them(engine: VllmServers, folders: list[Path]) -> None:
@@ -183,6 +187,50 @@ def test_endless_answers_are_cut_off(folders: list[Path], servers: list[Server])
     assert largest_gap(folders[0], prompts[::10], rows[::10]) < 1e-4
 
 
+def test_answers_cut_off_before_they_began_are_not_cut_off_again_and_again(
+    folders: list[Path], servers: list[Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time is up at once, and what takes the places of empty answers outlasts the time between two cuts."""
+    engine = make_engine(folders[0], [server.url for server in servers], abort_after_seconds=1e-3)
+    engine.load_weights(export(folders[0]), 0)
+    monkeypatch.setattr(one_server, "_POLL_SECONDS", 0.02)
+    prompts = make_prompts(60, length=300)
+    rows = engine.generate(prompts, sampling(max_response_tokens=150))
+    assert all(1 <= len(answer.token_ids) == len(answer.logprobs) for row in rows for answer in row)
+    assert largest_gap(folders[0], prompts[::10], rows[::10]) < 1e-4
+
+
+def test_a_long_answer_is_no_silence_but_a_stopped_engine_is(
+    folders: list[Path], servers: list[Server], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine(folders[0], [server.url for server in servers])
+    engine.load_weights(export(folders[0]), 0)
+    monkeypatch.setattr(one_server, "_POLL_SECONDS", 0.05)
+    prompts = make_prompts(16)
+    params = sampling(max_response_tokens=450)
+    engine._setup = replace(engine._setup, end_token_ids=())
+    begun = time.perf_counter()
+    engine.generate(prompts, params)
+    seconds = time.perf_counter() - begun
+    # All answers of a server end together, long after this.
+    engine._setup = replace(engine._setup, timeout_seconds=seconds / 2)
+    rows = engine.generate(prompts, params)
+    assert not caplog.records
+    assert largest_gap(folders[0], prompts[::5], rows[::5]) < 1e-4
+    # Its server goes on answering over HTTP.
+    process = ask_worker(servers[0], "prime_process_id")
+    timer = threading.Timer(seconds / 4, os.kill, (process, signal.SIGSTOP))
+    timer.start()
+    try:
+        rows = engine.generate(prompts, params)
+    finally:
+        timer.join()
+        os.kill(process, signal.SIGCONT)
+    (record,) = caplog.records
+    assert f"{servers[0].url}: no answer and no token for" in record.getMessage()
+    assert largest_gap(folders[0], prompts[::5], rows[::5]) < 1e-4
+
+
 def test_a_lost_server_costs_no_answer_and_its_successor_joins(
     engine: VllmServers, folders: list[Path], servers: list[Server]
 ) -> None:
@@ -211,27 +259,30 @@ def test_a_lost_server_costs_no_answer_and_its_successor_joins(
     assert ids_of(engine.generate(prompts, settings)) == whole
 
 
+class Eventful:
+    """Weights during whose sending something happens: it is called with the number of each tensor."""
+
+    def __init__(self, folder: Path, event: Callable[[int], None]) -> None:
+        self._inner = export(folder)
+        self._event = event
+
+    def __getattr__(self, name: str):
+        return getattr(self._inner, name)
+
+    def __iter__(self):
+        for number, item in enumerate(self._inner):
+            self._event(number)
+            yield item
+
+
 def test_a_server_killed_in_a_refit_delays_it_only(
     engine: VllmServers, folders: list[Path], servers: list[Server]
 ) -> None:
-    class Slow:
-        """Weights whose server dies while they are sent."""
+    def kill_in_between(number: int) -> None:
+        if number == 5 and servers[1].process.poll() is None:
+            servers[1].kill()
 
-        def __init__(self) -> None:
-            self._inner = export(folders[0])
-            self.deaths = 1
-
-        def __getattr__(self, name: str):
-            return getattr(self._inner, name)
-
-        def __iter__(self):
-            for number, item in enumerate(self._inner):
-                if number == 5 and self.deaths:
-                    self.deaths -= 1
-                    servers[1].kill()
-                yield item
-
-    engine.load_weights(Slow(), 20)  # type: ignore[arg-type]
+    engine.load_weights(Eventful(folders[0], kill_in_between), 20)  # type: ignore[arg-type]
     assert engine._members == (servers[0].url,)
     prompts = make_prompts(3)
     answers = engine.generate(prompts, sampling())
@@ -261,6 +312,75 @@ def test_an_update_that_was_never_finished_is_left(
             assert answer.status == 200
     engine.load_weights(export(folders[1]), 22)
     assert largest_gap(folders[1], make_prompts(2), engine.generate(make_prompts(2), sampling())) < 1e-4
+
+
+def test_a_server_that_fails_every_refit_is_left_out_of_it(
+    folders: list[Path], servers: list[Server], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was started with another model."""
+    other = make_start("qwen2_tied", tmp_path, vocab_size=VOCAB_SIZE, intermediate_size=256)
+    bad = Server(servers[0].config, free_port(), f"model.path={other}")
+    try:
+        engine = make_engine(folders[0], [bad.url, servers[0].url])
+        # The other one has not got everything when it fails.
+        engine._setup = replace(engine._setup, bucket_bytes=1 << 14)
+        failures = []
+        for version in range(2):
+            caplog.clear()
+            engine.load_weights(Eventful(folders[version], lambda _: time.sleep(0.1)), version)  # type: ignore[arg-type]
+            assert engine._members == (servers[0].url,)
+            failures.append([r.getMessage() for r in caplog.records if "failed in a refit" in r.getMessage()])
+            prompts = make_prompts(3)
+            assert largest_gap(folders[version], prompts, engine.generate(prompts, sampling())) < 1e-4
+        # The other one's failures are not counted, and the second time there is no second chance.
+        assert [sum(bad.url in text for text in found) for found in failures] == [2, 1]
+        assert any(servers[0].url in text for text in failures[0])
+        engine = make_engine(folders[0], [bad.url])
+        with pytest.raises(RolloutError, match=rf"{bad.url}: left out after its last failure: .*HTTP 500: .*dimension"):
+            engine.load_weights(export(folders[0]), 2)
+    finally:
+        bad.kill()
+
+
+class Unsociable(BaseHTTPRequestHandler):
+    """A server that answers everything, and cannot meet the trainer."""
+
+    def do_GET(self) -> None:
+        says = {"weight_version": "0", "world_size": 1, "data": [{"max_model_len": 512}]}
+        status = 500 if self.path == "/init_weight_transfer_engine" else 200
+        body = json.dumps(says if status == 200 else "no such interface").encode()
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_server_that_cannot_meet_the_trainer_is_left_out(
+    folders: list[Path], servers: list[Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_prime.rollout.vllm.servers._MEETING_SECONDS", 5.0)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Unsociable) as unsociable:
+        threading.Thread(target=unsociable.serve_forever, daemon=True).start()
+        bad = f"http://127.0.0.1:{unsociable.server_port}"
+        engine = make_engine(folders[0], [servers[0].url])
+        engine.load_weights(export(folders[1]), 1)
+        engine._setup = replace(engine._setup, urls=(bad, servers[0].url))
+        engine.load_weights(export(folders[0]), 2)
+        assert engine._members == (servers[0].url,)
+        assert largest_gap(folders[0], make_prompts(2), engine.generate(make_prompts(2), sampling())) < 1e-4
+        # A run does not start without it.
+        reason = rf"{bad}: left out after its last failure: .*/init_weight_transfer_engine: HTTP 500: .*no such"
+        with pytest.raises(RolloutError, match=reason) as found:
+            make_engine(folders[0], engine._setup.urls).load_weights(export(folders[0]), 0)
+        assert servers[0].url not in str(found.value)
+        unsociable.shutdown()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this host has a GPU")

@@ -62,10 +62,10 @@ def save_model(family: str, folder: Path, seed: int = 0, **changes: object) -> P
     return folder
 
 
-def make_start(family: str, folder: Path, *, seed: int = 0, vocab_size: int = 27) -> Path:
+def make_start(family: str, folder: Path, *, seed: int = 0, vocab_size: int = 27, **changes: object) -> Path:
     """A random model with the arithmetic task's tokenizer."""
     tokens = {"vocab_size": vocab_size, "eos_token_id": 1, "pad_token_id": 0}
-    save_model(family, folder, seed, max_position_embeddings=512, **tokens)
+    save_model(family, folder, seed, max_position_embeddings=512, **tokens, **changes)
     for path in ARITHMETIC.iterdir():
         if "token" in path.name or path.name == "chat_template.jinja":
             shutil.copy(path, folder)

@@ -11,11 +11,20 @@ import torch.distributed as dist
 
 SENDER = 0
 """Rank of the trainer's process in the group."""
+BROKEN_OFF = "others broke off the exchange of weights"
+"""Begins what a member says that waited in vain for the others."""
 _ABORTED = "aborted"
 _LOOK_SECONDS, _POLL_SECONDS = 0.5, 0.0002
 
 _abandoned: list[Any] = []
 """Gloo groups with a bucket on its way that will never come: to free one takes until gloo's time-out."""
+
+
+class BrokenOff(RuntimeError):
+    """A member is gone or silent, or somebody gave up: it is not this one's fault."""
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(f"{BROKEN_OFF}: {reason}")
 
 
 class Group:
@@ -31,7 +40,8 @@ class Group:
         device: of this process's buckets.
 
     Raises:
-        RuntimeError: a member did not come.
+        BrokenOff: a member did not come.
+        RuntimeError: the sender is not to be reached.
     """
 
     def __init__(
@@ -44,6 +54,7 @@ class Group:
         timeout_seconds: float,
         device: torch.device,
     ) -> None:
+        self._rank = rank
         self._timeout_seconds = timeout_seconds
         timeout = timedelta(seconds=timeout_seconds)
         self._store: Any = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
@@ -52,7 +63,10 @@ class Group:
         prefix = dist.PrefixStore("megatron_prime_weights", self._store)  # pyright: ignore[reportPrivateImportUsage]
         self._is_gloo = backend == "gloo"
         if self._is_gloo:
-            self._group: Any = dist.ProcessGroupGloo(prefix, rank, size, timeout)
+            try:
+                self._group: Any = dist.ProcessGroupGloo(prefix, rank, size, timeout)
+            except RuntimeError as error:
+                raise BrokenOff(error) from error
         else:
             options = dist.ProcessGroupNCCL.Options()
             # When this time is up NCCL ends the process; `wait` gives up long before.
@@ -62,34 +76,48 @@ class Group:
             self.wait(self.begin(torch.zeros(1, dtype=torch.uint8, device=device)))
 
     def begin(self, data: torch.Tensor) -> Any:
-        """Starts to send these bytes (the sender) or to receive them."""
+        """Starts to send these bytes (the sender) or to receive them.
+
+        Raises:
+            BrokenOff: a member is gone.
+        """
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = SENDER, 0
-        return self._group.broadcast([data], options)
+        try:
+            return self._group.broadcast([data], options)
+        except RuntimeError as error:
+            raise BrokenOff(error) from error
 
     def wait(self, work: Any) -> None:
         """Returns when what `begin` started is done.
 
         Raises:
-            RuntimeError: a member is gone or silent, or somebody gave up.
+            BrokenOff: a member is gone or silent, or somebody gave up.
         """
         begun = look = time.monotonic()
         while not work.is_completed():
             if (now := time.monotonic()) > look:
                 # The backends themselves would wait for their time-outs: a lost receiver is no loss to the other ones.
-                if self._store.check([_ABORTED]):
+                if (culprit := self.given_up_by()) is not None:
                     self._abandon()
-                    raise RuntimeError("the sender gave up")
+                    raise BrokenOff("the sender gave up" if culprit == SENDER else f"rank {culprit} gave up")
                 if now > begun + self._timeout_seconds:
                     self._abandon()
-                    raise RuntimeError(f"no bucket for {self._timeout_seconds:g} seconds")
+                    raise BrokenOff(f"no bucket for {self._timeout_seconds:g} seconds")
                 look = now + _LOOK_SECONDS
             time.sleep(_POLL_SECONDS)
-        work.wait()
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise BrokenOff(error) from error
 
     def abort(self) -> None:
         """Has everyone who waits give up."""
-        self._store.set(_ABORTED, "1")
+        self._store.compare_set(_ABORTED, "", str(self._rank))
+
+    def given_up_by(self) -> int | None:
+        """Rank of the first who gave up; None: nobody has."""
+        return int(self._store.get(_ABORTED)) if self._store.check([_ABORTED]) else None
 
     def _abandon(self) -> None:
         if self._is_gloo:

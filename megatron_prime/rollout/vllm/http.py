@@ -9,6 +9,7 @@ import aiohttp
 from megatron_prime.rollout.vllm.messages import EngineRequest, Finished
 
 _HEALTH_SECONDS = 5.0
+_TOKEN_COUNTERS = ("vllm:prompt_tokens_total{", "vllm:generation_tokens_total{")
 
 
 class ServerLost(Exception):
@@ -36,6 +37,15 @@ class VllmServer:
             return (await self._call("GET", "/weight_info", timeout_seconds=_HEALTH_SECONDS))["weight_version"]
         except ServerLost:
             return None
+
+    async def num_tokens(self) -> float | None:
+        """Read and sampled since it was started, for anyone; None: it does not say (now)."""
+        try:
+            text = await self._call("GET", "/metrics", timeout_seconds=_HEALTH_SECONDS)
+        except ServerLost:
+            return None
+        counters = [line.split()[-1] for line in str(text).splitlines() if line.startswith(_TOKEN_COUNTERS)]
+        return sum(map(float, counters)) if counters else None
 
     async def num_workers(self) -> int:
         """Processes that hold its weights."""
@@ -109,7 +119,7 @@ class VllmServer:
                 if response.status != 200:
                     text = (await response.text())[:2000]
                     raise ServerLost(f"{self.url}{path}: HTTP {response.status}: {text}")
-                return await response.json() if response.content_type == "application/json" else None
+                return await (response.json() if response.content_type == "application/json" else response.text())
         except TimeoutError as error:
             raise ServerLost(f"{self.url}{path}: no answer within {total:g} seconds") from error
         except aiohttp.ClientError as error:

@@ -92,6 +92,8 @@ class Generate:
     requests: tuple[EngineRequest, ...]
     abort_after_seconds: float | None = None
     """When to cut off what is not finished; None: never."""
+    progress_seconds: float = 5.0
+    """How often to say, at the most, that tokens are being sampled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +111,11 @@ class Loaded:
     num_probed_columns: int
     """Columns of each repacked matrix that were read back and compared bit for bit; 0: matrices are not repacked
     and were compared as a whole."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """Tokens have been sampled since the last message, and there will be an answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,4 +138,4 @@ class Failed:
 
 
 Message = LoadWeights | Generate
-Reply = Ready | Loaded | Finished | Failed
+Reply = Ready | Loaded | Progress | Finished | Failed

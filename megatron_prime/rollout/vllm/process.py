@@ -26,6 +26,7 @@ from megatron_prime.rollout.vllm.messages import (
     Loaded,
     LoadWeights,
     Message,
+    Progress,
     Ready,
     Reply,
     SharedUpdate,
@@ -33,6 +34,7 @@ from megatron_prime.rollout.vllm.messages import (
 
 logger = logging.getLogger(__name__)
 
+_PROGRESS_SECONDS = 5.0
 _ENVIRONMENT = {
     # The engine's core runs inside the engine process: one process less, and one that can be forked.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -204,7 +206,13 @@ class EngineProcess:
         Raises:
             EngineLost: the process ended first.
         """
-        self._send(Generate(requests=tuple(requests), abort_after_seconds=abort_after_seconds))
+        self._send(
+            Generate(
+                requests=tuple(requests),
+                abort_after_seconds=abort_after_seconds,
+                progress_seconds=min(_PROGRESS_SECONDS, self._timeout_seconds / 4),
+            )
+        )
         for _ in requests:
             finished = self._receive()
             assert isinstance(finished, Finished)
@@ -224,6 +232,12 @@ class EngineProcess:
             raise EngineLost(f"the engine process has ended ({error})") from error
 
     def _receive(self) -> Reply:
+        # One long answer is no silence while its tokens come.
+        while isinstance(reply := self._next_reply(), Progress):
+            pass
+        return reply
+
+    def _next_reply(self) -> Reply:
         try:
             if not self._connection.poll(self._timeout_seconds):
                 self.close()

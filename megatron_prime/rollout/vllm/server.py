@@ -20,6 +20,7 @@ from megatron_prime.rollout.vllm.messages import (
     Loaded,
     LoadWeights,
     Message,
+    Progress,
     Ready,
 )
 
@@ -44,7 +45,7 @@ def serve(connection: Connection, options: EngineOptions) -> None:
             if isinstance(message, LoadWeights):
                 connection.send(load(llm, message))
             else:
-                generate(llm, message, connection.send)
+                generate(llm, message, connection.send, _progress_reporter(connection, message.progress_seconds))
     except Exception as error:
         # The last line says what; the trainer's log gets the rest.
         connection.send(Failed(text=f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
@@ -112,8 +113,17 @@ def load(llm: Any, message: LoadWeights) -> Loaded:
     return Loaded(version=message.version, num_probed_columns=num_columns)
 
 
-def generate(llm: Any, message: Generate, send: Callable[[Finished], None]) -> None:
-    """Samples all requests and hands over each answer when it is finished, or cut off when time is up."""
+def generate(
+    llm: Any, message: Generate, send: Callable[[Finished], None], report: Callable[[], None] | None = None
+) -> None:
+    """Samples all requests and hands over each answer when it is finished, or cut off when time is up.
+
+    Args:
+        llm: samples.
+        message: the requests.
+        send: takes answers.
+        report: is called after every step that gave tokens, before `send`: whoever got the last answer hears no more.
+    """
     engine = llm.llm_engine
     version, limit = llm.get_weight_version(), message.abort_after_seconds
     deadline = math.inf if limit is None else time.monotonic() + limit
@@ -123,6 +133,8 @@ def generate(llm: Any, message: Generate, send: Callable[[Finished], None]) -> N
         )
     while engine.has_unfinished_requests():
         outputs = engine.step()
+        if outputs and report is not None:
+            report()
         # Whoever has not begun yet gets a first token, so that no answer is empty.
         late = [] if time.monotonic() < deadline else [output for output in outputs if not output.finished]
         engine.abort_request([output.request_id for output in late])
@@ -165,6 +177,19 @@ def _sampled_logprobs(completion: Any) -> list[float]:
     """Of the sampled token at each position: the first of the position's entries."""
     flat = completion.logprobs
     return [flat.logprobs[start] for start in flat.start_indices]
+
+
+def _progress_reporter(connection: Connection, seconds: float) -> Callable[[], None]:
+    """Says that there is progress whenever it is asked to, but not more often than this."""
+    last = time.monotonic()
+
+    def report() -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= seconds:
+            last = now
+            connection.send(Progress())
+
+    return report
 
 
 def _receive(connection: Connection) -> Message | None:

@@ -7,9 +7,9 @@ import contextlib
 import logging
 import socket
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -22,10 +22,12 @@ from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.prompts import check_prompts
 from megatron_prime.rollout.protocol import ExportedWeights, OnAnswer
 from megatron_prime.rollout.vllm.answers import make_request, not_finite, raise_for, raise_together, to_response
-from megatron_prime.rollout.vllm.broadcast import Group
+from megatron_prime.rollout.vllm.broadcast import BrokenOff, Group
 from megatron_prime.rollout.vllm.buckets import BucketSender
+from megatron_prime.rollout.vllm.failures import ServerFailures, at_fault
 from megatron_prime.rollout.vllm.http import ServerLost, VllmServer
 from megatron_prime.rollout.vllm.messages import EngineRequest, Finished
+from megatron_prime.rollout.vllm.one_server import ServerSampler
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan, lay_out, whole_tensors
 from megatron_prime.weights.digests import find_non_finite
 
@@ -76,9 +78,14 @@ class VllmServers:
         """Servers in the sender's group, which hold the latest weights if any are loaded."""
         self._sender: BucketSender | None = None
         self._group: Group | None = None
+        self._ranks: dict[str, int] = {}
+        """Of each server's first worker in the group."""
         self._has_met = False
         self._version = -1
         """Of the weights that the members hold; -1: not known."""
+        self._first_failed: list[str] = []
+        """Servers that failed in the current attempt when nobody had given up yet."""
+        self._failures = ServerFailures(setup.max_restarts)
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, on_answer: OnAnswer | None = None
@@ -106,21 +113,20 @@ class VllmServers:
         raise_together(not_finite(find_non_finite(weights.slices())), f"weights of version {version}: ")
         if self._plan is None:
             self._plan = whole_tensors(lay_out(weights.tensors()))
-        failures: Counter[str] = Counter()
-        for attempt in range(self._setup.max_restarts + 1):
-            excluded = {url for url, count in failures.items() if count > 1}
-            raise_for([world.broadcast(_problem_of(self._connect(excluded)) if world.is_main() else None)])
+        self._failures.begin()
+        while True:
+            problem = _problem_of(self._connect()) if world.is_main() else None
+            raise_for([world.broadcast(problem)])
             checksum = None
             if world.is_main():
-                checksum = asyncio.run(self._load(weights, version, failures))
+                checksum = asyncio.run(self._load(weights, version))
             elif self._setup.holds_copy:
                 for _ in weights:
                     pass
             if (checksum := world.broadcast(checksum)) is not None:
                 self.weight_version = version
                 return checksum
-            logger.warning("weights of version %d: attempt %d failed", version, attempt + 1)
-        raise RolloutError(f"weights of version {version} could not be loaded into {', '.join(self._setup.urls)}")
+            logger.warning("weights of version %d: an attempt to load them failed", version)
 
     def sleep(self) -> None:
         """Servers keep their memory; nothing to do."""
@@ -133,40 +139,61 @@ class VllmServers:
         self.weight_version = -1
         self._sender = self._group = None
 
-    async def _connect(self, excluded: set[str]) -> None:
+    async def _connect(self) -> None:
         """Has a group of all servers that are there; a new one if it changed or one of them was started anew."""
-        setup = self._setup
         async with self._client() as client:
-            servers = [VllmServer(url, client, setup.timeout_seconds) for url in setup.urls if url not in excluded]
-            # The first time all must come: a run should not start on half of its servers.
-            patience = 0.0 if self._has_met else setup.timeout_seconds
-            versions = await _wait_for(servers, patience)
-            there = [server for server in servers if versions[server.url] is not None]
-            absent = [server.url for server in servers if server not in there]
-            if not there or (patience and absent):
-                raise RolloutError(
-                    f"rollout.vllm.servers: {', '.join(absent) or 'none that is left'}: no answer to /health and "
-                    "/weight_info; start each with `megatron-prime serve CONFIG --port PORT`"
-                )
-            if absent:
-                logger.warning("vLLM servers that do not answer: %s", ", ".join(absent))
-            urls = tuple(server.url for server in there)
-            held = {versions[url] for url in urls}
-            if self._sender is None or urls != self._members or held != {str(self._version)}:
-                await self._meet(there)
+            while True:
+                if (reason := self._failures.give_up()) is not None:
+                    raise RolloutError(f"the vLLM servers took no weights: {reason}")
+                servers, held = await self._those_there(client)
+                urls = tuple(server.url for server in servers)
+                if self._sender is not None and urls == self._members and held == {str(self._version)}:
+                    return
+                if await self._meet(servers):
+                    return
 
-    async def _meet(self, servers: Sequence[VllmServer]) -> None:
-        """Makes a new group of the sender and every worker of these servers."""
+    async def _those_there(self, client: aiohttp.ClientSession) -> tuple[list[VllmServer], set[str | None]]:
+        """The servers that answer and have not failed too often, and the versions of their weights."""
+        setup = self._setup
+        excluded = self._failures.excluded()
+        servers = [VllmServer(url, client, setup.timeout_seconds) for url in setup.urls if url not in excluded]
+        # The first time all must come: a run should not start on half of its servers.
+        patience = 0.0 if self._has_met else setup.timeout_seconds
+        versions = await _wait_for(servers, patience)
+        there = [server for server in servers if versions[server.url] is not None]
+        absent = [server.url for server in servers if server not in there]
+        missing = [url for url in setup.urls if url in excluded or url in absent]
+        if not there or (not self._has_met and missing):
+            raise RolloutError("rollout.vllm.servers: " + "\n".join(self._what_became_of(missing, absent)))
+        if absent:
+            logger.warning("vLLM servers that do not answer: %s", ", ".join(absent))
+        return there, {versions[server.url] for server in there}
+
+    def _what_became_of(self, missing: Sequence[str], absent: Sequence[str]) -> list[str]:
+        """Why each of these servers cannot be used."""
+        silence = "no answer to /health and /weight_info; start it with `megatron-prime serve CONFIG --port PORT`"
+        return [
+            f"{url}: {silence if url in absent else f'left out after its last failure: {self._failures.last(url)}'}"
+            for url in missing
+        ]
+
+    async def _meet(self, servers: Sequence[VllmServer]) -> bool:
+        """Makes a new group of the sender and every worker of these servers; False: some of them failed."""
         assert self._plan is not None
         setup = self._setup
         self._members, self._sender, self._group, self._version = (), None, None, -1
-        if (shortest := min(await asyncio.gather(*(s.max_model_len() for s in servers)))) < setup.max_model_len:
-            raise RolloutError(
-                f"rollout.vllm.servers: a server takes {shortest} tokens at most, rollout.vllm.max_model_len is "
-                f"{setup.max_model_len}; start the servers with this run's configuration"
-            )
-        num_workers = await asyncio.gather(*(server.num_workers() for server in servers))
-        size, port = 1 + sum(num_workers), _free_port()
+        failed, lengths = await _each(servers, VllmServer.max_model_len)
+        failed |= {
+            url: f"{url} takes {length} tokens at most, rollout.vllm.max_model_len is {setup.max_model_len}; "
+            "start it with this run's configuration"
+            for url, length in lengths.items()
+            if length < setup.max_model_len
+        }
+        silent, num_workers = await _each(servers, VllmServer.num_workers)
+        if failed := failed | silent:
+            return self._did_not_meet(failed, None)
+        ranks = dict(zip(num_workers, accumulate(num_workers.values(), initial=1), strict=False))
+        size, port = 1 + sum(num_workers.values()), _free_port()
         meeting = {
             "backend": setup.transfer,
             "port": port,
@@ -176,49 +203,69 @@ class VllmServers:
             "compare_digests": setup.verify_refit,
             "timeout_seconds": min(_MEETING_SECONDS, setup.timeout_seconds),
         }
-        ranks = [1 + sum(num_workers[:number]) for number in range(len(servers))]
         place = ("0.0.0.0", port, 0, size, meeting["timeout_seconds"])
-        own = asyncio.to_thread(Group, setup.transfer, *place, setup.device)
-        joined = [
-            server.meet(meeting | {"address": _address_towards(server.url), "first_rank": rank})
-            for server, rank in zip(servers, ranks, strict=True)
-        ]
+        own = asyncio.create_task(asyncio.to_thread(Group, setup.transfer, *place, setup.device))
+        # All are waited for, also when one has failed: the others are busy until they give up.
+        failed, _ = await _each(
+            servers,
+            lambda server: server.meet(
+                meeting | {"address": _address_towards(server.url), "first_rank": ranks[server.url]}
+            ),
+        )
         try:
-            group, *_ = await asyncio.gather(own, *joined)
-        except (ServerLost, RuntimeError) as error:
-            raise RolloutError(f"the vLLM servers and the trainer did not come together: {error}") from error
-        assert group is not None
+            group = await own
+        except RuntimeError as error:
+            return self._did_not_meet(failed, error)
+        if failed:
+            return self._did_not_meet(failed, None)
         buckets = [torch.empty(setup.bucket_bytes, dtype=torch.uint8, device=setup.device) for _ in range(2)]
-        self._group = group
+        self._group, self._ranks = group, ranks
         self._sender = BucketSender(self._plan, group, buckets, with_digests=setup.verify_refit)
         self._members, self._has_met = tuple(server.url for server in servers), True
+        return True
 
-    async def _load(self, weights: ExportedWeights, version: int, failures: Counter[str]) -> str | None:
+    def _did_not_meet(self, failed: dict[str, str], error: RuntimeError | None) -> bool:
+        reason = "; ".join(["the vLLM servers and the trainer did not come together", *failed.values()])
+        reason += f"; the trainer: {error}" if error else ""
+        logger.warning("%s", reason)
+        # If the trainer itself could not begin, that is why the others could not.
+        is_own = error is not None and not isinstance(error, BrokenOff)
+        self._failures.add({} if is_own else at_fault(failed, None, []), reason=reason)
+        return False
+
+    async def _load(self, weights: ExportedWeights, version: int) -> str | None:
         """Sends one set of weights; the checksum of all, or None and one more failure of each that failed."""
-        self._version = -1
+        assert self._group is not None
+        self._version, self._first_failed = -1, []
         async with self._client() as client:
             servers = [VllmServer(url, client, self._setup.timeout_seconds) for url in self._members]
-            failed = await _each(servers, VllmServer.start_load)
+            failed, _ = await _each(servers, VllmServer.start_load)
             # Whoever was ready waits for weights; they are sent to all or to none.
             checksum = None
             if failed:
                 _drain(weights)
             else:
                 sending = asyncio.create_task(asyncio.to_thread(self._send, weights))
-                failed = await _each(servers, self._receive)
+                failed, _ = await _each(servers, self._receive)
                 checksum = await sending
             if not failed and checksum is not None:
-                failed = await _each(servers, lambda server: server.finish_load(version))
-        for url, error in failed.items():
-            logger.warning("vLLM server %s was lost in a refit: %s", url, error)
-        # One that failed only because another one was lost gets a second chance; the lost one will not answer.
-        failures.update(failed.keys())
+                failed, _ = await _each(servers, lambda server: server.finish_load(version))
         if failed or checksum is None:
+            for text in failed.values():
+                logger.warning("a vLLM server failed in a refit: %s", text)
+            culprits = at_fault(failed, self._server_of(self._group.given_up_by()), self._first_failed)
+            self._failures.add(culprits, reason="sending them failed; the reason is above")
             # The others are in the middle of something; they meet anew.
             self._sender = self._group = None
             return None
+        self._failures.succeeded(self._members)
         self._version = version
         return checksum
+
+    def _server_of(self, rank: int | None) -> str | None:
+        """The server of a worker; None: the sender, or nobody."""
+        urls = [url for url, first in self._ranks.items() if rank is not None and first <= rank]
+        return urls[-1] if urls else None
 
     async def _receive(self, server: VllmServer) -> None:
         """Has a server take what is sent; if it does not, nobody shall wait for it."""
@@ -226,6 +273,8 @@ class VllmServers:
         try:
             await server.load()
         except ServerLost:
+            if self._group.given_up_by() is None:
+                self._first_failed.append(server.url)
             self._group.abort()
             raise
 
@@ -268,7 +317,7 @@ class VllmServers:
                     # A prompt's answers share a server and, there, what was computed for the prompt.
                     shares[key[0] % len(left)][key] = request
                 lost = await asyncio.gather(
-                    *(self._sample_on(server, share, take) for server, share in zip(left, shares, strict=True))
+                    *(self._sampler(server).run(share, take) for server, share in zip(left, shares, strict=True))
                 )
                 for error in filter(None, lost):
                     logger.warning("a vLLM server was lost: %s", error)
@@ -277,47 +326,15 @@ class VllmServers:
             raise RolloutError(f"all vLLM servers are lost ({', '.join(setup.urls)}); the reasons are above")
         return [[done[index, answer] for answer in range(sampling.num_responses)] for index in range(len(prompts))]
 
-    async def _sample_on(
-        self,
-        server: VllmServer,
-        requests: dict[tuple[int, int], EngineRequest],
-        take: Callable[[tuple[int, int], Finished], None],
-    ) -> ServerLost | None:
-        """Samples on one server until all is done or it is lost; answers that came until then count."""
-        places = asyncio.Semaphore(2 * self._setup.max_num_seqs)
-        start = last = time.monotonic()
-        limit = self._setup.abort_after_seconds
-
-        async def one(key: tuple[int, int], request: EngineRequest) -> None:
-            nonlocal last
-            async with places:
-                finished = await server.sample(request)
-                if not finished.token_ids:
-                    # Cut off before it began; no answer is empty.
-                    finished = await server.sample(replace(request, max_tokens=1))
-            if set(finished.weight_versions) != {self._version}:
-                raise ServerLost(f"{server.url}: sampled with weights {finished.weight_versions}, not {self._version}")
-            last = time.monotonic()
-            take(key, finished)
-
-        tasks = [asyncio.create_task(one(key, request)) for key, request in requests.items()]
-        running: set[asyncio.Task[None]] = set(tasks)
-        try:
-            while running:
-                ended, running = await asyncio.wait(running, timeout=_POLL_SECONDS, return_when=asyncio.FIRST_EXCEPTION)
-                for task in ended:
-                    task.result()
-                if running and limit is not None and time.monotonic() - start > limit:
-                    await server.abort()
-                if running and time.monotonic() - last > self._setup.timeout_seconds:
-                    return ServerLost(f"{server.url}: no answer for {self._setup.timeout_seconds:g} seconds")
-        except ServerLost as error:
-            return error
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        return None
+    def _sampler(self, server: VllmServer) -> ServerSampler:
+        setup = self._setup
+        return ServerSampler(
+            server,
+            version=self._version,
+            num_places=2 * setup.max_num_seqs,
+            timeout_seconds=setup.timeout_seconds,
+            abort_after_seconds=setup.abort_after_seconds,
+        )
 
     def _client(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
@@ -334,17 +351,20 @@ async def _wait_for(servers: Sequence[VllmServer], patience_seconds: float) -> d
 
 
 async def _each(
-    servers: Sequence[VllmServer], action: Callable[[VllmServer], Awaitable[Any]]
-) -> dict[str, BaseException]:
-    """Does something with all servers at once; what went wrong, by server."""
+    servers: Sequence[VllmServer], action: Callable[[VllmServer], Awaitable[Result]]
+) -> tuple[dict[str, str], dict[str, Result]]:
+    """Does something with all servers at once; what went wrong and what came of it, by server."""
     results = await asyncio.gather(*(action(server) for server in servers), return_exceptions=True)
-    failed: dict[str, BaseException] = {}
+    failed: dict[str, str] = {}
+    done: dict[str, Result] = {}
     for server, result in zip(servers, results, strict=True):
         if isinstance(result, ServerLost):
-            failed[server.url] = result
+            failed[server.url] = str(result)
         elif isinstance(result, BaseException):
             raise result
-    return failed
+        else:
+            done[server.url] = result
+    return failed, done
 
 
 def _problem_of(action: Coroutine[Any, Any, None]) -> str | None:

@@ -5,6 +5,7 @@ Imported in every vLLM worker (it is the worker extension's module), which regis
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from megatron_prime.rollout.vllm.broadcast import Group
+from megatron_prime.rollout.vllm.broadcast import BrokenOff, Group
 from megatron_prime.rollout.vllm.buckets import BucketReceiver, Channel
 from megatron_prime.rollout.vllm.in_place import Placement
 from megatron_prime.rollout.vllm.ipc import BucketReader
@@ -306,7 +307,15 @@ class BroadcastTransfer(BucketTransfer):
         """Loads while buckets arrive."""
         assert self._group is not None
         bucket_bytes, compare_digests = self._meeting.bucket_bytes, self._meeting.compare_digests
-        self.receive(self._plan, self._group, bucket_bytes, self._bucket_device, compare_digests=compare_digests)
+        try:
+            self.receive(self._plan, self._group, bucket_bytes, self._bucket_device, compare_digests=compare_digests)
+        except BrokenOff:
+            raise
+        except Exception:
+            # vLLM hears its workers in turn: without this the trainer would know when the others are tired of waiting.
+            with contextlib.suppress(RuntimeError):
+                self._group.abort()
+            raise
 
     def shutdown(self) -> None:
         """See `BucketTransfer.shutdown`."""

@@ -109,7 +109,16 @@ def test_each_problem_names_its_key(tmp_path: Path, override: str, problem: str)
 def test_an_engine_is_no_wider_than_its_replica(tmp_path: Path) -> None:
     narrow = ("parallel.world_size=2", "parallel.tensor_model_parallel_size=1", "rollout.vllm.tensor_parallel_size=2")
     (found,) = check_engine(load(tmp_path, *narrow), SHAPE, check_files=False)
-    assert found.startswith("rollout.vllm.tensor_parallel_size: 2 is more than the 1 ranks of a replica")
+    assert found.startswith("rollout.vllm.tensor_parallel_size: 2 is more than the 1 consecutive ranks of a replica")
+
+
+@pytest.mark.parametrize(("world_size", "fits"), [(4, True), (8, False)])
+def test_devices_of_later_pipeline_stages_belong_to_other_copies(tmp_path: Path, world_size: int, fits: bool) -> None:
+    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "world_size": world_size}
+    overrides = [f"parallel.{name}={size}" for name, size in sizes.items()]
+    found = check_engine(load(tmp_path, *overrides, "rollout.vllm.tensor_parallel_size=4"), SHAPE, check_files=False)
+    problem = "rollout.vllm.tensor_parallel_size: 4 is more than the 2 consecutive ranks of a replica"
+    assert found == [] if fits else found[0].startswith(problem)
 
 
 def test_vllm_is_looked_for_only_where_the_run_shall_be(tmp_path: Path) -> None:

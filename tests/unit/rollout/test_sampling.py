@@ -11,7 +11,7 @@ import torch
 from tiny_engines import CONFIGS, VOCAB_SIZE, TinyModel, make_prompt, make_prompts
 
 from megatron_prime.batch import Response, SamplingParams
-from megatron_prime.errors import RolloutError
+from megatron_prime.errors import NonFiniteError, RolloutError
 from megatron_prime.rollout import sampling as sampling_module
 from megatron_prime.rollout.randomness import answer_key, uniforms
 from megatron_prime.rollout.sampling import pick_tokens
@@ -234,3 +234,15 @@ def test_prefill_is_shared(tiny: Callable[[str], TinyModel], monkeypatch: pytest
     groups: list[list[Response]] = tiny("qwen2_tied").loaded_engine().generate(prompts, change(num_responses=6))
     assert sorted(prefilled) == sorted(p.token_ids for p in prompts)
     assert all(len(group) == 6 for group in groups)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_end_sampling_with_the_reason(temperature: float, bad: float) -> None:
+    logits = torch.zeros(2, 5)
+    logits[:, 0] = -torch.inf
+    uniform = torch.full((2,), 0.5, dtype=torch.float64)
+    pick_tokens(logits, uniform, temperature=temperature, top_p=1.0)
+    logits[1, 3] = bad
+    with pytest.raises(NonFiniteError, match=r"^sampling: the model's logits .* lower policy\.optimizer\.lr"):
+        pick_tokens(logits, uniform, temperature=temperature, top_p=1.0)
