@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from megatron_prime.batch import RolloutBatch, SftExample
+from megatron_prime.config.schema import ModelSection, ParallelSection
 from megatron_prime.mcore.context import ContextPart, context_part
 
 _FIELDS = {"input_ids": np.int64, "position_ids": np.int64, "predicts": np.bool_}
@@ -140,6 +141,16 @@ def cut_micro_batches(
     return cuts
 
 
+def sequence_multiple(model: ModelSection, parallel: ParallelSection) -> int:
+    """What the length of each context-parallel rank's part of a micro-batch must be a multiple of.
+
+    Sequence parallelism shares it out evenly, and FP8 products of Transformer Engine and cuBLAS take 16 rows at a time
+    (weight gradients have the tokens as inner dimension).
+    """
+    num_shares = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return num_shares * (16 if model.fp8 is not None else 1)
+
+
 def build_micro_batch(
     batch: TokenRows,
     rows: Sequence[int],
@@ -155,7 +166,7 @@ def build_micro_batch(
         batch: the whole batch.
         rows: its rows to take; without any the micro-batch is padding.
         packed: back to back, else right-padded.
-        multiple_of: each rank's sequence dimension is padded to a multiple of this (sequence parallelism).
+        multiple_of: each rank's sequence dimension is padded to a multiple of this (`sequence_multiple`).
         context_rank: this process's part of every sequence; its response tokens are those of its share of the rows.
         context_size: context-parallel ranks, among which every sequence is cut.
     """

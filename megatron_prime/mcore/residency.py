@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+if TYPE_CHECKING:
+    from megatron_prime.mcore.role import ModelRole
 
 
 class ParkedStorages:
@@ -109,6 +113,14 @@ class Residency:
         if training:
             self._states.restore()
             self._gradients.restore()
+
+
+@contextmanager
+def awake(role: ModelRole) -> Iterator[None]:
+    """A ``with`` block in which a model's weights, gradients and optimizer states are there; behind it they sleep."""
+    role.wake(training=True)
+    yield
+    role.sleep()
 
 
 def _states_of(optimizer: Any) -> list[torch.Tensor]:

@@ -23,6 +23,7 @@ from megatron_prime.mcore.packing import (
     TokenRows,
     build_micro_batch,
     cut_micro_batches,
+    sequence_multiple,
     shard_rows,
 )
 from megatron_prime.mcore.parallel import Layout
@@ -57,7 +58,7 @@ class ModelRole:
         """Tokens of the fullest data-parallel rank over their mean, at the latest pass."""
         self.architecture = setup.architecture
         self.residency = Residency(setup.parallel.offload_idle)
-        self.sequence_multiple = setup.layout.tp_size if setup.parallel.sequence_parallel else 1
+        self.sequence_multiple = sequence_multiple(setup.model, setup.parallel)
         self.padded_vocab_size = setup.architecture.padded_vocab_size(
             setup.model.make_vocab_size_divisible_by, setup.layout.tp_size
         )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_prime import world
 from megatron_prime.batch import Prompt, Response, SamplingParams, Verdict
@@ -60,14 +61,14 @@ def sample_and_verify(
     """Answers with verdicts, per prompt.
 
     What the engine hands out early is graded by the rank that it ended on, while the others are still sampled; the
-    rest is shared out. Every rank gets all verdicts.
+    rest is shared out. Every rank gets all verdicts. A prompt that is there twice gets answers of its own each time.
     """
     pending: dict[tuple[int, int], Future[Verdict]] = {}
 
     def grade(prompt: int, answer: int, response: Response) -> None:
         pending[prompt, answer] = verifier.submit(prompts[prompt], response)
 
-    responses = engine.generate(prompts, sampling, grade)
+    responses = engine.generate(_told_apart(prompts), sampling, grade)
     early = set().union(*world.all_gather(set(pending)))
     places = [(prompt, answer) for prompt, answers in enumerate(responses) for answer in range(len(answers))]
     for prompt, answer in world.my_share([place for place in places if place not in early]):
@@ -76,6 +77,17 @@ def sample_and_verify(
     for graded in world.all_gather({place: future.result() for place, future in pending.items()}):
         verdicts |= graded
     return [[(response, verdicts[i, j]) for j, response in enumerate(row)] for i, row in enumerate(responses)]
+
+
+def _told_apart(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts, with other names where one is there again: seeds follow names."""
+    counts: Counter[str] = Counter()
+    result = []
+    for prompt in prompts:
+        again = counts[prompt.prompt_id]
+        counts[prompt.prompt_id] += 1
+        result.append(replace(prompt, prompt_id=f"{prompt.prompt_id} again {again}") if again else prompt)
+    return result
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:

@@ -29,7 +29,6 @@ from megatron_prime.trainer.protocols import (
     Policy,
     Prompts,
     Reference,
-    Resident,
     RewardModel,
     Verifier,
 )
@@ -105,12 +104,12 @@ class PrimeTrainer:
     def train(self) -> dict[str, Any]:
         """Runs to the last step and returns the summary of the run."""
         config = self.config
-        with self.stages("restore", *self._trained(), training=True):
+        with self.stages("restore"):
             state = self.parts.checkpoints.restore()
         if state is not None:
             self.load_state_dict(state)
             logger.info("resumed after step %d", self.num_steps_done)
-        self.refit(self.num_steps_done)
+        self.refit(max(self.weight_version, 0))
         if state is None and (before := self.evaluate()):
             self.parts.logger.log(0, before)
         self.stages.drain()
@@ -321,7 +320,8 @@ class PrimeTrainer:
         """Saves everything, or begins to: in the background training goes on meanwhile."""
         evaluated = self.evaluations.get(self.num_steps_done)
         accuracy = _finite(evaluated.value) if evaluated else None
-        with self.stages("checkpoint", *self._trained(), training=True):
+        self.parts.engine.sleep()  # a model needs an accelerator's memory to be saved
+        with self.stages("checkpoint"):
             state = self.state_dict()
             self.parts.checkpoints.save(self.num_steps_done, state, accuracy=accuracy, background=background)
 
@@ -346,6 +346,7 @@ class PrimeTrainer:
         """The trainer's own state; models and optimizers are the checkpointer's."""
         return {
             "num_steps_done": self.num_steps_done,
+            "weight_version": self.weight_version,
             "position": self.position,
             "gate": self.gate,
             "acceptance": self.acceptance,
@@ -360,18 +361,17 @@ class PrimeTrainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Undoes `state_dict`."""
         self.num_steps_done = state["num_steps_done"]
+        self.weight_version = state["weight_version"]
         self.position = state["position"]
         self.gate = state["gate"]
         self.acceptance = state["acceptance"]
         self.num_empty_steps = state["num_empty_steps"]
         self.collector.load_state_dict(state["collector"])
-        self.window = list(state["window"])
+        # More data-parallel ranks may need more groups than an old batch has.
+        self.window = [batch for batch in state["window"] if batch.rollout.num_groups >= self.parts.min_groups]
         self.evaluations = dict(state["evaluations"])
         self.evidence = list(state["evidence"])
         self.seconds_before = state["seconds"]
-
-    def _trained(self) -> list[Resident]:
-        return [self.parts.policy, *([self.parts.prm] if self.parts.prm is not None else [])]
 
     def _update(
         self, role: Literal["policy", "prm"], batches: Sequence[ScoredBatch], advantages: torch.Tensor | None = None

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_prime.config.schema import ModelSection
 from megatron_prime.errors import CheckpointError, PrimeError, WeightsError
-from megatron_prime.manifest import FileRecord, write_file
+from megatron_prime.manifest import FileRecord, altered_files, committed, read_manifest, write_file
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
 from megatron_prime.weights.families import Layout, WeightSpec, weight_specs
 from megatron_prime.weights.hf_folder import HfFolder, expected_shapes
@@ -117,6 +117,20 @@ def to_megatron(
         journal.folder.rename(target)
 
 
+def _refuse_altered(source: Path) -> None:
+    """Reads a model of a run's checkpoint, whose files' checksums are in the folder above."""
+    checkpoint = source.parent
+    if checkpoint not in committed(checkpoint.parent):
+        return
+    try:
+        names = [name for name in read_manifest(checkpoint).files if name.startswith(f"{source.name}/")]
+        problems = altered_files(checkpoint, names)
+    except ValueError as error:
+        problems = [str(error)]
+    if problems:
+        raise CheckpointError(f"{checkpoint}: damaged: {'; '.join(problems)}; take another checkpoint of the run")
+
+
 def to_hf(
     source: Path,
     target: Path,
@@ -139,6 +153,7 @@ def to_hf(
             target holds something, or cannot be written.
     """
     _refuse_existing(target)
+    _refuse_altered(source)
     folder = MegatronFolder(source)
     side = side_folder(source, like)
     architecture = read_architecture(side)

@@ -12,12 +12,10 @@ import torch
 from megatron_files import megatron_loads
 from safetensors.torch import load_file
 from test_model_parity import make_rows
-from tiny_models import save_tiny_model
+from tiny_models import role_setup, save_tiny_model
 
 from megatron_prime.config.schema import (
     CheckpointSection,
-    MicroBatchSection,
-    ModelSection,
     OptimizerSection,
     ParallelSection,
 )
@@ -28,8 +26,7 @@ from megatron_prime.mcore.checkpoint.resume import find_checkpoint, identity_of
 from megatron_prime.mcore.cpu import megatron_platform
 from megatron_prime.mcore.packing import ResponseTokens
 from megatron_prime.mcore.parallel import Layout, parallel_layout
-from megatron_prime.mcore.role import RoleSetup, TrainableRole
-from megatron_prime.weights.architecture import read_architecture
+from megatron_prime.mcore.role import TrainableRole
 from megatron_prime.weights.convert import to_hf
 from megatron_prime.weights.hf_folder import HfFolder
 from megatron_prime.weights.stream import WeightExport
@@ -59,14 +56,7 @@ def token_loss(
 
 
 def build_role(folder: Path, dtype: Any, parallel: ParallelSection, layout: Layout) -> TrainableRole:
-    setup = RoleSetup(
-        architecture=read_architecture(folder),
-        # Other tensor-parallel sizes have another number of padded rows.
-        model=ModelSection(path=str(folder), dtype=dtype, make_vocab_size_divisible_by=16),
-        parallel=parallel,
-        micro_batch=MicroBatchSection(micro_batch_tokens=50),
-        layout=layout,
-    )
+    setup = role_setup(folder, dtype, parallel, layout)
     optimizer = OptimizerSection(lr=1e-3, weight_decay=0.01, adam_eps=1e-5, lr_decay_style="linear", lr_warmup_steps=1)
     return TrainableRole(setup, optimizer, num_optimizer_steps=10)
 

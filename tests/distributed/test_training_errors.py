@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from test_model_parity import make_rows
-from tiny_models import save_tiny_model
+from tiny_models import role_setup, save_tiny_model
 
-from megatron_prime.config.schema import MicroBatchSection, ModelSection, OptimizerSection, ParallelSection
+from megatron_prime.config.schema import OptimizerSection, ParallelSection
 from megatron_prime.errors import TrainingError
 from megatron_prime.mcore.packing import ResponseTokens
 from megatron_prime.mcore.parallel import parallel_layout
-from megatron_prime.mcore.role import RoleSetup, TrainableRole
-from megatron_prime.weights.architecture import read_architecture
+from megatron_prime.mcore.role import TrainableRole
 from megatron_prime.weights.hf_folder import HfFolder
 
 
@@ -34,13 +33,7 @@ def errors(folder: Path, dtype: Any, distributed: bool) -> list[str]:
     parallel = ParallelSection(world_size=2, use_distributed_optimizer=distributed)
     messages = []
     with parallel_layout(parallel, seed=1) as layout:
-        setup = RoleSetup(
-            architecture=read_architecture(folder),
-            model=ModelSection(path=str(folder), dtype=dtype, make_vocab_size_divisible_by=16),
-            parallel=parallel,
-            micro_batch=MicroBatchSection(micro_batch_tokens=50),
-            layout=layout,
-        )
+        setup = role_setup(folder, dtype, parallel, layout)
         role = TrainableRole(setup, OptimizerSection(lr=1e-3), num_optimizer_steps=1)
         role.load_hf(HfFolder(folder))
         rows = make_rows()

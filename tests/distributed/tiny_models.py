@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -17,6 +18,11 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+
+from megatron_prime.config.schema import MicroBatchSection, ModelSection, ParallelSection
+from megatron_prime.mcore.parallel import Layout
+from megatron_prime.mcore.role import RoleSetup
+from megatron_prime.weights.architecture import read_architecture
 
 _SHAPE = {
     "hidden_size": 64,
@@ -70,3 +76,15 @@ def save_tiny_model(family: str, folder: Path) -> Path:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder)
     return folder
+
+
+def role_setup(folder: Path, dtype: Any, parallel: ParallelSection, layout: Layout) -> RoleSetup:
+    """What a model of a tiny folder is built from."""
+    return RoleSetup(
+        architecture=read_architecture(folder),
+        # Other tensor-parallel sizes have another number of padded rows.
+        model=ModelSection(path=str(folder), dtype=dtype, make_vocab_size_divisible_by=16),
+        parallel=parallel,
+        micro_batch=MicroBatchSection(micro_batch_tokens=50),
+        layout=layout,
+    )

@@ -247,3 +247,16 @@ def test_a_run_exports_as_it_goes_and_its_checkpoints_convert(whole, tmp_path: P
     for exported in (run / "exports" / "step_00000004" / "model", tmp_path / "converted"):
         assert same_weights(exported, run / "hf")
         assert (exported / "tokenizer.json").exists()
+
+
+def test_an_altered_checkpoint_is_not_converted(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoints" / "step_00000004"
+    shutil.copytree(whole[1] / "checkpoints" / "step_00000004", checkpoint)
+    with (checkpoint / SHARD).open("r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(CheckpointError, match=f"damaged: {SHARD} is altered; take another checkpoint"):
+        to_hf(checkpoint / "model", tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()

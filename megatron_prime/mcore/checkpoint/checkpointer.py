@@ -35,6 +35,7 @@ from megatron_prime.mcore.checkpoint.resume import identity_of
 from megatron_prime.mcore.checkpoint.state import load_training_state, model_chunks, optimizer_chunks, step_count
 from megatron_prime.mcore.cpu import on_megatron_platform
 from megatron_prime.mcore.export import export_hf
+from megatron_prime.mcore.residency import awake
 from megatron_prime.mcore.role import TrainableRole
 from megatron_prime.weights.convert import SIDE_FOLDER, copy_side_files
 from megatron_prime.weights.torch_dist import StoredChunk, WrittenFile, file_name, write_chunks, write_description
@@ -130,7 +131,8 @@ class Checkpointer:
     @on_megatron_platform
     def _restore_roles(self, checkpoint: Path) -> None:
         for name, role in self.roles.items():
-            load_training_state(role.chunks, role.optimizer, role.scheduler, checkpoint / name)
+            with awake(role):
+                load_training_state(role.chunks, role.optimizer, role.scheduler, checkpoint / name)
 
     @on_megatron_platform
     def save(
@@ -170,7 +172,8 @@ class Checkpointer:
         if every > 0 and step % every == 0:
             exports = step_folder(self.folder.parent / "exports", step)
             for name, role in self.roles.items():
-                export_hf(role, exports / name, Path(self.starts[name]))
+                with awake(role):
+                    export_hf(role, exports / name, Path(self.starts[name]))
 
     def check(self) -> None:
         """Asks without waiting whether what is being written has failed; collective.
@@ -209,8 +212,10 @@ class Checkpointer:
         """Takes this rank's part of all states, as copies where training goes on meanwhile."""
         chunks = {}
         for name, role in self.roles.items():
-            copies = _copies(self._my_chunks(name, role))
-            chunks[name] = _consumed(list(copies)) if copies_all else copies
+            # One after the other: `parallel.offload_idle` may leave no room for two.
+            with awake(role):
+                mine = self._my_chunks(name, role)
+                chunks[name] = _consumed(list(_copies(mine))) if copies_all else _copies_of(role, mine)
         counts = world.all_gather({name: step_count(role.optimizer) for name, role in self.roles.items()})
         commons: dict[str, Mapping[str, Any]] = {}
         for name, role in self.roles.items():
@@ -331,6 +336,12 @@ def _copies(chunks: Sequence[StoredChunk]) -> Iterator[StoredChunk]:
     for chunk in chunks:
         own = torch.empty(chunk.tensor.shape, dtype=chunk.tensor.dtype, device="cpu")
         yield chunk._replace(tensor=own.copy_(chunk.tensor))
+
+
+def _copies_of(role: TrainableRole, chunks: Sequence[StoredChunk]) -> Iterator[StoredChunk]:
+    """Copies that are made when they are asked for."""
+    with awake(role):
+        yield from _copies(chunks)
 
 
 def _consumed(chunks: list[StoredChunk]) -> Iterator[StoredChunk]:

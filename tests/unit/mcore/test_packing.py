@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_prime.batch import Group, Prompt, Response, RolloutBatch, SftExample
+from megatron_prime.config.schema import ModelSection, ParallelSection
 from megatron_prime.mcore.packing import (
     MicroBatch,
     TokenRows,
     build_micro_batch,
     cut_micro_batches,
+    sequence_multiple,
     shard_rows,
     split_minibatches,
 )
@@ -65,6 +67,19 @@ def test_packed_layout(lengths, data, multiple_of) -> None:
     assert cells_of(micro, 0) == expected
     sequences = [len(slow_cells(rows, row)) for row in chosen]
     assert list(micro.lengths) == sequences + [num_padding] * (num_padding > 0)
+
+
+@pytest.mark.parametrize(
+    ("fp8", "sequence_parallel", "expected"),
+    [(None, False, 1), (None, True, 4), ("hybrid", False, 16), ("e4m3", True, 64)],
+)
+def test_rows_of_fp8_products_come_in_sixteens(fp8, sequence_parallel: bool, expected: int) -> None:
+    parallel = ParallelSection(world_size=4, tensor_model_parallel_size=4, sequence_parallel=sequence_parallel)
+    multiple = sequence_multiple(ModelSection(path="none", fp8=fp8), parallel)
+    assert multiple == expected
+    for packed in (False, True):
+        micro = build_micro_batch(make_rows([(3, 4), (2, 5)]), [0, 1], packed=packed, multiple_of=multiple)
+        assert micro.input_ids.shape[1] % multiple == 0
 
 
 @settings(deadline=None, max_examples=60)

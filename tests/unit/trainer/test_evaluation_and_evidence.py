@@ -10,6 +10,7 @@ from scripted_parts import NumberedPrompts, ScriptedEngine, ScriptVerifier
 
 from megatron_prime.batch import Group, Prompt, Response, RolloutBatch, SamplingParams, ScoredBatch, StepSpan, Verdict
 from megatron_prime.config.schema import PrmSection
+from megatron_prime.rollout.randomness import answer_key
 from megatron_prime.trainer.evaluation import accuracy, derive_seed, sample_and_verify, wilson_interval
 from megatron_prime.trainer.evidence import Evidence, measure_evidence, recent_step_auc
 
@@ -70,6 +71,17 @@ def test_answers_keep_their_prompts() -> None:
         [("0", 0.0), ("?", None)],
         [("1", 1.0), ("1", 1.0)],
     ]
+
+
+def test_a_prompt_that_is_there_twice_gets_answers_of_its_own() -> None:
+    engine = ScriptedEngine(["11"], held_out="01")
+    sampling = SamplingParams(num_responses=2, temperature=1.0, top_p=1.0, max_response_tokens=4, seed=0)
+    first, second = NumberedPrompts().evaluation(2)
+    prompts = [first, second, first, first]
+    rows = sample_and_verify(engine, ScriptVerifier(), prompts, sampling)
+    assert len(rows) == 4
+    keys = {answer_key(0, name, answer) for name in engine.requests[0][0] for answer in range(2)}
+    assert len(keys) == 8
 
 
 def test_seeds_depend_on_every_part() -> None:

@@ -312,6 +312,40 @@ def test_a_resumed_run_goes_on_where_it_stopped() -> None:
     assert ids(resumed.collector.take()) == ids(whole.collector.take())
 
 
+def test_a_resumed_run_knows_what_the_engine_had_while_the_policy_waited() -> None:
+    """PRM warm-up leaves the engine's weights what they were: answers from before are not stale."""
+    script = [KEPT, EASY, HARD, KEPT, KEPT, KEPT, KEPT, EASY] + [KEPT] * 40
+
+    def run(num_steps: int, checkpoints: MemoryCheckpoints) -> Any:
+        config = make_config(
+            run=RunSection(name="test", num_steps=num_steps),
+            prm=PrmSection(beta=0.1, warmup_steps=3),
+            checkpoint=CheckpointSection(every_steps=1),
+        )
+        trainer, _ = make_trainer(config, ScriptedEngine(script), checkpoints=checkpoints)
+        trainer.train()
+        return trainer.parts.logger.rows
+
+    expected, checkpoints = run(4, MemoryCheckpoints()), MemoryCheckpoints()
+    run(1, checkpoints)
+    found = run(4, checkpoints)
+    for step in (2, 3, 4):
+        assert found[step]["rollout/stale"] == expected[step]["rollout/stale"]
+
+
+def test_a_window_that_more_ranks_cannot_share_is_begun_anew() -> None:
+    config = make_config(prm=PrmSection(beta=0.1, num_window_batches=3))
+    trainer, _ = make_trainer(config, ScriptedEngine([KEPT]))
+    trainer.step()
+    trainer.step()
+    state = trainer.state_dict()
+    others = [make_trainer(config, ScriptedEngine([KEPT]))[0] for _ in range(2)]
+    others[1].parts = replace(others[1].parts, min_groups=8)
+    for other in others:
+        other.load_state_dict(state)
+    assert [len(other.window) for other in others] == [2, 0]
+
+
 def test_a_request_during_a_save_needs_no_other_step() -> None:
     checkpoints, engine = MemoryCheckpoints(), ScriptedEngine([KEPT])
     trainer = run_of(5, checkpoints, engine)
