@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import socket
 import subprocess
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from measuring import BUILD, Row, machine, resident_bytes, write_result
 from rich.console import Console
 from rich.table import Table
 
@@ -43,7 +43,6 @@ from megatron_prime.mcore.parallel import Layout, parallel_layout
 from megatron_prime.mcore.role import RoleSetup, TrainableRole
 from megatron_prime.weights.architecture import read_architecture
 
-BUILD = Path(__file__).resolve().parents[1] / "build" / "bench"
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -67,7 +66,6 @@ VARIANTS = {
     "Megatron dp_reshardable": "dist_checkpointing.save, forked writers; same layout only",
     "torch.save per rank": "no fsync, no check; same layout only",
 }
-Row = dict[str, Any]
 
 
 def build_role(folder: Path, layout: Layout) -> TrainableRole:
@@ -160,11 +158,6 @@ def plain(place: Path, folder: Path, layout: Layout) -> Row:
     return {"blocked": saved, "saved": saved, "load": timed(load)}
 
 
-def resident_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS"))
-
-
 def worker(variant: str, place: Path, folder: Path) -> None:
     """Measures one variant on this rank; the first one prints the row."""
     torch.set_num_threads(1)
@@ -226,8 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add_row(variant, *cells, *sizes, VARIANTS[variant])
         results.append({"variant": variant, "seconds": best["saved"], **best})
     Console(width=140).print(table)
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    (BUILD / "checkpoint.json").write_text(json.dumps({"machine": machine, "rows": results}, indent=1))
+    write_result("checkpoint", machine(), results)
     return 0
 
 

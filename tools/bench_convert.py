@@ -11,25 +11,15 @@ from __future__ import annotations
 import argparse
 import filecmp
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from half_billion import write_folder
-
-Row = dict[str, Any]
-
-
-def memory_bytes(what: str) -> int:
-    """VmHWM (peak) or VmRSS (now) of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(what))
+from measuring import BUILD, Row, machine, peak_bytes, resident_bytes, write_result
 
 
 def work_of(variant: str, direction: str, source: Path, target: Path) -> Callable[[], object]:
@@ -49,11 +39,11 @@ def work_of(variant: str, direction: str, source: Path, target: Path) -> Callabl
 def measure(variant: str, direction: str, source: Path, target: Path) -> Row:
     """One conversion, in this process."""
     work = work_of(variant, direction, source, target)
-    libraries = memory_bytes("VmRSS")
+    libraries = resident_bytes()
     started = time.perf_counter()
     work()
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "library_bytes": libraries, "peak_bytes": memory_bytes("VmHWM") - libraries}
+    return {"seconds": seconds, "library_bytes": libraries, "peak_bytes": peak_bytes() - libraries}
 
 
 def run(variant: str, direction: str, source: Path, target: Path) -> Row:
@@ -89,15 +79,13 @@ def bench(scratch: Path, num_repeats: int) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("build/bench/convert.json"))
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         variant, direction, source, target = options.child
         print(json.dumps(measure(variant, direction, Path(source), Path(target))))
         return
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = options.output.parent / "convert.scratch"
+    scratch = BUILD / "convert.scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         rows = bench(scratch, options.repeats)
@@ -107,8 +95,7 @@ def main() -> None:
     for row in rows:
         memory = f"{row['peak_bytes'] / 1e6:>9.0f}{row['library_bytes'] / 1e6:>14.0f}"
         print(f"{row['variant']:<14}{row['direction']:<14}{row['seconds']:>9.2f}{row['gb_per_second']:>7.2f}{memory}")
-    machine = {"platform": platform.platform(), "num_cpus": os.cpu_count(), "num_threads": 1}
-    options.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+    write_result("convert", machine("one thread"), rows)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from measuring import BUILD, ROOT, machine, write_result
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-RUNS = ROOT / "build" / "bench" / "demo_runs"
+RUNS = BUILD / "demo_runs"
 # Longer than the demo, to see what comes after it; learning rates are constant, so the first steps are the demo's.
 NUM_STEPS = 40
 DEMO_STEPS = 28
@@ -69,8 +68,7 @@ def main() -> None:
     if not start.exists():
         run("sft", "arithmetic_sft.yaml", f"run.directory={RUNS}", "run.name=sft")
     rows = [measure(variant, seed, start) for seed in seeds for variant in VARIANTS]
-    result = {"machine": f"{platform.machine()}, {platform.platform()}", "rows": rows}
-    (ROOT / "build" / "bench" / "demo.json").write_text(json.dumps(result, indent=1))
+    write_result("demo", machine(), rows)
 
     table = Table(title="Arithmetic: PRIME (ours) beside outcome-only RLOO")
     for column in ("variant", "seed", "before", "after (95%)", "step AUC >= 10", "s/step", "seconds"):

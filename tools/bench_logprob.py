@@ -9,31 +9,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from logprob_variants import VARIANTS, NotHere, Problem, errors_against_float64
+from measuring import machine, peak_bytes, reset_peak, resident_bytes, write_result
 from rich.console import Console
 from rich.table import Table
 
 from megatron_prime.kernels import HeadOptions, choose_gemm
 from megatron_prime.kernels.gemm import Gemm
-
-OUTPUT = Path("build/bench/logprob.json")
-
-
-def memory_gib(field: str) -> float:
-    """A line of /proc/self/status, `VmRSS` or its peak `VmHWM`."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found.group(1)) / 2**20
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -50,15 +39,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.variant == "ours":
         # Megatron's buffer exists before the step and holds something.
         problem.weight.main_grad = torch.ones(problem.weight.shape)  # pyright: ignore[reportAttributeAccessIssue]
-    Path("/proc/self/clear_refs").write_text("5")
-    before = memory_gib("VmRSS")
+    reset_peak()
+    before = resident_bytes()
     start = time.perf_counter()
     try:
         logprobs = VARIANTS[arguments.variant](problem)
     except NotHere as reason:
         return {"variant": arguments.variant, "not_run": str(reason)}
     seconds = time.perf_counter() - start
-    result = {"variant": arguments.variant, "seconds": seconds, "extra_gib": memory_gib("VmHWM") - before}
+    result = {"variant": arguments.variant, "seconds": seconds, "extra_gib": (peak_bytes() - before) / 2**30}
     return result | errors_against_float64(problem, logprobs, 64)
 
 
@@ -107,7 +96,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--peers", action="append", default=[])
     parser.add_argument("--variant", choices=[*VARIANTS, "floor"], help="run only this, in this process")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     if arguments.variant:
         print(json.dumps(measure(arguments)))
@@ -119,10 +107,9 @@ def main() -> None:
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             results.append(json.loads(output.splitlines()[-1]))
     rows = [min(results, key=lambda row: row.get("seconds", 0.0)) for results in found.values()]
-    machine = f"{platform.machine()}, {arguments.threads} thread(s), torch {torch.__version__}, {arguments.dtype}"
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    report(rows, machine, arguments)
+    where = machine(f"{arguments.threads} thread(s)", arguments.dtype)
+    report(rows, where, arguments)
+    write_result("logprob", where, rows)
 
 
 def report(rows: list[dict[str, Any]], machine: str, arguments: argparse.Namespace) -> None:

@@ -8,15 +8,14 @@ GPU it measures nothing; `--smoke` runs every line of it on tiny shapes on the C
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from logprob_variants import VARIANTS, NotHere, Problem, errors_against_float64, ours_forward_only
+from measuring import write_result
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +24,6 @@ from megatron_prime.kernels import HeadOptions
 VOCAB_SIZE = 152064
 HEADS = {"7B": 3584, "32B": 5120, "72B": 8192}
 SMOKE_HEADS = {"tiny": 48}
-OUTPUT = Path("build/bench/logprob_gpu.json")
 # Products of 2 T d V that each variant makes at least.
 PRODUCTS = {"ours": 3, "ours, loss entry": 3, "ours, forward only": 1}
 RUNS: dict[str, Callable[[Problem], torch.Tensor]] = VARIANTS | {"ours, forward only": ours_forward_only}
@@ -98,7 +96,6 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--variants", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--workspace-mib", type=float, default=1024)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not arguments.smoke:
@@ -126,9 +123,8 @@ def main() -> None:
                     rows.append({"head": head, "shards": shards} | measure(name, part, device, rate))
             del problem
     machine = torch.cuda.get_device_name() if device == "cuda" else "CPU (smoke)"
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({"machine": machine, "product_rate": rate, "rows": rows}, indent=1) + "\n")
     report(rows, machine, rate)
+    write_result("logprob_gpu", machine, rows, product_rate=rate)
 
 
 def report(rows: list[dict[str, Any]], machine: str, rate: float) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -20,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from half_billion import make_trainable
+from measuring import BUILD, ROOT, machine, write_result
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / "bench" / "memory"
+SCRATCH = BUILD / "memory"
 NUM_STEPS = 2
 STAGES = ("rollout", "score", "prm_update", "policy_update", "refit")
 FREED, NO_COPY = "parallel.offload_idle=gradients", "reference.source=policy"
@@ -60,11 +59,11 @@ COMMON = [
 def run(folder: Path, variant: str, overrides: list[str]) -> dict[str, Any]:
     """Peaks by stage after the first step, which allocates, and seconds of a step."""
     name = variant.replace(" ", "_")
-    shutil.rmtree(BUILD / "runs" / name, ignore_errors=True)
+    shutil.rmtree(SCRATCH / "runs" / name, ignore_errors=True)
     command = [sys.executable, "-m", "megatron_prime.cli", "train", str(ROOT / "configs" / "arithmetic.yaml")]
-    command += [f"run.directory={BUILD / 'runs'}", f"run.name={name}", f"model.path={folder}", *COMMON, *overrides]
-    log = BUILD / f"{name}.log"
-    metrics = BUILD / "runs" / name / "metrics.jsonl"
+    command += [f"run.directory={SCRATCH / 'runs'}", f"run.name={name}", f"model.path={folder}", *COMMON, *overrides]
+    log = SCRATCH / f"{name}.log"
+    metrics = SCRATCH / "runs" / name / "metrics.jsonl"
     with log.open("w") as output:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -98,13 +97,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24, help="of the model (default: 24, as Qwen2.5-0.5B has)")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     arguments = parser.parse_args()
-    folder = make_trainable(BUILD / f"qwen2.5_0.5b_{arguments.layers}_layers", arguments.layers)
+    folder = make_trainable(SCRATCH / f"qwen2.5_0.5b_{arguments.layers}_layers", arguments.layers)
     rows = [run(folder, variant, VARIANTS[variant]) for variant in arguments.variants]
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {arguments.layers} layers"
+    where = machine(f"{arguments.layers} layers")
     parts = planned(folder)
-    content = {"machine": machine, "planned_gib": parts, "rows": rows}
-    (BUILD.parent / "memory.json").write_text(json.dumps(content, indent=1) + "\n")
-    table = Table(title=f"Peak resident GiB by stage, {machine}")
+    write_result("memory", where, rows, planned_gib=parts)
+    table = Table(title=f"Peak resident GiB by stage, {where}")
     for column in ("variant", *STAGES, "whole step", "s/step"):
         table.add_column(column)
     for row in rows:

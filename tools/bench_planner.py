@@ -15,7 +15,6 @@ import ctypes
 import gc
 import json
 import os
-import platform
 import shutil
 import socket
 import statistics
@@ -25,7 +24,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from measuring import BUILD, ROOT, Row, machine, resident_bytes, write_result
+
 ARITHMETIC = ROOT / "configs" / "models" / "arithmetic"
 SHAPE = {
     "hidden_size": 512,
@@ -63,7 +63,6 @@ CASES: dict[str, dict[str, Any]] = {
     "2 pipeline": {"parallel.world_size": 2, "parallel.pipeline_model_parallel_size": 2},
 }
 """What differs from the first one; `family` is the model's."""
-Row = dict[str, Any]
 
 
 def make_model(folder: Path, family: str, shape: Mapping[str, Any]) -> Path:
@@ -108,12 +107,6 @@ def make_config(case: Mapping[str, Any], model: Path, folder: Path, name: str) -
     if "micro_batch_size" in config["micro_batch"]:
         config["micro_batch"]["micro_batch_tokens"] = None
     return config
-
-
-def resident_bytes() -> int:
-    """Of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS"))
 
 
 def run_rank(scratch: Path, second_port: str) -> int:
@@ -190,7 +183,6 @@ def run_ranks(name: str, scratch: Path, world_size: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--output", type=Path, default=Path("build/bench/planner.json"))
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -199,8 +191,7 @@ def main() -> None:
         (Path(scratch) / f"rank_{os.environ['RANK']}.bytes").write_text(str(before))
         return
     rows: list[Row] = []
-    scratch = options.output.parent.resolve() / "planner.scratch"
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = BUILD / "planner.scratch"
     print(f"{'configuration':<42}{'stage':<15}{'planned MB':>11}{'measured MB':>12}{'ratio':>7}")
     for name in options.cases:
         for row in run_case(name, scratch / "case", scratch / "models"):
@@ -214,8 +205,7 @@ def main() -> None:
     within = [name for name, ratio in ratios.items() if abs(ratio - 1) <= 0.1]
     span = f"{min(ratios.values()):.2f} to {max(ratios.values()):.2f}"
     print(f"fullest stage within 10%: {len(within)} of {len(ratios)}; planned / measured {span}")
-    machine = {"platform": platform.platform(), "num_cpus": os.cpu_count(), "num_threads": 1}
-    options.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+    write_result("planner", machine("one thread"), rows)
 
 
 if __name__ == "__main__":

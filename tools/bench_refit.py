@@ -10,10 +10,8 @@ rank, save_file, every worker loads. Prints a table and writes build/bench/refit
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
 import queue
 import tempfile
 import time
@@ -24,7 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from half_billion import CONFIG, write_folder
-from refit_setup import Row, peak_gb, reset_peak, section, timings, trainer_place
+from measuring import Row, machine, reset_peak, write_result
+from refit_setup import peak_gb, section, timings, trainer_place
 from refit_simple_ways import FILE, bench_simple, file_rank
 
 from megatron_prime.config.schema import VllmSection
@@ -55,7 +54,7 @@ def trainer_rank(
     engine.prepare(weights)
     first_plan = time.perf_counter() - begun
     engine.load_weights(weights, 0)
-    reset_peak("self")
+    reset_peak()
     if (process := engine.process_id()) is not None:
         reset_peak(process)
     seconds, planning = [], []
@@ -74,7 +73,7 @@ def trainer_rank(
             | {
                 "first_plan_seconds": first_plan,
                 "plan_seconds": min(planning),
-                "trainer_peak_gb": peak_gb("self"),
+                "trainer_peak_gb": peak_gb(),
                 "engine_peak_gb": peak_gb(process),
             }
         )
@@ -134,11 +133,14 @@ def main() -> None:
         rows = [{"variant": "memcpy, one thread", "seconds": floor}]
         port = 29700 + os.getpid() % 200
         rows += [row | {"layout": "TP1 -> 1"} for row in bench_simple(folder, options.repeats, port)]
-        plans = [("ours", "TP1", 1, False, True), ("ours, no checksums", "TP1", 1, False, False)]
-        plans += [("ours, repacking", layout, 1, True, True) for layout in ("TP1", "TP2")]
         # One after the other what is compared: the machine's speed changes with its neighbours.
-        for layout, workers in (("TP2", 1), ("PP2", 1), ("TP1", 2), ("TP2", 2), ("PP2", 2)):
-            plans += [(FILE, layout, workers, False, False), ("ours", layout, workers, False, True)]
+        plans = [
+            (variant, layout, workers, False, variant == "ours")
+            for layout, workers in (("TP1", 1), ("TP2", 1), ("PP2", 1), ("TP1", 2), ("TP2", 2), ("PP2", 2))
+            for variant in (FILE, "ours")
+        ]
+        plans.append(("ours, no checksums", "TP1", 1, False, False))
+        plans += [("ours, repacking", layout, 1, True, True) for layout in ("TP1", "TP2")]
         for number, (variant, layout, workers, pack, verify) in enumerate(plans, start=1):
             target = file_rank if variant == FILE else trainer_rank
             settings = section(workers, pack, verify)
@@ -157,11 +159,7 @@ def main() -> None:
             f"{row['share_of_memcpy']:10.0%} {row.get('speedup_over_save_file', float('nan')):8.2f}"
             f"{1e3 * row.get('plan_seconds', 0):9.2f}{peaks:>12}"
         )
-    output = Path("build/bench/refit.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    output.write_text(json.dumps({"machine": machine, "bytes": num_bytes, "rows": rows}, indent=1))
-    print(f"wrote {output}")
+    write_result("refit", machine(), rows, bytes=num_bytes)
 
 
 if __name__ == "__main__":

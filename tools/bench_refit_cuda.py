@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import multiprocessing
 import os
 import pickle
@@ -29,6 +28,7 @@ from typing import Any
 
 import torch
 from half_billion import write_folder
+from measuring import Row, write_result
 from refit_setup import Place, section, shards_of
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -47,7 +47,6 @@ from megatron_prime.weights.stream import ParallelGroups, WeightExport
 
 TIMEOUT_SECONDS = 60.0
 NO_GPU_STATUS = 77
-Row = dict[str, Any]
 
 
 class StandIn:
@@ -316,10 +315,7 @@ def report(bench: Bench, machine: str, name: str) -> None:
             f"{row['variant']:26}{row['seconds']:9.4f}{row['median_seconds']:9.4f}{row['gb_per_second']:9.2f}"
             f"{row['speedup_over_save_file']:9.2f}{row['extra_gpu_gb']:8.2f}"
         )
-    output = Path(f"build/bench/{name}.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"machine": machine, "bytes": bench.num_bytes, "rows": bench.rows}, indent=1))
-    print(f"wrote {output}")
+    write_result(name, machine, bench.rows, bytes=bench.num_bytes)
 
 
 if __name__ == "__main__":

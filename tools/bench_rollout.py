@@ -12,17 +12,15 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import machine, write_result
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from megatron_prime.batch import Prompt, SamplingParams
@@ -152,7 +150,6 @@ def best_of(repeats: int, run: Callable[[], int]) -> tuple[float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="the best of this many runs counts")
-    parser.add_argument("--output", type=Path, default=Path("build/bench/rollout.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     ours, theirs = make_models()
@@ -172,9 +169,7 @@ def main() -> None:
                 rate = num_tokens / seconds
                 rows.append({"workload": workload, "variant": variant, "seconds": seconds, "tokens_per_second": rate})
                 print(f"{workload:22}{variant:14}{seconds:9.3f}{rate:10.0f}")
-    machine = f"{platform.machine()}, 1 thread, torch {torch.__version__}"
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    write_result("rollout", machine("one thread"), rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import socket
 import tempfile
 import time
@@ -25,11 +24,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from measuring import machine, write_result
 from rich.console import Console
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -228,10 +227,7 @@ def main() -> None:
     console = Console(width=150)
     console.print(traffic)
     console.print(scaling)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    output = ROOT / "build" / "bench" / "scaling.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    write_result("scaling", machine(), rows)
 
 
 if __name__ == "__main__":

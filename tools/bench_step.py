@@ -9,10 +9,9 @@ would not fit 24 GiB. Prints a table and writes build/bench/step.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -22,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from half_billion import make_trainable
+from measuring import BUILD, ROOT, machine, peak_bytes, write_result
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / "bench" / "step"
+SCRATCH = BUILD / "step"
 PHASES = ("score", "prm_update", "policy_update", "step")
 # Everything is kept, because random weights solve nothing.
 LARGE = [
@@ -51,12 +50,8 @@ def peak_mib(processes: list[int]) -> dict[int, float]:
     """Peak resident size of each process that still runs."""
     found = {}
     for process in processes:
-        try:
-            status = Path(f"/proc/{process}/status").read_text()
-        except OSError:
-            continue
-        if match := re.search(r"VmHWM:\s+(\d+) kB", status):
-            found[process] = int(match.group(1)) / 1024
+        with contextlib.suppress(OSError):
+            found[process] = peak_bytes(process) / 2**20
     return found
 
 
@@ -74,7 +69,7 @@ def children(process: int) -> list[int]:
 
 def run(code: Path, name: str, overrides: list[str]) -> dict[str, float]:
     """Trains a few steps with the package in `code`; seconds of the median step by phase, and peak memory."""
-    folder = BUILD / "runs" / name
+    folder = SCRATCH / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "megatron_prime.cli", "train", str(ROOT / "configs" / "arithmetic.yaml")]
     command += [f"run.directory={folder.parent}", f"run.name={name}", *COMMON, *overrides]
@@ -104,10 +99,10 @@ def ranks(overrides: list[str]) -> int:
 
 def small_model() -> Path:
     """The demo's starting model, shortly trained: its steps cost the same."""
-    folder = BUILD / "runs" / "sft" / "hf"
+    folder = SCRATCH / "runs" / "sft" / "hf"
     if not folder.exists():
         config = str(ROOT / "configs" / "arithmetic_sft.yaml")
-        command = [sys.executable, "-m", "megatron_prime.cli", "sft", config, f"run.directory={BUILD / 'runs'}"]
+        command = [sys.executable, "-m", "megatron_prime.cli", "sft", config, f"run.directory={SCRATCH / 'runs'}"]
         subprocess.run([*command, "run.name=sft", "run.num_steps=1300"], check=True, cwd=ROOT)
     return folder
 
@@ -121,7 +116,7 @@ def main() -> None:
     arguments = parser.parse_args()
     code = {"ours": ROOT}
     if arguments.baseline:
-        tree = BUILD / "baseline"
+        tree = SCRATCH / "baseline"
         shutil.rmtree(tree, ignore_errors=True)
         tree.mkdir(parents=True)
         archive = subprocess.run(["git", "archive", arguments.baseline], check=True, cwd=ROOT, stdout=subprocess.PIPE)
@@ -129,7 +124,7 @@ def main() -> None:
         code = {"before": tree, **code}
     rows: list[dict[str, Any]] = []
     for case in arguments.cases:
-        model = small_model() if case == "demo" else make_trainable(BUILD / "qwen2.5_0.5b_shape", num_layers=24)
+        model = small_model() if case == "demo" else make_trainable(SCRATCH / "qwen2.5_0.5b_shape", num_layers=24)
         overrides = [f"model.path={model}", *(["run.num_steps=12"] if case == "demo" else ["run.num_steps=2", *LARGE])]
         found: dict[str, list[dict[str, float]]] = {variant: [] for variant in code}
         for _ in range(arguments.repeats):
@@ -139,9 +134,8 @@ def main() -> None:
             best = min(results, key=lambda result: result["step"])
             peak = min(result["peak_mib"] for result in results)
             rows.append({"variant": variant, "case": case, "seconds": best["step"], **best, "peak_mib": peak})
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    (BUILD.parent / "step.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    report(rows, machine)
+    report(rows, machine())
+    write_result("step", machine(), rows)
 
 
 def report(rows: list[dict[str, Any]], machine: str) -> None:

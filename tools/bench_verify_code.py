@@ -15,7 +15,6 @@ import argparse
 import gzip
 import json
 import os
-import platform
 import socket
 import subprocess
 import sys
@@ -25,6 +24,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from measuring import machine, write_result
 
 from megatron_prime.batch import Prompt, Response, Verdict
 from megatron_prime.config.schema_verifier import CodeVerifierSection, VerifierSection
@@ -291,11 +292,7 @@ def main() -> None:
         rows += bench_verdicts(options.data, isolations[0])
     if "attacks" in parts:
         rows += [bench_attacks(options.data, isolation) for isolation in isolations]
-    output = Path("build/bench/verify_code.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
-    print(f"wrote {output}")
+    write_result("verify_code", machine(), rows)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import time
 from collections import Counter
@@ -20,6 +18,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any
+
+from measuring import machine, write_result
 
 from megatron_prime.batch import Prompt, Response
 from megatron_prime.config.schema_verifier import VerifierSection
@@ -196,11 +196,7 @@ def main() -> None:
             rows.append(mixed)
             longest = mixed["longest_verdict_seconds"]
             print(f"{mixed['variant']}: {mixed['seconds']:.2f} s, longest verdict {longest:.2f} s")
-    output = Path("build/bench/verify_math.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    output.write_text(json.dumps({"machine": machine, "data": options.data.name, "rows": rows}, indent=1))
-    print(f"wrote {output}")
+    write_result("verify_math", machine(), rows, data=options.data.name)
 
 
 def print_errors(cases: Sequence[Case], statuses: Sequence[str]) -> None:

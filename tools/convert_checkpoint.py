@@ -2,8 +2,8 @@
 
 The same as `megatron-prime convert`:
 
-    tools/convert_checkpoint.py to-megatron models/Qwen2.5-7B checkpoints/qwen2.5-7b
-    tools/convert_checkpoint.py to-hf runs/my-run/checkpoints/step_00000010/policy exported --like models/Qwen2.5-7B
+    python tools/convert_checkpoint.py to-megatron models/Qwen2.5-7B megatron/qwen2.5-7b
+    python tools/convert_checkpoint.py to-hf runs/my/checkpoints/step_00000010/policy exported --like models/Qwen2.5-7B
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The same as `megatron-prime convert to-megatron`, with its options (--help):
 
-    tools/convert_hf_to_megatron.py models/Qwen2.5-7B checkpoints/qwen2.5-7b --tensor-model-parallel-size 4 --verify
+    python tools/convert_hf_to_megatron.py models/Qwen2.5-7B megatron/qwen2.5-7b --tensor-model-parallel-size 4 --verify
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The same as `megatron-prime convert to-hf`, with its options (--help):
 
-    tools/convert_megatron_to_hf.py runs/my-run/checkpoints/step_00000010/policy exported --like models/Qwen2.5-7B
+    python tools/convert_megatron_to_hf.py runs/my/checkpoints/step_00000010/policy exported --like models/Qwen2.5-7B
 """
 
 from __future__ import annotations

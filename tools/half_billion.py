@@ -10,7 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from measuring import ROOT
+
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -54,18 +55,7 @@ def make_trainable(folder: Path, num_layers: int) -> Path:
 
     if not (folder / "model.safetensors").exists():
         torch.manual_seed(0)
-        config = Qwen2Config(
-            hidden_size=896,
-            intermediate_size=4864,
-            num_hidden_layers=num_layers,
-            num_attention_heads=14,
-            num_key_value_heads=2,
-            vocab_size=151936,
-            max_position_embeddings=32768,
-            tie_word_embeddings=True,
-            eos_token_id=1,
-            pad_token_id=0,
-        )
+        config = Qwen2Config(**CONFIG | {"num_hidden_layers": num_layers, "eos_token_id": 1, "pad_token_id": 0})
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(ROOT / "configs" / "models" / "arithmetic" / file, folder)

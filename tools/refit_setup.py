@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from measuring import Row, peak_bytes
 
 from megatron_prime.config.schema import VllmSection
 from megatron_prime.weights.architecture import read_architecture
@@ -14,8 +14,6 @@ from megatron_prime.weights.families import weight_specs
 from megatron_prime.weights.hf_folder import HfFolder
 from megatron_prime.weights.layouts import local_slice
 from megatron_prime.weights.stream import ParallelGroups, WeightExport
-
-Row = dict[str, Any]
 
 
 def section(num_workers: int, pack: bool, verify: bool) -> VllmSection:
@@ -91,13 +89,9 @@ def export_of(folder: Path, place: Place) -> WeightExport:
     return WeightExport(weight_specs(architecture), architecture, lambda: local, place.export_groups())
 
 
-def reset_peak(process_id: int | str) -> None:
-    Path(f"/proc/{process_id}/clear_refs").write_text("5")
-
-
-def peak_gb(process_id: int | str) -> float:
-    status = Path(f"/proc/{process_id}/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1e6
+def peak_gb(process_id: int | str = "self") -> float:
+    """The most memory that a process has had, in GB."""
+    return peak_bytes(process_id) / 1e9
 
 
 def timings(seconds: list[float]) -> Row:

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from refit_setup import Row, peak_gb, reset_peak, section, timings, trainer_place
+from measuring import Row, reset_peak
+from refit_setup import peak_gb, section, timings, trainer_place
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -77,10 +78,10 @@ def file_rank(
                 refit_by_file({name: tensor if is_alone else tensor.clone() for name, tensor in weights}, ours)
             seconds.append(time.perf_counter() - begun)
             if ours is not None and len(seconds) == 1:
-                reset_peak("self")
+                reset_peak()
                 reset_peak(engine_id)
         if ours is not None:
-            peaks = {"trainer_peak_gb": peak_gb("self"), "engine_peak_gb": peak_gb(engine_id)}
+            peaks = {"trainer_peak_gb": peak_gb(), "engine_peak_gb": peak_gb(engine_id)}
             results.put(timings(seconds[1:]) | peaks)
             ours.send(("end", None))
     finally:
@@ -140,7 +141,7 @@ def received(meta: list[tuple[str, torch.Tensor]], group: Any) -> Iterator[tuple
 
 
 def bench_simple(folder: Path, repeats: int, port: int) -> list[Row]:
-    """The simple ways, one trainer process and one engine process."""
+    """The simple ways without a file, from one process that has whole tensors to an engine of one worker."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False)
@@ -152,9 +153,6 @@ def bench_simple(folder: Path, repeats: int, port: int) -> list[Row]:
         name: tensor.clone()
         for name, tensor in FolderExport(HfFolder(folder), read_architecture(folder), torch.bfloat16)
     }
-
-    def by_file() -> None:
-        refit_by_file(weights, ours)
 
     def pickled() -> None:
         ours.send(("pickled", pickle.dumps(weights)))
@@ -168,10 +166,10 @@ def bench_simple(folder: Path, repeats: int, port: int) -> list[Row]:
         ours.recv()
 
     rows = []
-    ways: dict[str, Callable[[], None]] = {FILE: by_file, "gloo broadcast": by_gloo, "pickled": pickled}
+    ways: dict[str, Callable[[], None]] = {"gloo broadcast": by_gloo, "pickled": pickled}
     for name, way in ways.items():
         way()
-        reset_peak("self")
+        reset_peak()
         reset_peak(engine_id)
         seconds = []
         for _ in range(repeats):
@@ -182,7 +180,7 @@ def bench_simple(folder: Path, repeats: int, port: int) -> list[Row]:
             {"variant": name}
             | timings(seconds)
             | {
-                "trainer_peak_gb": peak_gb("self"),
+                "trainer_peak_gb": peak_gb(),
                 "engine_peak_gb": peak_gb(engine_id),
             }
         )

@@ -206,7 +206,9 @@ def _refuse_unsupported(keys: _Keys, family: Family) -> None:
     keys.must_be("hidden_act", ("silu",), "the feed-forward layers are SwiGLU (silu)")
     keys.must_be("use_sliding_window", (False,), "attention is full in every layer")
     layer_types = keys.raw.get("layer_types")
-    if layer_types is not None and any(kind != "full_attention" for kind in layer_types):
+    if layer_types is not None and not isinstance(layer_types, list):
+        keys.problem("layer_types", f"{layer_types!r} is not a list of the layers' kinds")
+    elif layer_types is not None and any(kind != "full_attention" for kind in layer_types):
         keys.problem("layer_types", "only 'full_attention' is supported: attention is full in every layer")
     if keys.raw.get("quantization_config") is not None:
         keys.problem("quantization_config", "quantized weights are not supported; give the folder of the original")

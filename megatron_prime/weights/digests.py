@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -18,6 +17,8 @@ from megatron_prime.weights.shards import ShardSlice
 NUM_DIGEST_BYTES = 16
 _PIECE_BYTES = 2**22
 """Stays in a cache while it is read again, and takes long enough to read that the calls for it do not count."""
+_GROUP_BYTES = 2**24
+"""Takes a thread a millisecond, beside which handing it out does not count."""
 _INFINITY = {
     torch.bfloat16: 0x7F80,
     torch.float16: 0x7C00,
@@ -49,27 +50,15 @@ def examine(slices: Iterable[ShardSlice], num_threads: int) -> tuple[bytes, list
     """Reads every value once, for its checksum and for whether it is finite.
 
     Args:
-        slices: what to read; as many are held as there are threads.
+        slices: what to read.
         num_threads: that read at the same time.
 
     Returns:
         The slices' checksums, one behind the other, and the names of those that hold NaN or an infinity.
     """
-    waiting, turn = iter(slices), threading.Lock()
-    found: list[tuple[str, bytes, bool]] = []
-
-    def work() -> None:
-        while True:
-            with turn:
-                if (part := next(waiting, None)) is None:
-                    return
-                number = len(found)
-                found.append((part.name, b"", False))
-            found[number] = (part.name, *_examine(part.values))
-
     with ThreadPoolExecutor(num_threads) as threads:
-        for worker in [threads.submit(work) for _ in range(num_threads)]:
-            worker.result()
+        groups = threads.map(_examine, _in_groups(slices))
+        found = [one for group in groups for one in group]
     return b"".join(checksum for _, checksum, _ in found), [name for name, _, is_finite in found if not is_finite]
 
 
@@ -121,12 +110,29 @@ def _nh_keys(device: torch.device) -> Tensor:
     return torch.randint(2**32, (2, _BLOCK_WORDS), generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def _examine(values: Tensor) -> tuple[bytes, bool]:
-    hashed, is_finite = xxhash.xxh3_128(), True
-    for piece in _pieces(values):
-        is_finite = is_finite and _piece_is_finite(piece, values.dtype)
-        hashed.update(piece)
-    return hashed.digest(), is_finite
+def _in_groups(slices: Iterable[ShardSlice]) -> list[list[ShardSlice]]:
+    """Consecutive slices, each group of `_GROUP_BYTES` and a slice at most."""
+    groups: list[list[ShardSlice]] = []
+    size = _GROUP_BYTES
+    for part in slices:
+        if size >= _GROUP_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(part)
+        size += part.values.nbytes
+    return groups
+
+
+def _examine(slices: Sequence[ShardSlice]) -> list[tuple[str, bytes, bool]]:
+    """Name, checksum and whether all is finite."""
+    found = []
+    for part in slices:
+        hashed, is_finite = xxhash.xxh3_128(), True
+        for piece in _pieces(part.values):
+            is_finite = is_finite and _piece_is_finite(piece, part.values.dtype)
+            hashed.update(piece)
+        found.append((part.name, hashed.digest(), is_finite))
+    return found
 
 
 def _is_finite(values: Tensor) -> bool:

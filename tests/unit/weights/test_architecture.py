@@ -228,6 +228,7 @@ def test_raw_config_is_no_part_of_equality_or_repr(tmp_path: Path) -> None:
         (QWEN25_7B, {"model_type": None}, "model_type: None is not supported"),
         (QWEN25_7B, {"use_sliding_window": True}, "use_sliding_window: True is not supported"),
         (QWEN25_7B, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: only"),
+        (QWEN25_7B, {"layer_types": 5}, "layer_types: 5 is not a list"),
         (QWEN25_7B, {"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported"),
         (QWEN25_7B, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config: "),
         (QWEN25_7B, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.type: 'yarn' is not supported"),
