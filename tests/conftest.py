@@ -10,8 +10,13 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from filelock import FileLock
+
+# The same examples in every run; `pytest --hypothesis-profile default` looks for others.
+hypothesis.settings.register_profile("fixed", derandomize=True)
+hypothesis.settings.load_profile("fixed")
 
 # Triton's kernels run as Python on CPU tensors; read when Triton is first imported, here and in processes of tests.
 os.environ.setdefault("TRITON_INTERPRET", "1")

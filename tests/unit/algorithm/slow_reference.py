@@ -108,7 +108,7 @@ def process_scale(rewards: Rows, mode: str, gamma: float) -> float:
 def whiten(values: Rows) -> Rows:
     flat = [v for row in values for v in row]
     std = sample_std(flat)
-    if std <= 1e-9:
+    if std <= 1e-6 * max(map(abs, flat), default=0.0):
         return [[0.0] * len(row) for row in values]
     return [[(v - mean(flat)) / math.sqrt(std**2 + 1e-8) for v in row] for row in values]
 
