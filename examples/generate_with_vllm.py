@@ -1,6 +1,6 @@
-"""PRIME's inference example: a chat prompt with PRIME's system prompt and suffix, answered by vLLM.
+r"""PRIME's inference example: a chat prompt with PRIME's system prompt and suffix, answered by vLLM.
 
-    python examples/generate_with_vllm.py runs/demo/hf "12+5-3=" --raw
+    python examples/generate_with_vllm.py runs/demo/hf $'12+5-3=?\n' --raw
     python examples/generate_with_vllm.py models/Eurus-2-7B-PRIME "What is the 10th prime?" --num-responses 4
 
 Takes a Hugging Face folder, or a Megatron checkpoint of `megatron-prime convert`.

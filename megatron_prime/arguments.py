@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prime.launch import command
+from megatron_prime.launch.argument_types import above_zero, at_least_one, probability, temperature
 from megatron_prime.launch.hardware import PROFILES
 
 
@@ -43,12 +44,12 @@ def build_parser(functions: Mapping[str, Callable[..., int]]) -> argparse.Argume
             sub.add_argument("--hardware", choices=sorted(PROFILES), help="default: h100, for float32 models cpu")
             sub.add_argument("--gpus", metavar="NxMGB", help="search layouts, e.g. 8x80GB, or 4x8x80GB for 4 nodes")
             text = "expected length of answers (default: a third of the limit)"
-            sub.add_argument("--mean-response-tokens", type=_at_least_one, help=text)
+            sub.add_argument("--mean-response-tokens", type=at_least_one, help=text)
     serve = add("serve", "a vLLM server for runs with rollout.vllm.servers; it gets its weights from them")
     serve.add_argument("config", help="YAML file of the run")
     serve.add_argument("overrides", **overrides)  # type: ignore[arg-type]
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this host only)")
-    serve.add_argument("--port", type=_at_least_one, default=8000)
+    serve.add_argument("--port", type=at_least_one, default=8000)
     command.add_arguments(add("launch", "start a run here, on Slurm or with NeMo-Run; watch and end jobs"))
     replay = add("replay", "run an update again that was not finite, response by response")
     replay.add_argument("file", type=Path, help="runs/NAME/failures/step_N_ROLE.pt")
@@ -63,34 +64,6 @@ def build_parser(functions: Mapping[str, Callable[..., int]]) -> argparse.Argume
     return parser
 
 
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
-
-
-def _temperature(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
-    return number
-
-
-def _probability(text: str) -> float:
-    number = float(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
-    return number
-
-
-def _similarity(text: str) -> float:
-    number = float(text)
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
 def _add_evaluate(parser: argparse.ArgumentParser, overrides: dict[str, Any]) -> None:
     parser.add_argument("config", help="YAML file; with --benchmarks a Hugging Face folder or Megatron checkpoint")
     parser.add_argument("overrides", **overrides)
@@ -99,31 +72,32 @@ def _add_evaluate(parser: argparse.ArgumentParser, overrides: dict[str, Any]) ->
     group.add_argument("--data", default="data", help="folder with one folder per benchmark (default: data)")
     group.add_argument("--output", help="answers, results.json, results.txt (default: evaluations/MODEL)")
     group.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
-    group.add_argument("--tensor-parallel-size", type=_at_least_one, default=1, help="GPUs of a vLLM engine")
+    group.add_argument("--tensor-parallel-size", type=at_least_one, default=1, help="GPUs of a vLLM engine")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    group.add_argument("--num-samples", type=_at_least_one, help="answers per problem")
-    group.add_argument("--temperature", type=_temperature, help="0 = greedy")
-    group.add_argument("--top-p", type=_probability)
-    group.add_argument("--max-tokens", type=_at_least_one, help="longest answer")
-    group.add_argument("--num-problems", type=_at_least_one, help="only the first ones")
+    group.add_argument("--num-samples", type=at_least_one, help="answers per problem")
+    group.add_argument("--temperature", type=temperature, help="0 = greedy")
+    group.add_argument("--top-p", type=probability)
+    group.add_argument("--max-tokens", type=at_least_one, help="longest answer")
+    group.add_argument("--num-problems", type=at_least_one, help="only the first ones")
     group.add_argument("--system-prompt", choices=["prime", "none"], default="prime")
     group.add_argument("--template", choices=["chat", "raw"], default="chat", help="raw: no chat template")
     group.add_argument("--seed", type=int, default=1)
-    group.add_argument("--num-workers", type=_at_least_one, default=os.cpu_count() or 1, help="processes that grade")
+    group.add_argument("--num-workers", type=at_least_one, default=os.cpu_count() or 1, help="processes that grade")
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("sources", nargs="+", metavar="in", help=".jsonl, .json, .parquet or hf:NAME[:CONFIG]:SPLIT")
+    text = ".jsonl, .jsonl.gz, .json, .parquet or hf:NAME[:CONFIG]:SPLIT"
+    parser.add_argument("sources", nargs="+", metavar="in", help=text)
     parser.add_argument("output", metavar="out", help="new .jsonl or .parquet file; the report lies beside it")
     parser.add_argument("--benchmarks", metavar="FOLDER", help="leave out what is in these benchmarks")
     text = "open: ask without the choices where a rule can; drop: leave such questions out (default: open)"
     parser.add_argument("--multiple-choice", choices=["open", "drop"], default="open", help=text)
     text = "share of common three-word runs that makes two problems the same; above 1: none (default: 0.8)"
-    parser.add_argument("--similarity", type=_similarity, default=0.8, help=text)
+    parser.add_argument("--similarity", type=above_zero, default=0.8, help=text)
     text = "reference programs: run those there are, require one, or ignore them (default: run)"
     parser.add_argument("--references", choices=["run", "require", "ignore"], default="run", help=text)
     parser.add_argument("--split", default="train", help="name in extra_info (default: train)")
-    parser.add_argument("--num-workers", type=_at_least_one, default=os.cpu_count() or 1, help="run programs at once")
+    parser.add_argument("--num-workers", type=at_least_one, default=os.cpu_count() or 1, help="run programs at once")
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
@@ -131,10 +105,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("questions", nargs="+", help="questions, taken as they are")
     parser.add_argument("--ability", choices=["math", "code"], default="math", help="which of PRIME's suffixes")
     parser.add_argument("--raw", action="store_true", help="no system prompt, suffix or chat template")
-    parser.add_argument("--max-tokens", type=_at_least_one, default=1024)
-    parser.add_argument("--num-responses", type=_at_least_one, default=1)
-    parser.add_argument("--temperature", type=_temperature, default=0.0, help="0 = greedy (default)")
-    parser.add_argument("--top-p", type=_probability, default=1.0)
+    parser.add_argument("--max-tokens", type=at_least_one, default=1024)
+    parser.add_argument("--num-responses", type=at_least_one, default=1)
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="0 = greedy (default)")
+    parser.add_argument("--top-p", type=probability, default=1.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
 
@@ -156,8 +130,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     text = "to-hf: Hugging Face folder with config.json and tokenizer (default: kept copy)"
     parser.add_argument("--like", type=Path, help=text)
     text = "to-megatron: cut files for this layout (default: 1); any other can read them too"
-    parser.add_argument("--tensor-model-parallel-size", type=_at_least_one, default=1, help=text)
-    parser.add_argument("--pipeline-model-parallel-size", type=_at_least_one, default=1, help="the same")
+    parser.add_argument("--tensor-model-parallel-size", type=at_least_one, default=1, help=text)
+    parser.add_argument("--pipeline-model-parallel-size", type=at_least_one, default=1, help="the same")
     text = "read everything back and compare every bit, and log-probs of a few prompts with transformers'"
     parser.add_argument("--verify", action="store_true", help=text)
     text = "print files and peak memory; needs no weights, only config.json of the source (to-hf: of --like)"

@@ -17,7 +17,7 @@ from megatron_prime import world
 from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.config.checks import check_config, raise_for_problems
 from megatron_prime.config.schema import AnyConfig, PrimeConfig, RolloutSection, SftConfig, VllmSection
-from megatron_prime.data.sources import PromptSource, build_prompt_source, build_sft_source
+from megatron_prime.data.sources import PromptSource
 from megatron_prime.data.templates import complete_messages, render
 from megatron_prime.data.tokenizer import encode, load_tokenizer
 from megatron_prime.engines import loaded_engine, running_engine
@@ -35,12 +35,13 @@ from megatron_prime.mcore.dtypes import DTYPES
 from megatron_prime.mcore.export import export_hf
 from megatron_prime.mcore.parallel import Layout, parallel_layout
 from megatron_prime.mcore.prime_roles import PolicyRole, PrmRole, ReferenceRole, SftRole
+from megatron_prime.mcore.residency import awake
 from megatron_prime.mcore.role import RoleSetup, TrainableRole
 from megatron_prime.observe.failed_updates import FailedUpdateFiles
 from megatron_prime.observe.metrics import MetricsLogger
 from megatron_prime.observe.report import draw_plots, write_summary
 from megatron_prime.observe.run_folder import RunFolder, commit
-from megatron_prime.preflight import check, check_disk
+from megatron_prime.preflight import check, check_disk, read_examples, read_prompts
 from megatron_prime.trainer.evaluation import accuracy, evaluation_sampling, sample_and_verify
 from megatron_prime.trainer.prime import PrimeParts, PrimeTrainer
 from megatron_prime.trainer.sft import SftTrainer
@@ -103,6 +104,10 @@ def _run_prime(
 ) -> Mapping[str, Any]:
     if config.parallel.offload_idle == "all" and layout.device.type == "cpu":
         raise ConfigError("parallel.offload_idle: all moves models off a GPU, and there is none; use gradients or none")
+    process.watchdog.enter("data", 0)
+    # Before anything large: wrong rows show at once.
+    prompts = _prompts(config)
+    process.watchdog.enter("start", 0)
     starts = {"policy": config.model.path}
     if config.uses_prm:
         starts["prm"] = config.prm.path or config.model.path
@@ -115,16 +120,20 @@ def _run_prime(
         num_steps=config.run.num_steps - num_warmup_steps,
     )
     roles: dict[str, TrainableRole] = {"policy": policy}
+    # Each sleeps before the next one is built: an accelerator may have no room for all.
     policy.load_hf(HfFolder(config.model.path))
+    policy.sleep()
     prm = reference = None
     if config.uses_prm:
         prm_setup = _setup_of(setup, config.prm.micro_batch_tokens, starts["prm"])
         prm = roles["prm"] = PrmRole(prm_setup, config.prm, num_steps=config.run.num_steps)
         prm.load_hf(HfFolder(starts["prm"]))
+        prm.sleep()
     if config.reference.source == "sft" and (config.uses_prm or config.policy.kl_coef > 0):
         reference_path = config.reference.path or config.model.path
         reference = ReferenceRole(_setup_of(setup, config.reference.micro_batch_tokens, reference_path))
         reference.load_hf(HfFolder(reference_path))
+        reference.sleep()
     with (
         running_engine(
             config.model.path, config.model.dtype, config.rollout, architecture, layout, config.run.num_threads
@@ -134,8 +143,6 @@ def _run_prime(
         # Innermost: a rank that fails speaks before it closes anything.
         process.last_words(),
     ):
-        process.watchdog.enter("data", 0)
-        prompts = _prompts(config)
         parts = PrimeParts(
             policy=policy,
             reference=reference,
@@ -154,17 +161,21 @@ def _run_prime(
         summary = PrimeTrainer(config, parts).train()
         process.watchdog.enter("export", config.run.num_steps)
         if config.checkpoint.export_hf:
-            policy.wake()
-            export_hf(policy, folder.path / "hf", Path(config.model.path))
+            with awake(policy):
+                export_hf(policy, folder.path / "hf", Path(config.model.path))
             if prm is not None:
-                prm.wake()
-                export_hf(prm, folder.path / "hf_prm", Path(starts["prm"]))
+                with awake(prm):
+                    export_hf(prm, folder.path / "hf_prm", Path(starts["prm"]))
         return _finish(config, folder, summary, metrics)
 
 
 def _run_sft(
     config: SftConfig, architecture: ModelArchitecture, layout: Layout, process: _Process
 ) -> Mapping[str, Any]:
+    process.watchdog.enter("data", 0)
+    examples = read_examples(config)
+    logger.info("%d examples; left out: %s", len(examples), dict(examples.dropped.by_reason))
+    process.watchdog.enter("start", 0)
     folder, resume_from = _run_folder(config, {"model": config.model.path})
     setup = role_setup(config, architecture, layout, folder)
     model = SftRole(setup, config.sft.optimizer, num_optimizer_steps=config.run.num_steps)
@@ -172,9 +183,6 @@ def _run_sft(
         model.load_hf(HfFolder(config.model.path))
     prepared = _prepared(folder, config, {"model": model}, {"model": config.model.path}, resume_from)
     with prepared as (checkpoints, metrics), process.last_words():
-        process.watchdog.enter("data", 0)
-        examples = build_sft_source(config.data, load_tokenizer(config.model.path), seed=config.run.seed)
-        logger.info("%d examples; left out: %s", len(examples), dict(examples.dropped.by_reason))
         trainer = SftTrainer(config, model, examples, checkpoints, metrics, process.should_stop, process.watchdog.enter)
         summary = trainer.train()
         process.watchdog.enter("export", config.run.num_steps)
@@ -350,6 +358,7 @@ def _prepared(
     finally:
         checkpoints.close()
         metrics.close()
+        folder.close()
 
 
 def _verifier(config: PrimeConfig) -> RoutingVerifier:
@@ -358,7 +367,7 @@ def _verifier(config: PrimeConfig) -> RoutingVerifier:
 
 
 def _prompts(config: PrimeConfig) -> PromptSource:
-    prompts = build_prompt_source(config.data, load_tokenizer(config.model.path), seed=config.run.seed)
+    prompts = read_prompts(config)
     logger.info("%d prompts; left out: %s", len(prompts), dict(prompts.dropped.by_reason))
     return prompts
 

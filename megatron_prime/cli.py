@@ -9,6 +9,7 @@ import gc
 import json
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -19,6 +20,7 @@ from typing import NoReturn
 
 import megatron_prime
 from megatron_prime.arguments import build_parser
+from megatron_prime.config.checks import check_config, raise_for_problems
 from megatron_prime.config.loader import load_config, load_verifier_section
 from megatron_prime.config.plan import batch_plan
 from megatron_prime.config.schema import AnyConfig, PrimeConfig, SftConfig
@@ -31,7 +33,7 @@ from megatron_prime.launch.local import is_launched, launch_local
 from megatron_prime.launch.plan import make_plan
 from megatron_prime.launch.plan_text import plan_rows
 from megatron_prime.launch.search import hardware_of, search_layouts
-from megatron_prime.preflight import check
+from megatron_prime.preflight import check, read_examples, read_prompts
 
 _SPEAK_AFTER_SECONDS = 2.0
 _NUM_LAYOUTS = 3
@@ -160,9 +162,14 @@ def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
     """SFT and then PRIME with the shipped configurations, each as its own command would run it."""
     if any(not override.startswith(("run.seed=", "rollout.")) for override in options.overrides):
         raise ConfigError("demo: takes only run.seed=N and rollout.*; use sft and train for anything else")
-    for name, config in (("sft", "arithmetic_sft.yaml"), ("train", "arithmetic.yaml")):
-        # Supervised runs sample nothing and have no rollout section.
-        overrides = [o for o in options.overrides if name == "train" or not o.startswith("rollout.")]
+    # Supervised runs sample nothing and have no rollout section. Whatever is set has run folders of its own.
+    seed = [override for override in options.overrides if override.startswith("run.seed=")]
+    start, folder = "demo/sft" + _folder_suffix(seed), "demo" + _folder_suffix(options.overrides)
+    train = [*options.overrides, f"run.name={folder}", f"model.path=runs/{start}/hf"]
+    # A wrong key is told of before the first half has taken its minutes.
+    raise_for_problems(check_config(load_config(_CONFIGS / "arithmetic.yaml", train), None, check_files=False))
+    halves = ("sft", "arithmetic_sft.yaml", [*seed, f"run.name={start}"]), ("train", "arithmetic.yaml", train)
+    for name, config, overrides in halves:
         print(f"megatron-prime {name} {_CONFIGS / config} {' '.join(overrides)}", flush=True)
         status = main([name, str(_CONFIGS / config), *overrides], may_fork=options.may_fork)
         if status != 0:
@@ -170,10 +177,18 @@ def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
+def _folder_suffix(overrides: Sequence[str]) -> str:
+    """Overrides as part of a folder's name."""
+    short = (override.removeprefix("run.").removeprefix("rollout.") for override in sorted(overrides))
+    return "".join("_" + re.sub(r"[^\w.-]+", "-", name) for name in short)
+
+
 def _check(options: argparse.Namespace, arguments: list[str]) -> int:
     """Prints the plan; 1: it does not fit the machine."""
     config = load_config(options.config, options.overrides)
     architecture = check(config, check_files=not options.shapes_only)
+    if not options.shapes_only:
+        read_prompts(config) if isinstance(config, PrimeConfig) else read_examples(config)
     hardware = PROFILES[options.hardware or ("cpu" if config.model.dtype == "float32" else "h100")]
     mean = {"mean_response_tokens": options.mean_response_tokens}
     if options.gpus:
@@ -194,21 +209,33 @@ def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
         return _evaluate_benchmarks(options)
     from megatron_prime import build
 
-    alone = [
-        f"parallel.{size}=1"
-        for size in (
-            "world_size",
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "context_parallel_size",
-            "expert_model_parallel_size",
-        )
-    ]
-    config = load_config(options.config, [*options.overrides, *alone, "parallel.sequence_parallel=false"])
-    if not isinstance(config, PrimeConfig):
-        raise ConfigError(f"kind: {options.config} is no PRIME configuration; evaluate needs its data and rollout")
+    if Path(options.config).is_dir():
+        raise ConfigError(f"{options.config}: a model needs --benchmarks NAME,NAME; without them name a YAML file")
+    defaults = vars(_parser().parse_args(["evaluate", options.config]))
+    changed = [name for name, value in vars(options).items() if name in defaults and value != defaults[name]]
+    if others := [name for name in changed if name != "overrides"]:
+        raise ConfigError(f"--{others[0].replace('_', '-')}: goes with --benchmarks; a configuration takes KEY=VALUE")
+    config = _alone(options.config, options.overrides)
     print(json.dumps(build.evaluate(config), indent=1))
     return 0
+
+
+def _alone(path: str, overrides: list[str]) -> PrimeConfig:
+    """A run's configuration for one process that samples and trains nothing."""
+    if not isinstance(load_config(path, overrides), PrimeConfig):
+        raise ConfigError(f"kind: {path} is no PRIME configuration; evaluate needs its data and rollout")
+    sizes = (
+        "world_size",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "expert_model_parallel_size",
+    )
+    others = ("parallel.sequence_parallel=false", "parallel.virtual_pipeline_model_parallel_size=null")
+    alone = [*(f"parallel.{size}=1" for size in sizes), *others, "rollout.vllm.in_ranks=false"]
+    config = load_config(path, [*overrides, *alone])
+    assert isinstance(config, PrimeConfig)
+    return config
 
 
 def _evaluate_benchmarks(options: argparse.Namespace) -> int:

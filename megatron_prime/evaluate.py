@@ -27,7 +27,7 @@ from megatron_prime.data.tokenizer import encode, load_tokenizer
 from megatron_prime.engines import loaded_engine
 from megatron_prime.errors import ConfigError, DataError
 from megatron_prime.launch.interrupt import stop_requests
-from megatron_prime.observe.files import write_atomically
+from megatron_prime.observe.files import require_folder, write_atomically
 from megatron_prime.observe.report import benchmark_table
 from megatron_prime.observe.rows import RowFile
 from megatron_prime.rollout.protocol import Engine
@@ -110,7 +110,7 @@ def evaluate_benchmarks(options: EvaluationOptions) -> Mapping[str, Any]:
 
     Raises:
         ConfigError: options that contradict each other, the model, or what the output folder already holds.
-        DataError: see `load_benchmarks`.
+        DataError: see `load_benchmarks`; the output folder cannot be written.
         RunInterrupted: a stop signal came; the answers so far are kept and the same call goes on.
     """
     questions = load_benchmarks(options.data, options.benchmarks)
@@ -119,6 +119,7 @@ def evaluate_benchmarks(options: EvaluationOptions) -> Mapping[str, Any]:
         tokenizer, architecture = load_tokenizer(folder), read_architecture(folder)
         tasks = [_task(options, tokenizer, name, rows) for name, rows in questions.items()]
         _check_lengths(tasks, architecture.max_position_embeddings)
+        require_folder(Path(options.output))
         section = _engine_section(options, tasks)
         abilities = {prompt.ability for task in tasks for prompt in task.prompts}
         limits = CodeVerifierSection(test_seconds=_TEST_SECONDS, total_seconds=_PROGRAM_SECONDS)
@@ -251,7 +252,6 @@ def _settings(options: EvaluationOptions, task: _Task, checksum: str) -> dict[st
 def _claim(path: Path, settings: Mapping[str, Any]) -> None:
     """Writes the settings of a benchmark, or finds them there."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(dict(settings), indent=1) + "\n")
         return
     try:

@@ -6,13 +6,17 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_prime.config.checks import check_architecture, check_config, raise_for_problems
-from megatron_prime.config.schema import AnyConfig, FileData, PrimeConfig
+from megatron_prime.config.schema import AnyConfig, FileData, PrimeConfig, SftConfig
 from megatron_prime.errors import CheckpointError, ConfigError, WeightsError
 from megatron_prime.launch.memory import Layout, checkpoint_bytes, exported_bytes, num_checkpoints
 from megatron_prime.manifest import committed
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
+
+if TYPE_CHECKING:
+    from megatron_prime.data.protocols import PromptSource, SftSource
 
 
 def check(config: AnyConfig, *, check_files: bool = True) -> ModelArchitecture:
@@ -36,6 +40,29 @@ def check(config: AnyConfig, *, check_files: bool = True) -> ModelArchitecture:
     if check_files:
         _check_files(config, architecture)
     return architecture
+
+
+def read_prompts(config: PrimeConfig) -> PromptSource:
+    """Reads all rows of a PRIME run.
+
+    Raises:
+        DataError: a row that cannot be used, or none that is left.
+    """
+    from megatron_prime.data.sources import build_prompt_source
+    from megatron_prime.data.tokenizer import load_tokenizer
+
+    prompts = build_prompt_source(config.data, load_tokenizer(config.model.path), seed=config.run.seed)
+    if config.evaluation.num_prompts > 0:
+        prompts.evaluation(1)
+    return prompts
+
+
+def read_examples(config: SftConfig) -> SftSource:
+    """Reads all rows of a supervised run; errors as in `read_prompts`."""
+    from megatron_prime.data.sources import build_sft_source
+    from megatron_prime.data.tokenizer import load_tokenizer
+
+    return build_sft_source(config.data, load_tokenizer(config.model.path), seed=config.run.seed)
 
 
 def _check_files(config: AnyConfig, architecture: ModelArchitecture) -> None:

@@ -18,7 +18,7 @@ from megatron_prime.data.prepare.output import check_output, write_rows
 from megatron_prime.data.prepare.pipeline import Cleaner, CleaningOptions
 from megatron_prime.data.readers import read_rows
 from megatron_prime.errors import DataError
-from megatron_prime.observe.files import write_atomically
+from megatron_prime.observe.files import require_folder, write_atomically
 from megatron_prime.verify.verifier import RoutingVerifier, build_verifier
 
 
@@ -50,6 +50,7 @@ def prepare(options: PrepareOptions) -> Mapping[str, Any]:
     """
     output = Path(options.output)
     check_output(output)
+    require_folder(output.parent)
     contamination = _contamination(options.benchmarks) if options.benchmarks is not None else None
     with ExitStack() as stack:
         cleaner = Cleaner(options.cleaning, contamination, _reference_runner(stack, options.num_workers))

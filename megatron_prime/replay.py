@@ -67,7 +67,10 @@ def replay_config(options: ReplayOptions) -> PrimeConfig:
     config = read_failed_update(options.file).config
     parallel = config.parallel
     size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-    return replace(config, parallel=replace(parallel, world_size=size))
+    # Experts that data-parallel ranks shared out: as many as the fewer ranks can.
+    num_expert_ranks = math.gcd(parallel.expert_model_parallel_size, size // parallel.pipeline_model_parallel_size)
+    alone = replace(parallel, world_size=size, expert_model_parallel_size=num_expert_ranks)
+    return replace(config, parallel=alone)
 
 
 def replay(options: ReplayOptions) -> list[str]:

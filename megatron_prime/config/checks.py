@@ -24,7 +24,7 @@ from megatron_prime.config.schema import (
 )
 from megatron_prime.errors import ConfigError
 
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 ABILITIES = ("math", "code")
 """What there is a verifier for."""
 _COUNTS = ("run.num_", "parallel.", "rollout.num_", "policy.num_", "prm.num_", "sft.batch_size")
@@ -74,8 +74,8 @@ def raise_for_problems(problems: Sequence[str]) -> None:
 
 
 def _check_run_name(name: str) -> list[str]:
-    path = PurePath(name)
-    if not name.strip() or path.is_absolute() or ".." in path.parts:
+    # A pure path has dropped its dots; one of them alone would be run.directory itself.
+    if not name.strip() or PurePath(name).is_absolute() or {".", ".."} & set(name.split("/")):
         return [f"run.name: {name!r} is no folder below run.directory; use a plain name such as my-run"]
     return []
 

@@ -103,12 +103,22 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file():
         wanted_by = f" (named by `base:` in {children[-1]})" if children else ""
         raise ConfigError(f"{path}: no such file{wanted_by}")
-    content = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    bases = content.pop("base", [])
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); it must be text in UTF-8") from error
+    content = _parse_yaml(text, str(path))
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases or []:
-        merged = _merge(merged, _read(path.parent / str(base), (*children, path)))
+    for base in _bases(content.pop("base", None), path):
+        merged = _merge(merged, _read(path.parent / base, (*children, path)))
     return _merge(merged, content)
+
+
+def _bases(value: Any, path: Path) -> list[str]:
+    bases = [value] if isinstance(value, str) else value or []
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"base: {value!r} in {path} is no file; name one, or a list of them")
+    return bases
 
 
 def _parse_yaml(text: str, source: str) -> dict[str, Any]:

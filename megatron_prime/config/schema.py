@@ -78,7 +78,7 @@ class FileData:
 
     kind: Literal["files"] = "files"
     train: list[str]
-    """JSONL, JSON or Parquet files, or `hf:NAME[:CONFIG]:SPLIT`."""
+    """Files `.jsonl`, `.jsonl.gz`, `.json` or `.parquet`, or `hf:NAME[:CONFIG]:SPLIT`."""
     evaluation: list[str] = field(default_factory=list)
     """The same for evaluation; needed unless `evaluation.num_prompts` is 0."""
     template: Literal["chat", "raw"] = "chat"
@@ -134,9 +134,12 @@ class VllmSection:
     """Compare checksums of the trainer's shards with what the engine received. (What the engine's layers hold is
     compared with what it received in any case.)"""
     timeout_seconds: float = 300.0
-    """An engine that says nothing for so long is replaced."""
+    """An engine that says nothing for so long is replaced. While it samples, a token of any answer is enough, so that
+    answers may take longer; of a server that does not count its tokens (vLLM's `--disable-log-stats`) only whole
+    answers are seen."""
     max_restarts: int = 3
-    """Engines that may be lost in one step before the run gives up."""
+    """Engines that may be lost in one step before the run gives up. Of servers as many may be lost as there are others;
+    this is how often a refit may fail by the fault of none of them."""
 
 
 @dataclass(kw_only=True, slots=True)

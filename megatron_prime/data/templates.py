@@ -31,6 +31,7 @@ TASK_SUFFIXES = {
     ),
 }
 """By ability; other abilities get none."""
+_RAW = "do without (data.template: raw in a configuration; generate --raw; evaluate --benchmarks ... --template raw)"
 
 
 def complete_messages(
@@ -75,12 +76,12 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], temp
     if template == "raw":
         return "\n".join(message["content"] for message in messages)
     if not tokenizer.chat_template:
-        raise DataError("data.template: the tokenizer has no chat template; set data.template: raw")
+        raise DataError(f"the tokenizer has no chat template; {_RAW}")
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         raise DataError(
-            f"data.template: the chat template refuses the messages ({error}); "
-            "set data.system_prompt: none or data.template: raw"
+            f"the chat template refuses the messages ({error}); leave out the system prompt (data.system_prompt: none, "
+            f"of evaluate --system-prompt none), or {_RAW}"
         ) from error
     return str(text)

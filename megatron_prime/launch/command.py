@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_prime.config import load_config
 from megatron_prime.config.schema import AnyConfig, PrimeConfig
 from megatron_prime.launch import slurm
+from megatron_prime.launch.argument_types import at_least_one, not_negative, numbers
 
 Start = Callable[[AnyConfig, list[str]], int]
 """Runs a configuration on this machine, given the arguments of its own command."""
@@ -43,27 +44,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_cluster_options(parser: argparse.ArgumentParser, way: str) -> None:
-    parser.add_argument("--tasks-per-node", type=int, default=8, help="ranks of a node (default: 8)")
-    parser.add_argument("--gpus-per-node", type=int, default=0, help="default: 0, ranks on CPUs")
+    parser.add_argument("--tasks-per-node", type=at_least_one, default=8, help="ranks of a node (default: 8)")
+    parser.add_argument("--gpus-per-node", type=not_negative, default=0, help="default: 0, ranks on CPUs")
     for name in ("time", "partition", "account", "qos", "exclude"):
         parser.add_argument(f"--{name}", help=f"as sbatch's --{name}")
     text = "how long before the time limit the run saves; more than its longest step (default: 300)"
-    parser.add_argument("--save-seconds", type=int, default=300, help=text)
+    parser.add_argument("--save-seconds", type=at_least_one, default=300, help=text)
     parser.add_argument("--python", help="interpreter on the nodes (default: .venv/bin/python here)")
     parser.add_argument("--container", help="image for pyxis")
     parser.add_argument("--mounts", help="folders for the container, A:B,...")
     if way == "slurm":
-        parser.add_argument("--seeds", type=_numbers, default=(), help="array job, one task per seed: 1,2,3")
+        parser.add_argument("--seeds", type=numbers, default=(), help="array job, one task per seed: 1,2,3")
         text = "further nodes for vLLM servers, in the same (heterogeneous) job (default: 0, engines beside the ranks)"
-        parser.add_argument("--server-nodes", type=int, default=0, metavar="N", help=text)
+        parser.add_argument("--server-nodes", type=not_negative, default=0, metavar="N", help=text)
         text = "more of sbatch's, repeatable: --sbatch=--mem=0"
         parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help=text)
     else:
         parser.add_argument("--executor", choices=["local", "slurm"], default="slurm")
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(","))
 
 
 def run(options: argparse.Namespace, start: Start, check: Callable[[AnyConfig], object]) -> int:

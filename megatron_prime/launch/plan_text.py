@@ -20,26 +20,27 @@ def plan_rows(config: AnyConfig, plan: Plan) -> list[tuple[str, str]]:
         plan: from `make_plan`.
     """
     work, hardware = plan.workload, plan.hardware
+    on_cpu = hardware.name == "cpu"
     rows = [("ranks", _ranks(config, plan))]
     rows += [(f"memory {phase.name}", _phase(phase)) for phase in plan.phases]
     room = f"{plan.peak_gib:.1f} of {hardware.memory_gib:g} GiB in {plan.peak.name}"
     fitting = "fits" if plan.peak_gib <= hardware.memory_gib else "DOES NOT FIT; try check --gpus for layouts that do"
-    rows.append(("GPU memory peak", f"{room} ({hardware.reserved_gib:g} reserved): {fitting}"))
+    rows.append(
+        ("memory peak" if on_cpu else "GPU memory peak", f"{room} ({hardware.reserved_gib:g} reserved): {fitting}")
+    )
     host = plan.host_bytes / GIB
     fitting = "fits" if host <= hardware.host_memory_gib else "DOES NOT FIT; lower verifier.num_workers"
     rows.append(("host memory", f"{host:.3g} of {hardware.host_memory_gib:g} GiB on a full node: {fitting}"))
     count = num_checkpoints(config)
-    checkpoints = f"{count} checkpoints of {_size(plan.checkpoint_bytes)} and the exported models"
-    rows.append(("disk", f"{_size(plan.disk_bytes)}: {checkpoints}"))
-    rows.append(("sent per GPU", f"{_sum(plan.traffic, _size)} per step"))
+    checkpoints = f"{count} {'checkpoint' if count == 1 else 'checkpoints'} of {_size(plan.checkpoint_bytes)}"
+    rows.append(("disk", f"{_size(plan.disk_bytes)}: {checkpoints} and the exported models"))
+    rows.append((f"sent per {'process' if on_cpu else 'GPU'}", f"{_sum(plan.traffic, _size)} per step"))
     lengths = f"prompts of {work.prompt_tokens:.0f} and answers of {work.response_tokens:.0f} tokens on average"
     if work.num_sampled:
         lengths += f", {work.num_sampled} answers sampled for {work.num_rows} that train"
     rows.append(("assumed", f"{hardware.name}; {lengths}"))
     rows.append(("step time", f"about {_seconds(plan.step_seconds)} = {_sum(plan.seconds, _seconds)}"))
-    total = plan.step_seconds * config.run.num_steps / 3600
-    gpu_hours = total * config.parallel.world_size
-    rows.append(("run time", f"about {total:.3g} hours, {gpu_hours:.3g} process hours, evaluations not counted"))
+    rows.append(("run time", _run_time(plan.step_seconds * config.run.num_steps, config.parallel.world_size)))
     return rows
 
 
@@ -78,6 +79,17 @@ def _size(num_bytes: float) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:.3g} {unit}"
     return f"{num_bytes / 1e3:.3g} kB"
+
+
+def _run_time(seconds: float, num_processes: int) -> str:
+    unit, size = next((u, s) for u, s in (("hours", 3600), ("minutes", 60), ("seconds", 0)) if seconds >= s)
+    total = seconds / max(size, 1)
+    return f"about {_plain(total)} {unit}, {_plain(total * num_processes)} process {unit}, evaluations not counted"
+
+
+def _plain(number: float) -> str:
+    """Three digits that count, never with an exponent."""
+    return f"{float(f'{number:.3g}'):,.15g}"
 
 
 def _seconds(seconds: float) -> str:

@@ -17,6 +17,7 @@ from megatron_prime.errors import DataError
 _VERSION = 1
 _MAX_FILES = 5
 """Of one run: a file has a whole batch, or a window of them."""
+_WHERE = "those are runs/NAME/failures/step_*.pt"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,11 +73,12 @@ def read_failed_update(path: Path) -> FailedUpdate:
             raise DataError("\n".join(f"{path}: {problem}" for problem in problems))
         return FailedUpdate(update=update, reason=content["reason"], config=config)
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; give one of the folder failures/ of a run") from error
+        raise DataError(f"{path}: no such file; {_WHERE}") from error
     except DataError:
         raise
-    except Exception as error:  # torch unzips and unpickles: anything can be wrong with another file
-        raise DataError(f"{path}: no failed update of a run ({error}); give a file of its folder failures/") from error
+    except Exception as error:
+        # torch unzips and unpickles: anything can be wrong with another file, and what torch says of it misleads.
+        raise DataError(f"{path}: is no failed update of a run, or damaged; {_WHERE}") from error
 
 
 def _scored_batch(fields: dict[str, Any]) -> ScoredBatch:

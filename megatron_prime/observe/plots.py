@@ -14,7 +14,11 @@ Series = tuple[list[int], list[float]]
 Metrics = Mapping[str, Series]
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#882E72", "#777777"
-STAGE_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#332288", "#999999")
+STAGE_COLORS = (
+    *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"),
+    *("#999933", "#332288", "#999999", "#882255", "#000000", "#AA7744"),
+)
+"""By a stage's share of the time; more than a run has stages."""
 _LABEL_GAP = 0.055
 """Least distance of two labels at the right edge, as a share of the plot's height."""
 

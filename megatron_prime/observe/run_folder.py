@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 import platform
+import socket
 import subprocess
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import megatron_prime
 from megatron_prime import world
@@ -33,6 +36,24 @@ _MAY_CHANGE = (
     "evaluation.",
     "checkpoint.",
     "verifier.",
+    *(
+        f"rollout.vllm.{key}"
+        for key in (
+            "tensor_parallel_size",
+            "max_num_seqs",
+            "kv_cache_gib",
+            "gpu_memory_utilization",
+            "num_threads",
+            "pack_weights",
+            "servers",
+            "in_ranks",
+            "transfer",
+            "bucket_mib",
+            "verify_refit",
+            "timeout_seconds",
+            "max_restarts",
+        )
+    ),
     *(
         f"{section}.optimizer.{key}"
         for section in ("policy", "prm", "sft")
@@ -62,6 +83,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.plots = self.path / "plots"
         self.failures = self.path / "failures"
+        self._lock: IO[str] | None = None
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint to go on from."""
@@ -77,9 +99,11 @@ class RunFolder:
             resume: ``never`` refuses a folder that holds a checkpoint.
 
         Raises:
-            ConfigError: on every process, where ``resume`` forbids the folder, or the run that is to go on had
-                another configuration.
+            ConfigError: on every process, where ``resume`` forbids the folder, the run that is to go on had another
+                configuration, or another process trains in the folder.
         """
+        if problem := world.broadcast(self._keep_others_out() if world.is_main() else None):
+            raise ConfigError(problem)
         has_checkpoint = world.broadcast(self.has_checkpoint())
         if has_checkpoint and resume == "never":
             raise ConfigError(
@@ -96,6 +120,27 @@ class RunFolder:
                     stale.unlink(missing_ok=True)
             save_config(config, self.config_path)
         world.barrier()
+
+    def close(self) -> None:
+        """Lets other processes have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def _keep_others_out(self) -> str | None:
+        """Locks the folder until `close`, or this process's end; who has locked it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            lock.seek(0)
+            return f"run.name: {lock.read() or 'another process'} trains in {self.path}; choose another run.name"
+        except OSError:
+            logger.warning("%s: this file system has no locks: see to it that no other run uses the folder", self.path)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        return None
 
     def _refuse_another(self, config: AnyConfig) -> None:
         """Compares with the configuration that the run began with."""

@@ -138,6 +138,12 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(start, tmp_path, capfd, 
     assert expected in "\n".join(lines) and not (tmp_path / "out").exists()
 
 
+def test_an_output_that_cannot_be_written_is_said_before_a_model_is_loaded(start, tmp_path, capfd) -> None:
+    model = shutil.copytree(start, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    lines = fails(capfd, str(model), *ASKED, "--temperature", "1", "--output", "/proc/out")
+    assert lines[0] == "DataError:" and lines[1].startswith("  /proc/out: no files can be written there (")
+
+
 def test_a_model_takes_no_overrides(start: Path, capfd) -> None:
     lines = fails(capfd, str(start), "run.seed=2", *ASKED)
     assert lines == ["ConfigError:", "  run.seed=2: --benchmarks takes a model and no configuration or overrides"]

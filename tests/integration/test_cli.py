@@ -15,7 +15,8 @@ from real_configs import make_start
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from megatron_prime.cli import main
+from megatron_prime.cli import _alone, _folder_suffix, main
+from megatron_prime.config.checks import check_config
 from megatron_prime.convert import verify_bits, verify_logprobs
 from megatron_prime.errors import CheckpointError
 
@@ -115,7 +116,55 @@ def test_a_configuration_of_the_other_kind_is_refused(capsys: pytest.CaptureFixt
         lines = fails(capsys, *arguments)
         assert len(lines) == 2 and lines[1].startswith("  kind: ")
     assert fails(capsys, "demo", "run.num_steps=1")[1].startswith("  demo: takes only run.seed=N")
+    # Before its first half has trained.
+    assert fails(capsys, "demo", "rollout.engin=vllm")[1].startswith("  rollout.engin: unknown key")
+    assert fails(capsys, "demo", "rollout.num_responses=1")[1].startswith("  rollout.num_responses: ")
     assert "no such file" in fails(capsys, "check", "absent.yaml")[1]
+
+
+def test_evaluating_a_configuration_takes_no_options_of_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs" / "arithmetic.yaml")
+    for option, value in (("--num-samples", "4"), ("--dtype", "bfloat16"), ("--seed", "2")):
+        assert fails(capsys, "evaluate", config, option, value)[1].startswith(f"  {option}: goes with --benchmarks")
+    assert "a model needs --benchmarks" in fails(capsys, "evaluate", str(ROOT / "configs"))[1]
+
+
+def test_a_demo_with_settings_has_folders_of_its_own() -> None:
+    assert _folder_suffix([]) == ""
+    assert _folder_suffix(["run.seed=2"]) == "_seed-2"
+    assert (
+        _folder_suffix(["rollout.vllm.servers=[http://a:1]", "rollout.engine=vllm"])
+        == "_engine-vllm_vllm.servers-http-a-1-"
+    )
+
+
+def test_wrong_rows_are_found_by_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"prompt": "1+1=?", "response": "2"}\n{"prompt": \n')
+    config = tmp_path / "my.yaml"
+    config.write_text(
+        "kind: sft\nrun: {name: my, num_steps: 1}\n"
+        f"model: {{path: {ROOT / 'configs' / 'models' / 'arithmetic'}, init: random}}\n"
+        f"data: {{kind: files, template: raw, train: [{data}], max_prompt_tokens: 8, max_response_tokens: 8}}\n"
+        "sft: {batch_size: 1, optimizer: {lr: 1.0e-3}}\n"
+    )
+    lines = fails(capsys, "check", str(config))
+    assert lines[0] == "DataError:" and lines[1].startswith(f"  {data}")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["world_size=2", "pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size=2"],
+        ["world_size=4", "tensor_model_parallel_size=2", "sequence_parallel=true"],
+    ],
+)
+@pytest.mark.parametrize("in_ranks", ["true", "false"])
+def test_whatever_trains_can_be_evaluated_by_one_process(overrides: list[str], in_ranks: str) -> None:
+    settings = ["rollout.engine=vllm", "rollout.vllm.tensor_parallel_size=2", f"rollout.vllm.in_ranks={in_ranks}"]
+    config = _alone(str(ROOT / "configs" / "arithmetic.yaml"), [*(f"parallel.{o}" for o in overrides), *settings])
+    assert config.parallel.world_size == 1 and config.rollout.vllm.tensor_parallel_size == 2
+    assert check_config(config, None, check_files=False) == []
 
 
 @pytest.mark.parametrize(
@@ -123,6 +172,7 @@ def test_a_configuration_of_the_other_kind_is_refused(capsys: pytest.CaptureFixt
     [
         ("--temperature", "-0.1", "-0.1 is not 0 or more"),
         ("--temperature", "nan", "nan is not 0 or more"),
+        ("--temperature", "hot", "'hot' is no number"),
         ("--max-tokens", "0", "0 is not 1 or more"),
         ("--num-responses", "0", "0 is not 1 or more"),
         ("--top-p", "0", "0 is not in (0, 1]"),
@@ -257,6 +307,16 @@ def test_conversion_refuses_what_it_cannot_do(folder, checkpoint, tmp_path, caps
     lines = fails(capsys, "convert", "to-hf", str(folder), str(tmp_path / "new"))
     assert lines == ["CheckpointError:", f"  {folder}: is no Megatron distributed checkpoint (no metadata.json)"]
     assert list(tmp_path.iterdir()) == [target] and [path.name for path in target.iterdir()] == ["mine"]
+
+
+def test_what_is_no_failed_update_is_not_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = "those are runs/NAME/failures/step_*.pt"
+    pickled = tmp_path / "trainer.pt"
+    torch.save({"state": tmp_path}, pickled)
+    for file in (pickled, ROOT / "configs" / "arithmetic.yaml", tmp_path):
+        lines = fails(capsys, "replay", str(file))
+        assert lines == ["DataError:", f"  {file}: is no failed update of a run, or damaged; {where}"]
+    assert fails(capsys, "replay", str(tmp_path / "none.pt"))[1] == f"  {tmp_path / 'none.pt'}: no such file; {where}"
 
 
 def test_an_error_on_every_rank_is_printed_once(tmp_path: Path) -> None:

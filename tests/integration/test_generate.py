@@ -14,6 +14,7 @@ from real_configs import make_start
 from megatron_prime.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "tests" / "data" / "benchmarks"
 QUESTION = "What is $\\frac{6}{2}$, in metres? Größe, 面积?"
 
 
@@ -65,6 +66,21 @@ def test_the_vllm_example_runs(start: Path, capfd, monkeypatch) -> None:
     runpy.run_path(str(ROOT / "examples" / "generate_with_vllm.py"), run_name="__main__")
     lines = capfd.readouterr().out.splitlines()
     assert sum(" nats each] " in line for line in lines) == 3
+
+
+def test_without_a_chat_template_the_option_is_named(start: Path, tmp_path: Path, capfd) -> None:
+    model = shutil.copytree(start, tmp_path / "model")
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    for command in (
+        ["generate", str(model), QUESTION],
+        ["evaluate", str(model), "--benchmarks=mbpp", f"--data={DATA}"],
+    ):
+        assert main(command) == 2
+        error = capfd.readouterr().err
+        assert "has no chat template" in error and "generate --raw; evaluate --benchmarks ... --template raw" in error
 
 
 def test_a_folder_of_nothing_is_an_error(tmp_path: Path, capfd) -> None:

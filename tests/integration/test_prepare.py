@@ -55,6 +55,8 @@ def test_nothing_is_left_behind_by_a_bad_row(tmp_path: Path, capfd: pytest.Captu
     assert main(["prepare", str(raw), str(tmp_path / "out.jsonl"), "--benchmarks", str(tmp_path)]) == 2
     assert f"{tmp_path}: holds no benchmark" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == [raw]
+    assert main(["prepare", str(raw), "/proc/out.jsonl"]) == 2
+    assert "/proc: no files can be written there (" in capfd.readouterr().err
     for value in ("0", "nan"):
         with pytest.raises(SystemExit):
             main(["prepare", str(raw), str(tmp_path / "out.jsonl"), "--similarity", value])

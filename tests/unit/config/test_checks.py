@@ -89,6 +89,8 @@ ONE_PROBLEM = [
     # Names and places.
     (["run.name=''"], "run.name: '' is no folder below"),
     (["run.name=/tmp/x"], "run.name: '/tmp/x' is no folder below"),
+    (["run.name=."], "run.name: '.' is no folder below"),
+    (["run.name=a/./b"], "run.name: 'a/./b' is no folder below"),
     (["run.name=a/../../b"], "run.name: 'a/../../b' is no folder below"),
     (["model.path=nowhere"], "model.path: no such folder: nowhere"),
     (["prm.path=nowhere"], "prm.path: no such folder: nowhere"),
@@ -261,8 +263,11 @@ def test_settings_that_look_odd_but_mean_something(model_folder):
         ["policy.kl_coef=0.1", "evaluation.temperature=0"],
         ["rollout.temperature=0.9"],
         ["policy.num_minibatches=2", "parallel.world_size=4"],
+        ["data={kind: files, train: [FOLDER/rows.jsonl.gz]}", "evaluation.num_prompts=0"],
     ]
+    (model_folder / "rows.jsonl.gz").touch()
     for overrides in sound:
+        overrides = [text.replace("FOLDER", str(model_folder)) for text in overrides]
         assert check_config(load(model_folder, PRIME, *overrides), SHAPE) == [], overrides
 
 

@@ -124,6 +124,9 @@ def test_wrong_overrides_are_all_named(tmp_path):
         ("run: {name: [", "not a YAML mapping"),
         ("run: 1\nrun: 2\n", "found duplicate key run"),
         ("base: nowhere.yaml\n", "nowhere.yaml: no such file (named by `base:` in"),
+        ("base: 5\n", "base: 5 in"),
+        ("base: [other.yaml, 5]\n", "is no file; name one, or a list of them"),
+        ("base: {other.yaml: 5}\n", "is no file; name one, or a list of them"),
         ("run: {name: '${nowhere.at.all}', num_steps: 1}\n", "nowhere"),
         ("run: {name: '???', num_steps: 1}\n", "run.name: "),
     ],
@@ -131,6 +134,13 @@ def test_wrong_overrides_are_all_named(tmp_path):
 def test_unreadable_files(tmp_path, text, expected):
     (problem,) = problems_of(write(tmp_path, "bad.yaml", text))
     assert expected in problem
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("run: {name: Größe, num_steps: 1}\n".encode("latin-1"))
+    (problem,) = problems_of(path)
+    assert problem.startswith(f"{path}: cannot be read (") and problem.endswith("it must be text in UTF-8")
 
 
 def test_missing_file_and_empty_file(tmp_path):

@@ -1,5 +1,6 @@
 """Prompts and examples from files of every layout."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_prime.batch import Response
+from megatron_prime.config.checks import DATA_SUFFIXES
 from megatron_prime.config.schema import FileData
 from megatron_prime.data.sources import build_prompt_source, build_sft_source
 from megatron_prime.data.templates import PRIME_SYSTEM_PROMPT, TASK_SUFFIXES
@@ -58,12 +60,14 @@ def _write(path, rows):
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows))
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("suffix", DATA_SUFFIXES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_prompt(tmp_path, tokenizer, layout, suffix):
     path = _write(tmp_path / f"data{suffix}", [LAYOUTS[layout]])

@@ -77,6 +77,27 @@ def test_ranks_must_fill_nodes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--tasks-per-node: 32 ranks do not fill nodes of 5" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        ("--tasks-per-node=0", "0 is not 1 or more"),
+        ("--tasks-per-node=-2", "-2 is not 1 or more"),
+        ("--gpus-per-node=-1", "-1 is not 0 or more"),
+        ("--save-seconds=-5", "-5 is not 1 or more"),
+        ("--save-seconds=soon", "'soon' is no whole number"),
+        ("--server-nodes=-1", "-1 is not 0 or more"),
+        ("--seeds=1,x", "'x' is no whole number"),
+        ("--seeds=1,-2", "-2 is not 0 or more"),
+        ("--seeds=1,2,1", "1,2,1 names a number twice"),
+    ],
+)
+def test_numbers_of_a_job_have_ranges(capsys: pytest.CaptureFixture[str], option: str, problem: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["launch", "slurm", RECIPE, option, "--dry-run"])
+    assert ended.value.code == 2
+    assert f"argument {option.split('=')[0]}: {problem}" in capsys.readouterr().err
+
+
 def test_the_local_command(capsys: pytest.CaptureFixture[str]) -> None:
     lines = dry_run(capsys, "local", str(ROOT / "configs" / "arithmetic_sft.yaml"), "run.seed=2").splitlines()
     assert len(lines) == 2

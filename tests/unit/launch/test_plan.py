@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from megatron_prime.errors import ConfigError
 from megatron_prime.launch import memory
 from megatron_prime.launch.hardware import GIB, PROFILES
 from megatron_prime.launch.plan import Plan, make_plan
+from megatron_prime.launch.plan_text import plan_rows
 from megatron_prime.launch.search import hardware_of, search_layouts
 from megatron_prime.weights.architecture import ExpertLayers, ModelArchitecture, read_architecture
 from megatron_prime.weights.hf_folder import expected_shapes
@@ -249,6 +251,23 @@ def test_a_plan_that_does_not_fit_is_an_exit_status(capsys: pytest.CaptureFixtur
     arguments = [str(ROOT / "configs" / "prime_qwen2.5_32b.yaml"), f"model.path={SHAPES / 'qwen2.5-32b'}"]
     assert main(["check", "--shapes-only", *arguments, "parallel.pipeline_model_parallel_size=1"]) == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_a_plan_speaks_of_its_own_machine() -> None:
+    config, architecture = recipe("prime_qwen2.5_72b", "qwen2.5-72b")
+    rows = dict(plan_rows(config, make_plan(config, architecture, H100)))
+    assert {"GPU memory peak", "sent per GPU"} <= rows.keys()
+    assert " 4 checkpoints of " in rows["disk"]
+    assert re.fullmatch(r"about [\d.]+ hours, \d,\d\d0 process hours, evaluations not counted", rows["run time"])
+    folder = ROOT / "configs" / "models" / "arithmetic"
+    for num_steps, unit in ((1, "seconds"), (300, "minutes"), (300_000, "hours")):
+        small = load_config(
+            ROOT / "configs" / "arithmetic.yaml", [f"model.path={folder}", f"run.num_steps={num_steps}"]
+        )
+        rows = dict(plan_rows(small, make_plan(small, read_architecture(folder), PROFILES["cpu"])))
+        assert "memory peak" in rows and "sent per process" in rows and not any("GPU" in subject for subject in rows)
+        assert re.fullmatch(rf"about [\d.,]+ {unit}, [\d.,]+ process {unit}, evaluations not counted", rows["run time"])
+        assert (" 1 checkpoint of " in rows["disk"]) == (num_steps == 1)
 
 
 def test_a_plan_needs_neither_torch_nor_time() -> None:

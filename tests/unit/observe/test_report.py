@@ -2,11 +2,16 @@
 
 import json
 import math
+import re
+from itertools import chain
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import megatron_prime
 from megatron_prime.observe import RunFolder, draw_plots, final_table, read_metrics, write_summary
+from megatron_prime.observe.plots import STAGE_COLORS
 
 
 @pytest.fixture
@@ -52,6 +57,15 @@ def test_plots_of_a_whole_run_are_pictures_with_something_on_them(folder):
             assert image.width > 500
             colors = image.convert("RGB").getcolors(maxcolors=2**24)
         assert colors is not None and len(colors) > 20
+
+
+def test_every_stage_has_its_own_color():
+    trainer = Path(megatron_prime.__file__).parent / "trainer"
+    found = [re.findall(r"\bstages?\(\s*\"([a-z_]+)\"", path.read_text()) for path in trainer.glob("*.py")]
+    stages = set(chain.from_iterable(found))
+    assert {"rollout", "score", "checkpoint"} <= stages
+    # One more is what no stage accounts for.
+    assert len(stages) < len(STAGE_COLORS) == len(set(STAGE_COLORS))
 
 
 def test_absent_metrics_mean_absent_plots(folder):

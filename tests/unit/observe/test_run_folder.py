@@ -56,6 +56,37 @@ def test_a_run_goes_on_only_with_its_own_configuration(tmp_path, config):
     assert load_config(folder.config_path) == longer
 
 
+def test_a_requeued_run_goes_on_with_servers_on_other_nodes(tmp_path):
+    def on(node, *more):
+        overrides = ["rollout.engine=vllm", f"rollout.vllm.servers=[http://{node}:8000]", *more]
+        return load_config(ROOT / "configs" / "arithmetic.yaml", overrides)
+
+    folder = RunFolder(tmp_path, "a")
+    folder.prepare(on("node7"), "auto")
+    (folder.checkpoints / "step_00000010").mkdir()
+    folder.prepare(on("node9", "rollout.vllm.timeout_seconds=60"), "auto")
+    with pytest.raises(ConfigError, match=r"rollout\.vllm\.abort_after_seconds: 5"):
+        folder.prepare(on("node9", "rollout.vllm.abort_after_seconds=5"), "auto")
+
+
+def test_a_folder_is_one_process_s_while_it_lives(tmp_path, config):
+    code = (
+        "import sys; from megatron_prime.config import load_config; from megatron_prime.observe import RunFolder\n"
+        "folder = RunFolder(sys.argv[1], 'a'); folder.prepare(load_config(sys.argv[2]), 'auto')\n"
+        "print('ready', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), str(ROOT / "configs" / "arithmetic.yaml")]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "ready\n"
+        with pytest.raises(ConfigError, match=rf"^run\.name: process {other.pid} on \S+ trains in .*; choose another"):
+            RunFolder(tmp_path, "a").prepare(config, "auto")
+        RunFolder(tmp_path, "b").prepare(config, "auto")
+        other.kill()
+    folder = RunFolder(tmp_path, "a")
+    folder.prepare(config, "auto")
+    folder.prepare(config, "auto")
+
+
 def test_a_checkpoint_that_was_never_finished_is_none(tmp_path, config):
     folder = RunFolder(tmp_path, "a")
     folder.prepare(config, "auto")
@@ -85,7 +116,8 @@ def test_truncate_keeps_steps_up_to_the_checkpoint_and_drops_half_rows(tmp_path,
     assert folder.metrics_path.read_text() == "".join(rows[:4])
     folder.truncate_metrics(-1)
     assert folder.metrics_path.read_text() == ""
-    assert sorted(path.name for path in folder.path.iterdir() if path.is_file()) == ["config.yaml", "metrics.jsonl"]
+    files = [path.name for path in folder.path.iterdir() if path.is_file()]
+    assert sorted(files) == [".lock", "config.yaml", "metrics.jsonl"]
 
 
 def test_versions_name_the_interpreter_the_packages_and_the_commit(tmp_path, config):
