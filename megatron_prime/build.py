@@ -174,7 +174,7 @@ def _run_sft(
 ) -> Mapping[str, Any]:
     process.watchdog.enter("data", 0)
     examples = read_examples(config)
-    logger.info("%d examples; left out: %s", len(examples), dict(examples.dropped.by_reason))
+    logger.info("%d examples; left out: %s", len(examples), examples.dropped)
     process.watchdog.enter("start", 0)
     folder, resume_from = _run_folder(config, {"model": config.model.path})
     setup = role_setup(config, architecture, layout, folder)
@@ -368,7 +368,7 @@ def _verifier(config: PrimeConfig) -> RoutingVerifier:
 
 def _prompts(config: PrimeConfig) -> PromptSource:
     prompts = read_prompts(config)
-    logger.info("%d prompts; left out: %s", len(prompts), dict(prompts.dropped.by_reason))
+    logger.info("%d prompts; left out: %s", len(prompts), prompts.dropped)
     return prompts
 
 

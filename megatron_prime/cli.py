@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -36,6 +37,8 @@ from megatron_prime.launch.search import hardware_of, search_layouts
 from megatron_prime.preflight import check, read_examples, read_prompts
 
 _SPEAK_AFTER_SECONDS = 2.0
+_SAID_ALIKE = ("data", "trainer", "mcore", "kernels", "verify.code.verifier")
+"""Modules that all ranks run on the same values: what they warn of is said once."""
 _NUM_LAYOUTS = 3
 _CONFIGS = Path(megatron_prime.__file__).resolve().parents[1] / "configs"
 
@@ -54,6 +57,8 @@ def main(arguments: Sequence[str] | None = None, *, may_fork: bool = False) -> i
     options.may_fork = may_fork
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron_prime").setLevel(logging.INFO if _is_main() else logging.WARNING)
+    for name in () if _is_main() else _SAID_ALIKE:
+        logging.getLogger(f"megatron_prime.{name}").setLevel(logging.ERROR)
     try:
         return options.command(options, arguments)
     except RunInterrupted as stop:
@@ -68,6 +73,8 @@ def main(arguments: Sequence[str] | None = None, *, may_fork: bool = False) -> i
         where = "" if _is_main() else f"rank {os.environ['RANK']}: "
         print(f"{where}{type(error).__name__}:\n{lines}", file=sys.stderr)
         return INPUT_AT_FAULT
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except Exception:
         traceback.print_exc()
         return FAILED

@@ -81,7 +81,7 @@ class FilePrompts:
         held_out = frozenset(self._text(question) for _, question in self._evaluation)
         self._training, self.dropped = self._load(config.train, held_out)
         if not self._training:
-            raise DataError(f"data.train: no prompt is left of {self.dropped.num_rows}: {dict(self.dropped.by_reason)}")
+            raise DataError(f"data.train: no prompt is left of {self.dropped.num_rows}: left out are {self.dropped}")
 
     def _text(self, question: Question) -> str:
         return self._renderer.text(question.messages, question.ability)
@@ -105,9 +105,10 @@ class FilePrompts:
                     reasons["in_evaluation"] += 1
                 else:
                     kept.append(row)
+        dropped = DropCounts(num_rows=num_rows, by_reason=dict(reasons))
         if reasons:
-            _log.warning("%s: left out %s of %d rows", ", ".join(sources), dict(reasons), num_rows)
-        return kept, DropCounts(num_rows=num_rows, by_reason=dict(reasons))
+            _log.warning("%s: left out of %d rows: %s", ", ".join(sources), num_rows, dropped)
+        return kept, dropped
 
     def __len__(self) -> int:
         return len(self._training)
@@ -165,9 +166,9 @@ class FileSft:
                     self._kept.append(row)
         self.dropped = DropCounts(num_rows=num_rows, by_reason=dict(reasons))
         if reasons:
-            _log.warning("%s: left out %s of %d rows", ", ".join(config.train), dict(reasons), num_rows)
+            _log.warning("%s: left out of %d rows: %s", ", ".join(config.train), num_rows, self.dropped)
         if not self._kept:
-            raise DataError(f"data.train: no example is left of {num_rows}: {dict(reasons)}")
+            raise DataError(f"data.train: no example is left of {num_rows}: left out are {self.dropped}")
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -62,8 +62,10 @@ def read_question(row: Row, where: str) -> Question:
     if "reward_model" in row and "prompt" in row:
         return _read_eurus(row, where)
     asked = row.get("problem", row.get("question"))
-    if not isinstance(asked, str) or not asked.strip():
+    if not isinstance(asked, str):
         raise _unknown(where, PROMPT_LAYOUTS, row)
+    if not asked.strip():
+        raise DataError(f"{where}: the question is empty; remove the row")
     answer = row.get("answer", row.get("expected_answer"))
     if answer is None:
         solution = row.get("solution", "")

@@ -9,6 +9,15 @@ from typing import Protocol
 from megatron_prime.batch import Prompt, Response, SftExample, StepSpan
 
 
+_REASONS = {
+    "too_long": "with prompts of more than data.max_prompt_tokens",
+    "response_too_long": "with responses of more than data.max_response_tokens",
+    "no_answer": "without an answer to check against",
+    "in_evaluation": "whose prompts are among data.evaluation",
+    "other_ability": "of an ability that is not in data.abilities",
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DropCounts:
     """Rows that a source leaves out."""
@@ -16,13 +25,16 @@ class DropCounts:
     num_rows: int
     """Rows read, with those left out."""
     by_reason: Mapping[str, int] = field(default_factory=dict)
-    """Rows left out: `too_long` (prompt), `response_too_long`, `no_answer` (nothing to check an answer
-    against), `in_evaluation` (the same prompt is in the evaluation set), `other_ability` (not in `data.abilities`)."""
+    """Rows left out, by the keys of `_REASONS`."""
 
     @property
     def num_dropped(self) -> int:
         """Rows left out for any reason."""
         return sum(self.by_reason.values())
+
+    def __str__(self) -> str:
+        """What was left out and why, with the keys of the configuration that decide it."""
+        return "; ".join(f"{count} {_REASONS[reason]}" for reason, count in self.by_reason.items()) or "nothing"
 
 
 class PromptSource(Protocol):

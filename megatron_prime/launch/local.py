@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,7 +43,8 @@ def launch_local(
     """Runs ``megatron-prime`` with the same arguments on ``world_size`` processes of this machine.
 
     The first process to fail takes the others down; none outlives this one. One that could not say why is named with
-    what it was doing. A stop signal is passed on to all, which then save and stop.
+    what it was doing. A stop signal is passed on to all, which then save and stop. A first Ctrl-C is such a signal, a
+    second one ends all.
 
     Args:
         arguments: of the command line, without the program.
@@ -73,16 +75,18 @@ def launch_local(
         else:
             processes.append(subprocess.Popen(command, env=os.environ | environment, preexec_fn=_die_with_parent))
     try:
-        with _forward_stop_signals(processes):
+        with _forward_stop_signals(processes) as interrupted:
             rank, status = _wait(processes)
+        if interrupted.is_set() and status > _SIGNALLED:
+            # Ranks that do not save, or not yet.
+            return _SIGNALLED + signal.SIGINT
         if status not in EXPLAINED | {0}:
             print(_how_it_ended(rank, processes[rank].pid, status, signs), file=sys.stderr, flush=True)
         if status == INTERRUPTED:
             _wait_for_the_rest(processes)
         return status
     except KeyboardInterrupt:
-        # The terminal sent the interrupt to the processes as well.
-        return 130
+        return _SIGNALLED + signal.SIGINT
     finally:
         _end(processes)
 
@@ -126,15 +130,25 @@ def _how_it_ended(rank: int, pid: int, status: int, signs: Path | None) -> str:
 
 
 @contextmanager
-def _forward_stop_signals(processes: Sequence[_Process]) -> Iterator[None]:
+def _forward_stop_signals(processes: Sequence[_Process]) -> Iterator[threading.Event]:
+    """Yields whether there was a Ctrl-C."""
+    interrupted = threading.Event()
+
     def forward(number: int, frame: object) -> None:
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        interrupted.set()
+        # A terminal sends Ctrl-C to all processes, `kill` to this one only: a second SIGINT would end a rank.
+        forward(signal.SIGTERM, frame)
+
     before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
-        yield
+        yield interrupted
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

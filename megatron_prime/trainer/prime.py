@@ -6,19 +6,19 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from megatron_prime.algorithm.advantage import compute_advantages
-from megatron_prime.algorithm.filtering import GroupCollector
 from megatron_prime.algorithm.implicit_reward import implicit_rewards
-from megatron_prime.batch import Group, ModelUpdate, RolloutBatch, ScoredBatch, Verdict
+from megatron_prime.batch import Group, ModelUpdate, RolloutBatch, ScoredBatch
 from megatron_prime.config.schema import PrimeConfig
-from megatron_prime.errors import RunInterrupted, TrainingError
+from megatron_prime.errors import RunInterrupted
 from megatron_prime.trainer.evaluation import Accuracy, accuracy, derive_seed, evaluation_sampling, sample_and_verify
 from megatron_prime.trainer.evidence import Evidence, measure_evidence, recent_step_auc
+from megatron_prime.trainer.group_sampler import GroupSampler
 from megatron_prime.trainer.mismatch import advantage_weights, compare_logprobs
 from megatron_prime.trainer.nonfinite import kept_if_nonfinite
 from megatron_prime.trainer.protocols import (
@@ -32,16 +32,12 @@ from megatron_prime.trainer.protocols import (
     RewardModel,
     Verifier,
 )
-from megatron_prime.trainer.settings import advantage_options, is_due, sampling_params
+from megatron_prime.trainer.settings import advantage_options, is_due
 from megatron_prime.trainer.stages import Stages
-from megatron_prime.trainer.verdicts import rollout_metrics, verdict_metrics
 
 logger = logging.getLogger(__name__)
 
-_MAX_EMPTY_STEPS = 5
 _NUM_EVIDENCE = 8
-_MIN_ACCEPTANCE = 0.05
-"""Share of groups that the filter is expected to keep at least, when the number of prompts to sample is chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,20 +76,11 @@ class PrimeTrainer:
         self.config = config
         self.parts = parts
         self.stages = Stages(parts.logger.progress, parts.enter)
-        self.collector = GroupCollector(
-            num_groups=config.rollout.num_prompts,
-            min_accuracy=config.filter.min_accuracy,
-            max_accuracy=config.filter.max_accuracy,
-            enabled=config.filter.enabled,
-            drop_truncated=config.filter.drop_truncated,
-        )
+        self.groups = GroupSampler(config, parts.engine, parts.verifier, parts.prompts, self.stages, parts.min_groups)
         self.num_steps_done = 0
-        self.position = 0
         self.weight_version = -1
         """Of the engine."""
         self.gate = 0.0
-        self.acceptance = 1.0
-        self.num_empty_steps = 0
         self.window: list[ScoredBatch] = []
         self.evaluations: dict[int, Accuracy] = {}
         self.evidence: list[Evidence] = []
@@ -138,7 +125,7 @@ class PrimeTrainer:
 
     def step(self) -> dict[str, float]:
         """One PRIME step; returns its metrics."""
-        groups, metrics = self.collect_groups()
+        groups, metrics = self.groups.collect()
         if not groups:
             return metrics
         batch = self.score(groups)
@@ -178,66 +165,6 @@ class PrimeTrainer:
             report(updated)
         self.refit(self.num_steps_done + 1)
         return metrics | {f"policy/{name}": value for name, value in updated.metrics.items()}
-
-    def collect_groups(self) -> tuple[list[Group], dict[str, float]]:
-        """Samples, verifies and filters until the batch is full or the attempts are used up.
-
-        Each round samples as many prompts as should fill the batch by the latest share of kept groups.
-
-        Kept groups beyond the batch wait for the next step. Too few for a training step: an empty
-        list, and they wait as well.
-
-        Raises:
-            TrainingError: several steps in a row without a batch.
-        """
-        wanted = self.config.rollout.num_prompts
-        sampled: list[Group] = []
-        verdicts: list[Verdict] = []
-        for _ in range(self.config.filter.max_attempts):
-            if self.collector.is_full:
-                break
-            counts = self.collector.counts
-            if counts.num_seen > 0:
-                self.acceptance = counts.num_kept / counts.num_seen
-            missing = wanted - len(self.collector)
-            fresh, judged = self.sample(min(wanted, math.ceil(missing / max(self.acceptance, _MIN_ACCEPTANCE))))
-            sampled += fresh
-            verdicts += judged
-            self.collector.add(fresh)
-        # The models that train next may need the accelerator's memory.
-        self.parts.engine.sleep()
-        counts = self.collector.take_counts()
-        metrics = rollout_metrics(sampled) | verdict_metrics(verdicts)
-        metrics |= {f"filter/{name}": float(n) for name, n in asdict(counts).items()}
-        metrics["filter/kept"] = counts.num_kept / max(counts.num_seen, 1)
-        if len(self.collector) >= self.parts.min_groups:
-            self.num_empty_steps = 0
-            return self.collector.take(), metrics
-        self.num_empty_steps += 1
-        if self.num_empty_steps >= _MAX_EMPTY_STEPS:
-            raise TrainingError(
-                f"{_MAX_EMPTY_STEPS} steps without enough groups between filter.min_accuracy and "
-                f"filter.max_accuracy (the last: {counts}); use easier or harder prompts, or widen the filter"
-            )
-        return [], metrics
-
-    def sample(self, num_prompts: int) -> tuple[list[Group], list[Verdict]]:
-        """Fresh groups of the next prompts, and all verdicts; answers without one are left out of their groups."""
-        with self.stages("data"):
-            prompts = self.parts.prompts.take(self.position, num_prompts)
-        seed = derive_seed(self.config.run.seed, "rollout", self.position)
-        sampling = sampling_params(self.config.rollout, seed)
-        self.position += num_prompts
-        with self.stages("rollout"):
-            self.parts.engine.wake()
-            answers = sample_and_verify(self.parts.engine, self.parts.verifier, prompts, sampling)
-        groups: list[Group] = []
-        for prompt, row in zip(prompts, answers, strict=True):
-            graded = [(response, verdict.reward) for response, verdict in row if verdict.reward is not None]
-            groups.append(
-                Group(prompt=prompt, responses=tuple(r for r, _ in graded), rewards=tuple(x for _, x in graded))
-            )
-        return groups, [verdict for row in answers for _, verdict in row]
 
     def score(self, groups: Sequence[Group]) -> ScoredBatch:
         """Log-probs of the models for the batch, but for those that its update will compute; nothing trains."""
@@ -338,7 +265,7 @@ class PrimeTrainer:
             "prm_fresh_accuracy": latest.accuracy if latest else None,
             "prm_fresh_auc": _finite(latest.auc) if latest else None,
             "num_steps": self.num_steps_done,
-            "num_prompts_sampled": self.position,
+            "num_prompts_sampled": self.groups.position,
             "wall_seconds": self.seconds_before + time.perf_counter() - self.started,
         }
 
@@ -347,26 +274,20 @@ class PrimeTrainer:
         return {
             "num_steps_done": self.num_steps_done,
             "weight_version": self.weight_version,
-            "position": self.position,
             "gate": self.gate,
-            "acceptance": self.acceptance,
-            "num_empty_steps": self.num_empty_steps,
-            "collector": self.collector.state_dict(),
             "window": self.window,
             "evaluations": self.evaluations,
             "evidence": self.evidence,
             "seconds": self.seconds_before + time.perf_counter() - self.started,
+            **self.groups.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Undoes `state_dict`."""
         self.num_steps_done = state["num_steps_done"]
         self.weight_version = state["weight_version"]
-        self.position = state["position"]
         self.gate = state["gate"]
-        self.acceptance = state["acceptance"]
-        self.num_empty_steps = state["num_empty_steps"]
-        self.collector.load_state_dict(state["collector"])
+        self.groups.load_state_dict(state)
         # More data-parallel ranks may need more groups than an old batch has.
         self.window = [batch for batch in state["window"] if batch.rollout.num_groups >= self.parts.min_groups]
         self.evaluations = dict(state["evaluations"])

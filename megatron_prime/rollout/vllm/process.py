@@ -98,6 +98,8 @@ class EngineParent:
             stdin=subprocess.DEVNULL,
             # The trainer's standard output belongs to its console, or is read by a program.
             stdout=2,
+            # Ctrl-C is for the trainer, which needs its engines until it has saved.
+            start_new_session=True,
         )
         theirs.close()
         self._timeout_seconds = timeout_seconds

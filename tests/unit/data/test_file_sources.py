@@ -134,7 +134,8 @@ def test_dropped_rows_are_counted_by_reason(tmp_path, tokenizer):
     assert len(source) == 1 and source.dropped.num_rows == 4
     assert source.dropped.by_reason == {"too_long": 1, "no_answer": 1, "in_evaluation": 1}
     config.max_prompt_tokens = 5
-    with pytest.raises(DataError, match="no prompt is left"):
+    assert str(source.dropped).startswith("1 with prompts of more than data.max_prompt_tokens; 1 without an answer")
+    with pytest.raises(DataError, match=r"no prompt is left of 4: .*; 1 without"):
         build_prompt_source(config, tokenizer, seed=1)
 
 
@@ -169,7 +170,7 @@ def test_rows_of_other_abilities_are_left_out_and_counted(tmp_path, tokenizer):
     assert source.dropped.by_reason == {"other_ability": 2} and source.dropped.num_rows == 3
     assert [prompt.ability for prompt in (*source.take(0, 2), *source.evaluation(9))] == ["math"] * 3
     unknown = FileData(train=[mixed], abilities=["physics"])
-    with pytest.raises(DataError, match=r"no prompt is left of 3: {'other_ability': 3}"):
+    with pytest.raises(DataError, match=r"no prompt is left of 3: .* 3 of an ability that is not in data\.abilities"):
         build_prompt_source(unknown, tokenizer, seed=1)
 
 
@@ -203,6 +204,12 @@ def test_a_missing_or_refusing_chat_template_is_explained(tmp_path, tokenizer):
 def test_a_malformed_row_is_named(tmp_path, tokenizer, row):
     path = _write(tmp_path / "bad.jsonl", [LAYOUTS["gsm8k"], row])
     with pytest.raises(DataError, match=r"bad\.jsonl, row 1: .*expected"):
+        build_prompt_source(FileData(train=[path]), tokenizer, seed=1)
+
+
+def test_an_empty_question_is_named(tmp_path, tokenizer):
+    path = _write(tmp_path / "bad.jsonl", [LAYOUTS["gsm8k"], LAYOUTS["gsm8k"] | {"question": " "}])
+    with pytest.raises(DataError, match=r"bad\.jsonl, row 1: the question is empty; remove the row"):
         build_prompt_source(FileData(train=[path]), tokenizer, seed=1)
 
 

@@ -162,20 +162,58 @@ def test_a_signal_is_an_answer_and_not_an_end(number: signal.Signals) -> None:
     assert signal.getsignal(number) == before
 
 
-def test_a_local_run_saves_when_told_to_stop(tmp_path: Path) -> None:
+def test_only_a_second_ctrl_c_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with stop_requests() as should_stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert should_stop()
+        assert "Ctrl-C again ends at once" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def begin_run(directory: Path, num_ranks: int, *more: str) -> tuple[subprocess.Popen[str], list[str]]:
+    """A long supervised run in its first steps, in a process group of its own as a terminal starts it."""
     command = [sys.executable, "-m", "megatron_prime.cli", "sft", str(ROOT / "configs" / "arithmetic_sft.yaml")]
-    overrides = [f"run.directory={tmp_path}", "run.name=r", "run.num_steps=200000", "sft.log_every_steps=1"]
-    model = f"model.path={ROOT / 'configs' / 'models' / 'arithmetic'}"
-    process = subprocess.Popen([*command, model, *overrides], stderr=subprocess.PIPE, text=True)
-    metrics, deadline = tmp_path / "r" / "metrics.jsonl", time.monotonic() + 120
+    overrides = [f"run.directory={directory}", "run.name=r", "run.num_steps=200000", "sft.log_every_steps=1"]
+    others = [f"model.path={ROOT / 'configs' / 'models' / 'arithmetic'}", f"parallel.world_size={num_ranks}"]
+    process = subprocess.Popen(
+        [*command, *others, *more, *overrides], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    metrics, deadline = directory / "r" / "metrics.jsonl", time.monotonic() + 120
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.05)
-    process.terminate()
+    return process, overrides
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_local_run_saves_when_told_to_stop(tmp_path: Path, num_ranks: int, number: signal.Signals) -> None:
+    process, overrides = begin_run(tmp_path, num_ranks)
+    # A terminal's Ctrl-C reaches all processes, another signal only the one that it is sent to.
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == INTERRUPTED
     assert "stopped as asked and saved after step" in error and "the same command goes on from there" in error
-    assert newest_step(command[-1], overrides) >= 1
+    assert error.count("Ctrl-C again") == (number == signal.SIGINT)
+    assert newest_step(str(ROOT / "configs" / "arithmetic_sft.yaml"), overrides) >= 1
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_local_run_ends_at_once_when_told_twice(tmp_path: Path, num_ranks: int) -> None:
+    # A step takes seconds.
+    process, _ = begin_run(tmp_path, num_ranks, "sft.batch_size=512")
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.2)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in error and "was killed" not in error
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
 
 
 def test_a_launcher_in_a_thread_needs_no_signals() -> None:

@@ -34,7 +34,7 @@ def ids(groups: Any) -> list[str]:
 def test_a_full_first_round_is_the_batch() -> None:
     engine = ScriptedEngine([KEPT])
     trainer, _ = make_trainer(make_config(), engine)
-    groups, metrics = trainer.collect_groups()
+    groups, metrics = trainer.groups.collect()
     assert ids(groups) == ["0", "1", "2", "3"]
     assert engine.num_prompts == [4]
     assert metrics["filter/num_seen"] == metrics["filter/num_kept"] == 4
@@ -47,7 +47,7 @@ def test_refills_until_full_and_keeps_the_surplus_for_the_next_step() -> None:
     # Half of the first round is kept, so the refill asks for twice what is missing, and gets too much.
     engine = ScriptedEngine([KEPT, EASY, HARD, KEPT, KEPT, KEPT, KEPT, EASY, KEPT])
     trainer, _ = make_trainer(make_config(), engine)
-    groups, metrics = trainer.collect_groups()
+    groups, metrics = trainer.groups.collect()
     assert engine.num_prompts == [4, 4]
     assert ids(groups) == ["0", "3", "4", "5"]
     counts = {name: metrics[f"filter/num_{name}"] for name in ("seen", "kept", "too_easy", "too_hard")}
@@ -55,17 +55,17 @@ def test_refills_until_full_and_keeps_the_surplus_for_the_next_step() -> None:
     # The metrics describe all that was sampled, the dropped groups too.
     assert metrics["rollout/accuracy"] == pytest.approx((5 * 0.5 + 2 * 1 + 0) / 8)
 
-    groups, _ = trainer.collect_groups()
+    groups, _ = trainer.groups.collect()
     assert ids(groups) == ["6", "8", "9", "10"]
     assert engine.num_prompts == [4, 4, 4]
-    assert ids(trainer.collector.take()) == ["11"]
+    assert ids(trainer.groups.collector.take()) == ["11"]
 
 
 def test_a_refill_asks_for_what_is_missing_only() -> None:
     engine = ScriptedEngine([KEPT] * 7 + [HARD] + [KEPT])
     config = make_config(rollout=RolloutSection(num_prompts=8, num_responses=4))
     trainer, _ = make_trainer(config, engine)
-    groups, _ = trainer.collect_groups()
+    groups, _ = trainer.groups.collect()
     assert engine.num_prompts == [8, 2]  # one group is missing and 7 of 8 were kept
     assert ids(groups) == ["0", "1", "2", "3", "4", "5", "6", "8"]
 
@@ -75,19 +75,20 @@ def test_attempts_are_bounded() -> None:
     trainer, events = make_trainer(make_config(), engine)
     metrics = trainer.step()
     assert engine.num_prompts == [4, 4, 4]
-    assert trainer.position == 12
+    assert trainer.groups.position == 12
     assert metrics["filter/num_too_hard"] == 12
     assert not events
 
 
-def test_too_few_groups_wait_and_nothing_trains() -> None:
+def test_too_few_groups_wait_and_nothing_trains(caplog: pytest.LogCaptureFixture) -> None:
     engine = ScriptedEngine([HARD, KEPT, *[HARD] * 10, KEPT])
     trainer, events = make_trainer(make_config(), engine, min_groups=2)
     trainer.step()
-    assert not events and len(trainer.collector) == 1
-    groups, _ = trainer.collect_groups()
+    assert not events and len(trainer.groups.collector) == 1
+    assert "trains nothing, without enough groups" in caplog.text and "(1 wait, 2 are needed;" in caplog.text
+    groups, _ = trainer.groups.collect()
     assert ids(groups) == ["1", "12", "13", "14"]
-    assert trainer.num_empty_steps == 0
+    assert trainer.groups.num_empty_steps == 0
 
 
 def test_a_smaller_batch_trains_when_every_rank_gets_a_share() -> None:
@@ -111,13 +112,13 @@ def test_a_batch_in_between_forgives_empty_steps() -> None:
     trainer, events = make_trainer(make_config(filter=FilterSection(max_attempts=1)), ScriptedEngine(script))
     for _ in range(9):
         trainer.step()
-    assert events.count("policy trains") == 1 and trainer.num_empty_steps == 4
+    assert events.count("policy trains") == 1 and trainer.groups.num_empty_steps == 4
 
 
 def test_missing_verdicts_shrink_a_group_and_may_drop_it() -> None:
     engine = ScriptedEngine(["1?00", "??1?", "????", KEPT])
     trainer, _ = make_trainer(make_config(filter=FilterSection(max_attempts=1)), engine)
-    groups, metrics = trainer.collect_groups()
+    groups, metrics = trainer.groups.collect()
     assert ids(groups) == ["0", "3"]
     assert groups[0].rewards == (1.0, 0.0, 0.0) and len(groups[0].responses) == 3
     assert [response.text for response in groups[0].responses] == ["1", "0", "0"]
@@ -127,7 +128,7 @@ def test_missing_verdicts_shrink_a_group_and_may_drop_it() -> None:
 def test_every_round_has_its_own_seed_and_prompts() -> None:
     engine = ScriptedEngine([HARD])
     trainer, _ = make_trainer(make_config(), engine)
-    trainer.collect_groups()
+    trainer.groups.collect()
     asked = [prompts for prompts, _ in engine.requests]
     assert asked == [["0", "1", "2", "3"], ["4", "5", "6", "7"], ["8", "9", "10", "11"]]
     assert len({sampling.seed for _, sampling in engine.requests}) == 3
@@ -150,7 +151,7 @@ SEPARATE = ["policy scores at 1", "reference scores", "prm scores", "prm trains"
 )
 def test_rewards_come_from_the_snapshot_that_prm_update_names(prm, order, margin) -> None:
     trainer, events = make_trainer(make_config(prm=PrmSection(beta=0.1, **prm)), ScriptedEngine([KEPT]), min_groups=1)
-    groups, _ = trainer.collect_groups()
+    groups, _ = trainer.groups.collect()
     batch = trainer.score(groups)
     rewards, metrics = trainer.process_rewards(groups, batch)
     sign = (2 * batch.rollout.outcomes - 1)[:, None]
@@ -232,7 +233,7 @@ def test_without_the_gate_process_rewards_count_in_full() -> None:
 def test_the_frozen_reference_is_scored_when_there_is_one() -> None:
     trainer, events = make_trainer(make_config(), ScriptedEngine([KEPT]), prm=False)
     trainer.step()
-    batch = trainer.score(trainer.collect_groups()[0])  # after an update: the policy has moved away
+    batch = trainer.score(trainer.groups.collect()[0])  # after an update: the policy has moved away
     assert events[-1] == "reference scores"
     assert torch.equal(batch.reference_logprobs, -batch.rollout.mask.float())
     assert batch.policy_logprobs is None and batch.prm_logprobs is None
@@ -246,7 +247,7 @@ def test_without_a_reference_the_policy_before_its_update_is_it(temperature, exp
     rollout = RolloutSection(num_prompts=4, num_responses=4, temperature=temperature)
     config = make_config(rollout=rollout, reference=ReferenceSection(source="policy"))
     trainer, events = make_trainer(config, ScriptedEngine([KEPT]), reference=False, prm=False)
-    batch = trainer.score(trainer.collect_groups()[0])
+    batch = trainer.score(trainer.groups.collect()[0])
     assert events == expected
     assert torch.equal(batch.reference_logprobs, -1.0 * batch.rollout.mask)
     assert torch.equal(batch.policy_logprobs, -1.0 * batch.rollout.mask / temperature)
@@ -309,7 +310,7 @@ def test_a_resumed_run_goes_on_where_it_stopped() -> None:
     assert resumed.num_steps_done == 6
     for key in ("num_steps", "num_prompts_sampled", "accuracy_before", "accuracy_after"):
         assert found[key] == expected[key]
-    assert ids(resumed.collector.take()) == ids(whole.collector.take())
+    assert ids(resumed.groups.collector.take()) == ids(whole.groups.collector.take())
 
 
 def test_a_resumed_run_knows_what_the_engine_had_while_the_policy_waited() -> None:
