@@ -42,6 +42,7 @@ from megatron_prime.observe.metrics import MetricsLogger
 from megatron_prime.observe.report import draw_plots, write_summary
 from megatron_prime.observe.run_folder import RunFolder, commit
 from megatron_prime.preflight import check, check_disk, read_examples, read_prompts
+from megatron_prime.rollout.prompts import lack_of_room
 from megatron_prime.trainer.evaluation import accuracy, evaluation_sampling, sample_and_verify
 from megatron_prime.trainer.prime import PrimeParts, PrimeTrainer
 from megatron_prime.trainer.sft import SftTrainer
@@ -265,10 +266,13 @@ def _generate(
         text = render(tokenizer, messages, "raw" if raw else "chat")
         ids = encode(tokenizer, [text], special_tokens=raw)[0]
         prompts.append(Prompt(prompt_id=str(number), text=text, token_ids=ids, ground_truth="", ability=ability))
-    longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_response_tokens
-    section = RolloutSection(
-        engine=engine, num_prompts=1, max_batch_size=64, vllm=VllmSection(max_model_len=longest, max_num_seqs=64)
-    )
+    longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+    num_tokens, answer = len(longest.token_ids), sampling.max_response_tokens
+    limit = read_architecture(folder).max_position_embeddings
+    if lack := lack_of_room(f"question {int(longest.prompt_id) + 1}", num_tokens, answer, limit):
+        raise ConfigError(lack)
+    vllm = VllmSection(max_model_len=num_tokens + answer, max_num_seqs=64)
+    section = RolloutSection(engine=engine, num_prompts=1, max_batch_size=64, vllm=vllm)
     with loaded_engine(folder, "float32", section, torch.get_num_threads()) as (loaded, _):
         return loaded.generate(prompts, sampling)
 

@@ -30,6 +30,7 @@ from megatron_prime.launch.interrupt import stop_requests
 from megatron_prime.observe.files import require_folder, write_atomically
 from megatron_prime.observe.report import benchmark_table
 from megatron_prime.observe.rows import RowFile
+from megatron_prime.rollout.prompts import lack_of_room
 from megatron_prime.rollout.protocol import Engine
 from megatron_prime.trainer.benchmark import Answer, answer_problems, problem_means, summarize
 from megatron_prime.trainer.scores import mean_of_benchmarks
@@ -173,16 +174,10 @@ def _task(
 
 
 def _check_lengths(tasks: Sequence[_Task], limit: int) -> None:
-    problems = []
-    for task in tasks:
-        room = limit - task.longest
-        if task.sampling.max_response_tokens > room:
-            problems.append(
-                f"{task.benchmark.name}: answers of {task.sampling.max_response_tokens} tokens after a prompt of "
-                f"{task.longest} exceed the model's {limit} positions; "
-                + (f"--max-tokens {room} fits" if room > 0 else "the prompt alone is too long")
-            )
-    if problems:
+    lacks = [
+        lack_of_room(task.benchmark.name, task.longest, task.sampling.max_response_tokens, limit) for task in tasks
+    ]
+    if problems := [lack for lack in lacks if lack is not None]:
         raise ConfigError(problems)
 
 

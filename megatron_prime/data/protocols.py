@@ -8,7 +8,6 @@ from typing import Protocol
 
 from megatron_prime.batch import Prompt, Response, SftExample, StepSpan
 
-
 _REASONS = {
     "too_long": "with prompts of more than data.max_prompt_tokens",
     "response_too_long": "with responses of more than data.max_response_tokens",

@@ -34,3 +34,20 @@ def check_prompts(prompts: Sequence[Prompt], max_response_tokens: int, *, max_le
             problems.append(f"prompt {prompt.prompt_id!r} has a token outside the vocabulary of {vocab_size}")
     if problems:
         raise RolloutError("\n".join(problems))
+
+
+def lack_of_room(what: str, prompt_tokens: int, max_tokens: int, limit: int) -> str | None:
+    """Why `--max-tokens` of a command is more than a model has room for; None where it fits.
+
+    Args:
+        what: is asked, to begin the sentence with.
+        prompt_tokens: of the longest prompt.
+        max_tokens: of an answer.
+        limit: the model's `max_position_embeddings`.
+    """
+    room = limit - prompt_tokens
+    if max_tokens <= room:
+        return None
+    remedy = f"--max-tokens {room} fits" if room > 0 else "the prompt alone is too long"
+    asked = f"answers of {max_tokens} tokens after a prompt of {prompt_tokens}"
+    return f"{what}: {asked} exceed the model's {limit} positions; {remedy}"

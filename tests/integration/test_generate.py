@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -50,6 +51,12 @@ def test_arguments_out_of_range_are_named(start: Path, capfd, option: str, value
     with pytest.raises(SystemExit) as ended:
         main(["generate", str(start), QUESTION, option, value])
     assert ended.value.code == 2 and option in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_answers_longer_than_the_model_are_refused(start: Path, capfd, engine: str) -> None:
+    assert main(["generate", str(start), "1?", QUESTION, "--max-tokens", "1000000", "--engine", engine]) == 2
+    assert re.search(r"question 2: answers of 1000000 tokens .* --max-tokens \d+ fits", capfd.readouterr().err)
 
 
 def test_vllm_answers_as_transformers_does(start: Path, capfd) -> None:
