@@ -69,8 +69,11 @@ def _check_files(config: AnyConfig, architecture: ModelArchitecture) -> None:
     # Seconds of imports, which a plan from shapes alone does without.
     from megatron_prime.data.templates import render
     from megatron_prime.data.tokenizer import end_token_ids, load_tokenizer
+    from megatron_prime.verify.own import find_factory
     from megatron_prime.weights.hf_folder import HfFolder
 
+    if isinstance(config, PrimeConfig) and config.verifier.factory is not None:
+        find_factory(config.verifier)
     tokenizer = load_tokenizer(config.model.path)
     end_token_ids(tokenizer, config.model.path)
     if isinstance(config.data, FileData) and config.data.template == "chat":

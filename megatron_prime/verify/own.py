@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, cast
 
@@ -15,20 +16,33 @@ from megatron_prime.verify.protocol import Verifier, known
 _log = logging.getLogger(__name__)
 
 
-def make_own_verifier(section: VerifierSection) -> Verifier:
-    """What ``verifier.factory`` makes.
+def find_factory(section: VerifierSection) -> Callable[[VerifierSection], Any]:
+    """What ``verifier.factory`` names; it is imported and not called.
 
     Raises:
-        VerifierError: it cannot be imported or called, or makes no verifier.
+        VerifierError: it cannot be imported or called.
     """
     module_name, colon, function_name = str(section.factory).partition(":")
     if not colon:
         raise VerifierError(f"verifier.factory: {section.factory!r} must be package.module:function")
     try:
         factory = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise VerifierError(f"verifier.factory: {section.factory!r} cannot be imported: {error}") from error
-    verifier = factory(section)
+    except Exception as error:
+        raise VerifierError(
+            f"verifier.factory: {section.factory!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    if not callable(factory):
+        raise VerifierError(f"verifier.factory: {section.factory!r} is a {type(factory).__name__}, not a function")
+    return factory
+
+
+def make_own_verifier(section: VerifierSection) -> Verifier:
+    """What ``verifier.factory`` makes.
+
+    Raises:
+        VerifierError: it cannot be imported or called, or makes no verifier.
+    """
+    verifier = find_factory(section)(section)
     missing = [name for name in ("submit", "close") if not callable(getattr(verifier, name, None))]
     if missing:
         raise VerifierError(f"verifier.factory: what {section.factory} returned has no {' and no '.join(missing)}")

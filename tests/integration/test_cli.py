@@ -138,6 +138,15 @@ def test_a_demo_with_settings_has_folders_of_its_own() -> None:
     )
 
 
+def test_a_verifier_of_ones_own_is_looked_for_by_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_start("qwen2.5-0.5b", tmp_path / "start")
+    config = str(ROOT / "configs" / "arithmetic.yaml")
+    lines = fails(capsys, "check", config, f"model.path={tmp_path / 'start'}", "verifier.factory=absent:make")
+    assert lines[1] == (
+        "  verifier.factory: 'absent:make' cannot be imported: ModuleNotFoundError: No module named 'absent'"
+    )
+
+
 def test_wrong_rows_are_found_by_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "train.jsonl"
     data.write_text('{"prompt": "1+1=?", "response": "2"}\n{"prompt": \n')

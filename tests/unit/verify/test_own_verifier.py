@@ -152,6 +152,7 @@ def test_its_failures_are_missing_verdicts(grading, caplog, made, text):
         ("grading", "must be package.module:function"),
         ("no_such_module:make", "cannot be imported"),
         ("grading:no_such_name", "cannot be imported"),
+        ("math:pi", "is a float, not a function"),
         ("builtins:id", "has no submit and no close"),
     ],
 )
