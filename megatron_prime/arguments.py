@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prime.launch import command
-from megatron_prime.launch.argument_types import above_zero, at_least_one, probability, temperature
+from megatron_prime.launch.argument_types import above_zero, at_least_one, port, probability, temperature
 from megatron_prime.launch.hardware import PROFILES
 
 
@@ -49,7 +49,7 @@ def build_parser(functions: Mapping[str, Callable[..., int]]) -> argparse.Argume
     serve.add_argument("config", help="YAML file of the run")
     serve.add_argument("overrides", **overrides)  # type: ignore[arg-type]
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this host only)")
-    serve.add_argument("--port", type=at_least_one, default=8000)
+    serve.add_argument("--port", type=port, default=8000)
     command.add_arguments(add("launch", "start a run here, on Slurm or with NeMo-Run; watch and end jobs"))
     replay = add("replay", "run an update again that was not finite, response by response")
     replay.add_argument("file", type=Path, help="runs/NAME/failures/step_N_ROLE.pt")

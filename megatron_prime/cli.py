@@ -9,7 +9,6 @@ import gc
 import json
 import logging
 import os
-import re
 import signal
 import sys
 import time
@@ -19,12 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-import megatron_prime
 from megatron_prime.arguments import build_parser
-from megatron_prime.config.checks import check_config, raise_for_problems
 from megatron_prime.config.loader import load_config, load_verifier_section
 from megatron_prime.config.plan import batch_plan
 from megatron_prime.config.schema import AnyConfig, PrimeConfig, SftConfig
+from megatron_prime.demo import demo_commands
 from megatron_prime.errors import ConfigError, PrimeError, RunInterrupted
 from megatron_prime.launch import command
 from megatron_prime.launch.exit_status import FAILED, INPUT_AT_FAULT, INTERRUPTED
@@ -40,7 +38,6 @@ _SPEAK_AFTER_SECONDS = 2.0
 _SAID_ALIKE = ("data", "trainer", "mcore", "kernels", "verify.code.verifier")
 """Modules that all ranks run on the same values: what they warn of is said once."""
 _NUM_LAYOUTS = 3
-_CONFIGS = Path(megatron_prime.__file__).resolve().parents[1] / "configs"
 
 
 def main(arguments: Sequence[str] | None = None, *, may_fork: bool = False) -> int:
@@ -137,9 +134,11 @@ def _serve(options: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_prime.engines import engine_options
     from megatron_prime.rollout.vllm.serve import server_command
 
-    config = load_config(options.config, ["rollout.engine=vllm", *options.overrides])
+    config = load_config(options.config, options.overrides)
     if not isinstance(config, PrimeConfig):
         raise ConfigError(f"kind: {options.config} is a {config.kind!r} configuration, which has no rollouts")
+    config = load_config(options.config, [*options.overrides, "rollout.engine=vllm"])
+    assert isinstance(config, PrimeConfig)
     # A server needs none of the trainer's GPUs or data.
     section, architecture = config.rollout.vllm, check(config, check_files=False)
     command, environment = server_command(
@@ -166,28 +165,11 @@ def _replay(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
-    """SFT and then PRIME with the shipped configurations, each as its own command would run it."""
-    if any(not override.startswith(("run.seed=", "rollout.")) for override in options.overrides):
-        raise ConfigError("demo: takes only run.seed=N and rollout.*; use sft and train for anything else")
-    # Supervised runs sample nothing and have no rollout section. Whatever is set has run folders of its own.
-    seed = [override for override in options.overrides if override.startswith("run.seed=")]
-    start, folder = "demo/sft" + _folder_suffix(seed), "demo" + _folder_suffix(options.overrides)
-    train = [*options.overrides, f"run.name={folder}", f"model.path=runs/{start}/hf"]
-    # A wrong key is told of before the first half has taken its minutes.
-    raise_for_problems(check_config(load_config(_CONFIGS / "arithmetic.yaml", train), None, check_files=False))
-    halves = ("sft", "arithmetic_sft.yaml", [*seed, f"run.name={start}"]), ("train", "arithmetic.yaml", train)
-    for name, config, overrides in halves:
-        print(f"megatron-prime {name} {_CONFIGS / config} {' '.join(overrides)}", flush=True)
-        status = main([name, str(_CONFIGS / config), *overrides], may_fork=options.may_fork)
-        if status != 0:
+    for half in demo_commands(options.overrides):
+        print(f"megatron-prime {' '.join(half)}", flush=True)
+        if status := main(half, may_fork=options.may_fork):
             return status
     return 0
-
-
-def _folder_suffix(overrides: Sequence[str]) -> str:
-    """Overrides as part of a folder's name."""
-    short = (override.removeprefix("run.").removeprefix("rollout.") for override in sorted(overrides))
-    return "".join("_" + re.sub(r"[^\w.-]+", "-", name) for name in short)
 
 
 def _check(options: argparse.Namespace, arguments: list[str]) -> int:

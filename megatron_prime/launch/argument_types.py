@@ -19,6 +19,11 @@ def not_negative(text: str) -> int:
     return _required(number := _parsed(int, text), number >= 0, f"{text} is not 0 or more")
 
 
+def port(text: str) -> int:
+    """A port that a server can listen on."""
+    return _required(number := _parsed(int, text), 1 <= number < 2**16, f"{text} is not from 1 to 65535")
+
+
 def numbers(text: str) -> tuple[int, ...]:
     """Whole numbers of 0 or more, each once, between commas."""
     found = tuple(not_negative(number) for number in text.split(","))

@@ -15,9 +15,10 @@ from real_configs import make_start
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from megatron_prime.cli import _alone, _folder_suffix, main
+from megatron_prime.cli import _alone, main
 from megatron_prime.config.checks import check_config
 from megatron_prime.convert import verify_bits, verify_logprobs
+from megatron_prime.demo import folder_suffix
 from megatron_prime.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,7 +113,7 @@ def test_all_problems_of_a_configuration_come_at_once(command: str, capsys: pyte
 
 def test_a_configuration_of_the_other_kind_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     sft, prime = (str(ROOT / "configs" / name) for name in ("arithmetic_sft.yaml", "arithmetic.yaml"))
-    for arguments in (["train", sft], ["sft", prime], ["evaluate", sft]):
+    for arguments in (["train", sft], ["sft", prime], ["evaluate", sft], ["serve", sft]):
         lines = fails(capsys, *arguments)
         assert len(lines) == 2 and lines[1].startswith("  kind: ")
     assert fails(capsys, "demo", "run.num_steps=1")[1].startswith("  demo: takes only run.seed=N")
@@ -130,10 +131,10 @@ def test_evaluating_a_configuration_takes_no_options_of_benchmarks(capsys: pytes
 
 
 def test_a_demo_with_settings_has_folders_of_its_own() -> None:
-    assert _folder_suffix([]) == ""
-    assert _folder_suffix(["run.seed=2"]) == "_seed-2"
+    assert folder_suffix([]) == ""
+    assert folder_suffix(["run.seed=2"]) == "_seed-2"
     assert (
-        _folder_suffix(["rollout.vllm.servers=[http://a:1]", "rollout.engine=vllm"])
+        folder_suffix(["rollout.vllm.servers=[http://a:1]", "rollout.engine=vllm"])
         == "_engine-vllm_vllm.servers-http-a-1-"
     )
 
