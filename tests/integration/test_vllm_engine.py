@@ -248,8 +248,8 @@ def test_a_long_answer_is_no_silence_but_a_stopped_engine_is(folders, parent) ->
     seconds = time.perf_counter() - begun
     first = engine.process_id()
     assert engine._process is not None and first is not None
-    # All answers end together, long after this.
-    engine._process._timeout_seconds = seconds / 2
+    # All answers end together, after this; a busy machine may be silent for a while.
+    engine._process._timeout_seconds = 0.8 * seconds
     answers = engine.generate(prompts, params)
     assert [[r.token_ids for r in row] for row in answers] == [[r.token_ids for r in row] for row in expected]
     assert engine.process_id() == first

@@ -212,8 +212,8 @@ def test_a_long_answer_is_no_silence_but_a_stopped_engine_is(
     begun = time.perf_counter()
     engine.generate(prompts, params)
     seconds = time.perf_counter() - begun
-    # All answers of a server end together, long after this.
-    engine._setup = replace(engine._setup, timeout_seconds=seconds / 2)
+    # All answers of a server end together, after this; a busy machine may be silent for a while.
+    engine._setup = replace(engine._setup, timeout_seconds=0.8 * seconds)
     rows = engine.generate(prompts, params)
     assert not caplog.records
     assert largest_gap(folders[0], prompts[::5], rows[::5]) < 1e-4

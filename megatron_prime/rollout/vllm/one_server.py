@@ -107,7 +107,7 @@ class ServerSampler:
             num_tokens = await self._server.num_tokens()
             if num_tokens is not None and num_tokens != self._num_tokens:
                 # The first number counts as progress: there is none to compare it with.
-                self._num_tokens, self._heard = num_tokens, now
+                self._num_tokens, self._heard = num_tokens, time.monotonic()
         if time.monotonic() - self._heard > self._timeout_seconds:
             raise ServerLost(f"{self._server.url}: no answer and no token for {self._timeout_seconds:g} seconds")
 
