@@ -92,7 +92,7 @@ class RunFolder:
     def prepare(self, config: AnyConfig, resume: Literal["auto", "never"]) -> None:
         """Makes the folders and writes the resolved configuration; collective.
 
-        Without a checkpoint the run starts over, so what an earlier try measured is removed.
+        Without a checkpoint the run starts over, so what an earlier try measured before it ended is removed.
 
         Args:
             config: the resolved configuration.
@@ -100,7 +100,7 @@ class RunFolder:
 
         Raises:
             ConfigError: on every process, where ``resume`` forbids the folder, the run that is to go on had another
-                configuration, or another process trains in the folder.
+                configuration, a finished run's checkpoints are gone, or another process trains in the folder.
         """
         if problem := world.broadcast(self._keep_others_out() if world.is_main() else None):
             raise ConfigError(problem)
@@ -112,11 +112,16 @@ class RunFolder:
             )
         if has_checkpoint:
             self._refuse_another(config)
+        elif world.broadcast(self.summary_path.exists()):
+            raise ConfigError(
+                f"run.name: {self.path} holds a finished run (summary.json) whose checkpoints are gone"
+                "; choose another run.name, or remove the folder"
+            )
         if world.is_main():
             for folder in (self.path, self.checkpoints, self.tensorboard, self.plots):
                 folder.mkdir(parents=True, exist_ok=True)
             if not has_checkpoint:
-                for stale in (self.metrics_path, self.summary_path, *self.tensorboard.glob("events.*")):
+                for stale in (self.metrics_path, *self.tensorboard.glob("events.*")):
                     stale.unlink(missing_ok=True)
             save_config(config, self.config_path)
         world.barrier()

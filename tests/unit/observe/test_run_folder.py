@@ -99,11 +99,22 @@ def test_a_checkpoint_that_was_never_finished_is_none(tmp_path, config):
 def test_starting_over_forgets_what_the_earlier_try_measured(tmp_path, config):
     folder = RunFolder(tmp_path, "a")
     folder.prepare(config, "auto")
-    stale = [folder.metrics_path, folder.summary_path, folder.tensorboard / "events.out.1"]
+    stale = [folder.metrics_path, folder.tensorboard / "events.out.1"]
     for path in stale:
         path.write_text("old")
     folder.prepare(config, "auto")
     assert not any(path.exists() for path in stale)
+
+
+def test_a_finished_run_without_its_checkpoints_stays_as_it_is(tmp_path, config):
+    folder = RunFolder(tmp_path, "a")
+    folder.prepare(config, "auto")
+    folder.metrics_path.write_text('{"step": 1}\n')
+    folder.summary_path.write_text("{}")
+    for resume in ("auto", "never"):
+        with pytest.raises(ConfigError, match=r"finished run .* checkpoints are gone; choose another run\.name"):
+            folder.prepare(config, resume)
+    assert folder.metrics_path.read_text() == '{"step": 1}\n'
 
 
 def test_truncate_keeps_steps_up_to_the_checkpoint_and_drops_half_rows(tmp_path, config):
