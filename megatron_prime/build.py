@@ -379,7 +379,7 @@ def _prompts(config: PrimeConfig) -> PromptSource:
 def _finish(
     config: AnyConfig, folder: RunFolder, summary: Mapping[str, Any], metrics: MetricsLogger
 ) -> Mapping[str, Any]:
-    full = {**summary, "commit": commit()}
+    full = {**summary, "commit": commit() if world.is_main() else None}
     metrics.close()
     if world.is_main():
         write_summary(folder, full)

@@ -131,8 +131,10 @@ def _launch(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _serve(options: argparse.Namespace, arguments: list[str]) -> int:
     """Becomes a vLLM server for the runs of a configuration; returns only if it cannot."""
+    import torch
+
     from megatron_prime.engines import engine_options
-    from megatron_prime.rollout.vllm.serve import server_command
+    from megatron_prime.rollout.vllm.serve import of_a_server, server_command
 
     config = load_config(options.config, options.overrides)
     if not isinstance(config, PrimeConfig):
@@ -141,12 +143,9 @@ def _serve(options: argparse.Namespace, arguments: list[str]) -> int:
     assert isinstance(config, PrimeConfig)
     # A server needs none of the trainer's GPUs or data.
     section, architecture = config.rollout.vllm, check(config, check_files=False)
-    command, environment = server_command(
-        engine_options(config.model.path, config.model.dtype, section, architecture),
-        options.host,
-        options.port,
-        section.num_threads,
-    )
+    engine = engine_options(config.model.path, config.model.dtype, section, architecture)
+    engine = of_a_server(engine, options.overrides, on_gpu=torch.cuda.is_available())
+    command, environment = server_command(engine, options.host, options.port, section.num_threads)
     print(f"vLLM of {config.model.path} on http://{options.host}:{options.port}, without weights yet", flush=True)
     os.execvpe(command[0], command, environment)
 

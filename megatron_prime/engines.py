@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from megatron_prime import world
+from megatron_prime.config.engine_checks import NO_EXPERTS
 from megatron_prime.config.schema import RolloutSection, VllmSection
 from megatron_prime.data.tokenizer import end_token_ids, load_tokenizer
 from megatron_prime.errors import ConfigError
@@ -46,6 +47,8 @@ def running_engine(
         "end_token_ids": end_token_ids(tokenizer, folder),
         "decode": lambda ids: str(tokenizer.decode(list(ids))),
     }
+    if section.engine == "vllm" and architecture.experts is not None:
+        raise ConfigError(f"the rollout engine: {NO_EXPERTS}")
     engine: Engine
     if section.engine == "vllm" and section.vllm.servers:
         # Most runs need no HTTP client.

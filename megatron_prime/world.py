@@ -1,17 +1,40 @@
-"""The few collectives that every room needs, over whatever process group `torch.distributed` has.
+"""The few collectives that every room needs, over `talking`'s group or else the default one of `torch.distributed`.
 
 Without a process group (unit tests, `generate` on one process) everything acts as a world of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 Item = TypeVar("Item")
+
+_PATIENCE = timedelta(days=30)
+_group: Any = None
+
+
+@contextmanager
+def talking() -> Iterator[None]:
+    """Gives the functions below a gloo group of their own for a ``with`` block; collective.
+
+    A rank that waits here may wait for a rollout of an hour: NCCL would fill its GPU with a kernel that waits, on which
+    the engine samples, and every backend would give up after its time-out. Who is stuck is the watchdog's to find.
+    """
+    global _group
+    if world_size() == 1:
+        yield
+        return
+    _group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    try:
+        yield
+    finally:
+        _group = None
 
 
 def _initialized() -> bool:
@@ -36,15 +59,15 @@ def is_main() -> bool:
 def barrier() -> None:
     """Waits for every process."""
     if _initialized():
-        dist.barrier()
+        dist.barrier(group=_group)
 
 
 def any_process(flag: bool) -> bool:
     """Whether the flag is true on any process; the same answer on all."""
     if world_size() == 1:
         return flag
-    votes = torch.tensor(int(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    votes = torch.tensor(int(flag))
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_group)
     return bool(votes)
 
 
@@ -53,7 +76,7 @@ def all_gather(value: Item) -> list[Item]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_group)
     return values
 
 
@@ -62,7 +85,7 @@ def broadcast(value: Item, source: int = 0) -> Item:
     if world_size() == 1:
         return value
     box: list[Any] = [value if rank() == source else None]
-    dist.broadcast_object_list(box, src=source)
+    dist.broadcast_object_list(box, src=source, group=_group)
     return box[0]
 
 

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from megatron_prime.config.schema import FileData, PrimeConfig, VllmSection
 
+NO_EXPERTS = "vllm cannot be given the weights of a model with experts yet; use transformers"
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -24,6 +25,8 @@ class EngineArchitecture(Protocol):
     def kv_channels(self) -> int: ...
     @property
     def max_position_embeddings(self) -> int: ...
+    @property
+    def experts(self) -> object | None: ...
 
 
 def check_engine(config: PrimeConfig, architecture: EngineArchitecture | None, check_files: bool) -> list[str]:
@@ -49,6 +52,8 @@ def check_engine(config: PrimeConfig, architecture: EngineArchitecture | None, c
     if architecture is None:
         return problems
     section = config.rollout.vllm
+    if architecture.experts is not None:
+        problems.append(f"rollout.engine: {NO_EXPERTS}")
     problems += _check_length(config, architecture)
     problems += _check_heads(section, architecture)
     problems += _check_width(config)

@@ -33,6 +33,8 @@ class Sign:
     """In this phase."""
     num_looks: int
     """How often the rank's watchdog has looked so far: a process that is stopped does not."""
+    idle_seconds: float = 0.0
+    """Since its main thread last computed, or heard that what it waits for gets on."""
     waits_in: str | None = None
     """The collective that it waits in."""
     failure: str | None = None

@@ -1,7 +1,8 @@
 """Finds a rank that does not arrive where the others wait for it, says which one and what it does, and ends the job.
 
-Every rank has a thread that looks at the main thread: is it inside a collective, and does it use the CPU? One that has
-waited for longer than the limit reads the other ranks' signs of life (`heartbeat`), which needs no collective.
+Every rank has a thread that looks at the main thread: is it inside a collective, does it use the CPU, and does what it
+waits for get on (`progress`)? One that has waited for longer than the limit reads the other ranks' signs of life
+(`heartbeat`), which needs no collective.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
+from megatron_prime import progress
 from megatron_prime.launch.exit_status import STALLED
 from megatron_prime.launch.heartbeat import Sign, SignFile, read_signs
 from megatron_prime.launch.host_memory import host_memory_gib
@@ -31,10 +33,13 @@ _WAITING_MODULES = ("torch.distributed", "megatron.core")
 _MAX_CPU_SHARE = 0.05
 """Of one core: who waits uses less, who computes between quick collectives more."""
 _PATIENT_PHASES = frozenset({"start", "rollout", "evaluation", "refit"})
-"""They may be idle without a collective: engines, which start in the first, and verifiers have limits of their own."""
+"""They may be idle without a collective: engines, which start in the first, and verifiers have limits of their own. The
+other ranks wait there for one whose engine or verifier gets on, however long it takes."""
 _NUM_LOOKS = 20
 """Within the time limit."""
 _MIN_LOOK_SECONDS, _MAX_LOOK_SECONDS = 0.1, 10.0
+_SLOWEST_LOOKS = 2.5
+"""Looks of this rank in which every other one that runs has looked as well."""
 _STACK_SECONDS = 2.0
 _FAILURE_LOOK_SECONDS = 0.1
 _LOW_MEMORY_SHARE = 0.04
@@ -88,7 +93,8 @@ class Watchdog:
             thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             thread.start()
             try:
-                yield
+                with progress.listening(self.hear):
+                    yield
             finally:
                 self._ended.set()
                 thread.join()
@@ -101,6 +107,10 @@ class Watchdog:
             self._phase, self._step, self._phase_start = phase, step, time.monotonic()
             self._waits_in, self._idle_start = None, self._phase_start
             self._write()
+
+    def hear(self) -> None:
+        """Says that what the main thread waits for gets on."""
+        self._idle_start = time.monotonic()
 
     def fail(self, reason: str) -> None:
         """Says that this rank ends, and why, before the others notice."""
@@ -142,6 +152,7 @@ class Watchdog:
             step=self._step,
             phase_seconds=time.monotonic() - self._phase_start,
             num_looks=self._num_looks,
+            idle_seconds=time.monotonic() - self._idle_start,
             waits_in=self._waits_in,
             failure=self._failure,
         )
@@ -160,7 +171,10 @@ class Watchdog:
             self._watch_memory()
             self._write_late_stack()
             if idle_seconds > self._timeout_seconds:
-                self._end_stalled_job()
+                before = self._everyone()
+                time.sleep(_SLOWEST_LOOKS * self._look_seconds)
+                if self._is_stalled(before):
+                    self._end_stalled_job(before)
 
     def _look(self) -> float:
         """How long the main thread has been waiting, 0 while it works."""
@@ -172,6 +186,26 @@ class Watchdog:
         idle_seconds = now - self._idle_start
         self._waits_in = place if idle_seconds > 0 else None
         return 0.0 if place is None and self._phase in _PATIENT_PHASES else idle_seconds
+
+    def _is_stalled(self, before: Mapping[int, Sign]) -> bool:
+        """Whether this rank still waits, and for none that gets on with what may take its time.
+
+        Args:
+            before: signs of life by rank, from before every watchdog should have looked again.
+        """
+        with self._lock:
+            if self._look() <= self._timeout_seconds:
+                return False
+            if self._phase not in _PATIENT_PHASES:
+                return True
+        return not any(
+            sign.phase in _PATIENT_PHASES
+            and sign.waits_in is None
+            and sign.idle_seconds < self._timeout_seconds
+            and rank in before
+            and sign.num_looks > before[rank].num_looks
+            for rank, sign in self.peers().items()
+        )
 
     def _main_cpu_seconds(self) -> float:
         assert self._main_thread is not None
@@ -197,16 +231,14 @@ class Watchdog:
                 *(socket.gethostname(), *found, self._sign().place()),
             )
 
-    def _end_stalled_job(self) -> None:
-        """Reports once for all ranks and ends this process."""
+    def _end_stalled_job(self, before: Mapping[int, Sign]) -> None:
+        """Reports once for all ranks and ends this process; `before` as in `_is_stalled`."""
         try:
             report = os.open(self._report_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             # Another rank reports; its exit ends this one where a launcher watches over both.
             time.sleep(3 * self._look_seconds + 2 * _STACK_SECONDS)
             os._exit(STALLED)
-        before = self._everyone()
-        time.sleep(2.5 * self._look_seconds)
         text = stall_report(before, self._everyone(), self._stack_of) + "\n"
         os.write(report, text.encode())
         sys.stderr.write(text)

@@ -6,10 +6,10 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, replace
 
-from megatron_prime import world
+from megatron_prime import progress, world
 from megatron_prime.batch import Prompt, Response, SamplingParams, Verdict
 from megatron_prime.config.schema import PrimeConfig
 from megatron_prime.trainer.protocols import Engine, Verifier
@@ -73,6 +73,8 @@ def sample_and_verify(
     places = [(prompt, answer) for prompt, answers in enumerate(responses) for answer in range(len(answers))]
     for prompt, answer in world.my_share([place for place in places if place not in early]):
         grade(prompt, answer, responses[prompt][answer])
+    for _ in as_completed(pending.values()):
+        progress.heard()
     verdicts: dict[tuple[int, int], Verdict] = {}
     for graded in world.all_gather({place: future.result() for place, future in pending.items()}):
         verdicts |= graded

@@ -91,6 +91,8 @@ class PrimeTrainer:
     def train(self) -> dict[str, Any]:
         """Runs to the last step and returns the summary of the run."""
         config = self.config
+        # Where engine and models take turns in one memory, it is the models' turn.
+        self.parts.engine.sleep()
         with self.stages("restore"):
             state = self.parts.checkpoints.restore()
         if state is not None:

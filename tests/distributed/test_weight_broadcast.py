@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 
 import pytest
 import torch
@@ -118,3 +119,23 @@ def test_a_sender_that_gives_up_is_not_waited_for(gloo_pool) -> None:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     assert gloo_pool.run(2, give_up, port)[1].endswith("the sender gave up")
+
+
+def wait_for_absent(port: int, timeout_seconds: float, is_known: bool) -> tuple[str, float]:
+    """What members say of a group of three in which the third never comes, and after how long."""
+    rank = int(os.environ["RANK"])
+    begun = time.monotonic()
+    with pytest.raises(BrokenOff) as found:
+        Group("gloo", "127.0.0.1", port, rank, 3, timeout_seconds, CPU, lambda: rank == 0 and is_known)
+    return str(found.value), time.monotonic() - begun
+
+
+@pytest.mark.parametrize(("timeout_seconds", "is_known"), [(1.0, False), (1000.0, True)])
+def test_who_does_not_come_is_not_waited_for_without_end(gloo_pool, timeout_seconds: float, is_known: bool) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    (sender, seconds), (_, others) = gloo_pool.run(2, wait_for_absent, port, timeout_seconds, is_known)
+    expected = "the sender gave up" if is_known else "2 of 3 members came within 1 seconds"
+    assert sender == f"{BROKEN_OFF}: {expected}"
+    assert max(seconds, others) < 60

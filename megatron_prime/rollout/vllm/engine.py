@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from megatron_prime import world
 from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.errors import RolloutError
@@ -109,6 +111,9 @@ class VllmEngine:
     def load_weights(self, weights: ExportedWeights, version: int) -> str:
         """See `protocol.Engine.load_weights`; a failed load leaves no engine that could generate."""
         self.weight_version = -1
+        if torch.cuda.is_available():
+            # What torch keeps for later is lost to an engine on the same GPUs, above all to one that has to start.
+            torch.cuda.empty_cache()
         self.prepare(weights)
         # Also says that every rank is prepared.
         raise_together(not_finite(self._begin(weights)), f"weights of version {version}: ")

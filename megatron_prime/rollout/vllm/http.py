@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 import aiohttp
 
+from megatron_prime import progress
 from megatron_prime.rollout.vllm.messages import EngineRequest, Finished
+
+Result = TypeVar("Result")
 
 _HEALTH_SECONDS = 5.0
 _TOKEN_COUNTERS = ("vllm:prompt_tokens_total{", "vllm:generation_tokens_total{")
@@ -14,6 +19,21 @@ _TOKEN_COUNTERS = ("vllm:prompt_tokens_total{", "vllm:generation_tokens_total{")
 
 class ServerLost(Exception):
     """A server is not there, or not able to do what it was asked."""
+
+
+async def say_progress(action: Awaitable[Result]) -> Result:
+    """Awaits servers, which all have a time limit, and says meanwhile that this process is not stuck."""
+
+    async def say() -> None:
+        while True:
+            progress.heard()
+            await asyncio.sleep(progress.SIGN_SECONDS)
+
+    saying = asyncio.create_task(say())
+    try:
+        return await action
+    finally:
+        saying.cancel()
 
 
 class VllmServer:
@@ -124,3 +144,20 @@ class VllmServer:
             raise ServerLost(f"{self.url}{path}: no answer within {total:g} seconds") from error
         except aiohttp.ClientError as error:
             raise ServerLost(f"{self.url}{path}: {type(error).__name__}: {error}") from error
+
+
+async def each(
+    servers: Sequence[VllmServer], action: Callable[[VllmServer], Awaitable[Result]]
+) -> tuple[dict[str, str], dict[str, Result]]:
+    """Does something with all servers at once; what went wrong and what came of it, by server."""
+    results = await asyncio.gather(*(action(server) for server in servers), return_exceptions=True)
+    failed: dict[str, str] = {}
+    done: dict[str, Result] = {}
+    for server, result in zip(servers, results, strict=True):
+        if isinstance(result, ServerLost):
+            failed[server.url] = str(result)
+        elif isinstance(result, BaseException):
+            raise result
+        else:
+            done[server.url] = result
+    return failed, done

@@ -164,12 +164,16 @@ def _own_shared_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Keeps the trainer's random numbers from vLLM, which seeds and draws from the process's generators."""
+    """Keeps the trainer's random numbers and CUDA stream from vLLM, which uses the process's and sets its own."""
     states = random.getstate(), numpy.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    streams = [torch.cuda.current_stream() for _ in devices]
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
         random.setstate(states[0])
         numpy.random.set_state(states[1])
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+            torch.cuda.set_stream(stream)

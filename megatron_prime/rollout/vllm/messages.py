@@ -97,10 +97,16 @@ class Generate:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ready:
-    """The engine is built and has no weights yet."""
+class Started:
+    """There is a process, which is going to build the engine."""
 
     process_id: int
+    """Also of its process group: the engine's workers are in it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ready:
+    """The engine is built and has no weights yet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,4 +144,4 @@ class Failed:
 
 
 Message = LoadWeights | Generate
-Reply = Ready | Loaded | Progress | Finished | Failed
+Reply = Started | Ready | Loaded | Progress | Finished | Failed

@@ -30,6 +30,7 @@ def main(descriptor: int) -> None:
     from vllm.platforms import current_platform
 
     from megatron_prime.rollout.vllm import server, transfer  # noqa: F401
+    from megatron_prime.rollout.vllm.messages import Started
 
     if current_platform.is_cpu():
         # What an engine would otherwise import when it is built; a GPU must not be touched before the fork.
@@ -49,9 +50,12 @@ def main(descriptor: int) -> None:
         if os.fork() == 0:
             control.close()
             die_with_parent()
+            # The trainer ends the engine's workers with it.
+            os.setsid()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             try:
                 with Connection(descriptors[0]) as connection:
+                    connection.send(Started(process_id=os.getpid()))
                     server.serve(connection, pickle.loads(message))
             finally:
                 # Exit handlers are the parent's.

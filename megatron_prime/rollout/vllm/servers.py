@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import logging
 import socket
+import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -25,14 +26,13 @@ from megatron_prime.rollout.vllm.answers import make_request, not_finite, raise_
 from megatron_prime.rollout.vllm.broadcast import BrokenOff, Group
 from megatron_prime.rollout.vllm.buckets import BucketSender
 from megatron_prime.rollout.vllm.failures import ServerFailures, at_fault
-from megatron_prime.rollout.vllm.http import ServerLost, VllmServer
+from megatron_prime.rollout.vllm.http import ServerLost, VllmServer, each, say_progress
 from megatron_prime.rollout.vllm.messages import EngineRequest, Finished
 from megatron_prime.rollout.vllm.one_server import ServerSampler
 from megatron_prime.rollout.vllm.shared_weights import SharedPlan, lay_out, whole_tensors
 from megatron_prime.weights.digests import find_non_finite
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 _POLL_SECONDS = 1.0
 _MEETING_SECONDS = 60.0
@@ -101,7 +101,7 @@ class VllmServers:
         problem = None
         if world.is_main():
             try:
-                groups = asyncio.run(self._sample(prompts, sampling, on_answer))
+                groups = asyncio.run(say_progress(self._sample(prompts, sampling, on_answer)))
             except RolloutError as error:
                 problem = str(error)
         raise_for([world.broadcast(problem)])
@@ -119,7 +119,7 @@ class VllmServers:
             raise_for([world.broadcast(problem)])
             checksum = None
             if world.is_main():
-                checksum = asyncio.run(self._load(weights, version))
+                checksum = asyncio.run(say_progress(self._load(weights, version)))
             elif self._setup.holds_copy:
                 for _ in weights:
                     pass
@@ -182,14 +182,14 @@ class VllmServers:
         assert self._plan is not None
         setup = self._setup
         self._members, self._sender, self._group, self._version = (), None, None, -1
-        failed, lengths = await _each(servers, VllmServer.max_model_len)
+        failed, lengths = await each(servers, VllmServer.max_model_len)
         failed |= {
             url: f"{url} takes {length} tokens at most, rollout.vllm.max_model_len is {setup.max_model_len}; "
             "start it with this run's configuration"
             for url, length in lengths.items()
             if length < setup.max_model_len
         }
-        silent, num_workers = await _each(servers, VllmServer.num_workers)
+        silent, num_workers = await each(servers, VllmServer.num_workers)
         if failed := failed | silent:
             return self._did_not_meet(failed, None)
         ranks = dict(zip(num_workers, accumulate(num_workers.values(), initial=1), strict=False))
@@ -204,14 +204,20 @@ class VllmServers:
             "timeout_seconds": min(_MEETING_SECONDS, setup.timeout_seconds),
         }
         place = ("0.0.0.0", port, 0, size, meeting["timeout_seconds"])
-        own = asyncio.create_task(asyncio.to_thread(Group, setup.transfer, *place, setup.device))
-        # All are waited for, also when one has failed: the others are busy until they give up.
-        failed, _ = await _each(
-            servers,
-            lambda server: server.meet(
-                meeting | {"address": _address_towards(server.url), "first_rank": ranks[server.url]}
-            ),
+        called_off = threading.Event()
+        own = asyncio.create_task(
+            asyncio.to_thread(Group, setup.transfer, *place, setup.device, called_off=called_off.is_set)
         )
+
+        async def meet(server: VllmServer) -> None:
+            try:
+                await server.meet(meeting | {"address": _address_towards(server.url), "first_rank": ranks[server.url]})
+            except ServerLost:
+                called_off.set()
+                raise
+
+        # All are waited for, also when one has failed: the others are busy until they give up.
+        failed, _ = await each(servers, meet)
         try:
             group = await own
         except RuntimeError as error:
@@ -239,17 +245,17 @@ class VllmServers:
         self._version, self._first_failed = -1, []
         async with self._client() as client:
             servers = [VllmServer(url, client, self._setup.timeout_seconds) for url in self._members]
-            failed, _ = await _each(servers, VllmServer.start_load)
+            failed, _ = await each(servers, VllmServer.start_load)
             # Whoever was ready waits for weights; they are sent to all or to none.
             checksum = None
             if failed:
                 _drain(weights)
             else:
                 sending = asyncio.create_task(asyncio.to_thread(self._send, weights))
-                failed, _ = await _each(servers, self._receive)
+                failed, _ = await each(servers, self._receive)
                 checksum = await sending
             if not failed and checksum is not None:
-                failed, _ = await _each(servers, lambda server: server.finish_load(version))
+                failed, _ = await each(servers, lambda server: server.finish_load(version))
         if failed or checksum is None:
             for text in failed.values():
                 logger.warning("a vLLM server failed in a refit: %s", text)
@@ -350,26 +356,9 @@ async def _wait_for(servers: Sequence[VllmServer], patience_seconds: float) -> d
         await asyncio.sleep(_POLL_SECONDS)
 
 
-async def _each(
-    servers: Sequence[VllmServer], action: Callable[[VllmServer], Awaitable[Result]]
-) -> tuple[dict[str, str], dict[str, Result]]:
-    """Does something with all servers at once; what went wrong and what came of it, by server."""
-    results = await asyncio.gather(*(action(server) for server in servers), return_exceptions=True)
-    failed: dict[str, str] = {}
-    done: dict[str, Result] = {}
-    for server, result in zip(servers, results, strict=True):
-        if isinstance(result, ServerLost):
-            failed[server.url] = str(result)
-        elif isinstance(result, BaseException):
-            raise result
-        else:
-            done[server.url] = result
-    return failed, done
-
-
 def _problem_of(action: Coroutine[Any, Any, None]) -> str | None:
     try:
-        asyncio.run(action)
+        asyncio.run(say_progress(action))
     except (RolloutError, ServerLost) as error:
         return str(error)
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
 
@@ -46,6 +47,7 @@ class StreamedVllmEngine(VllmEngine):
                 self._channel = SharedBuckets(setup.bucket_bytes, readers, device, timeout, self._is_lost)
 
     def _begin(self, weights: ExportedWeights) -> list[str]:
+        self._start_early()
         return find_non_finite(weights.slices())
 
     def _checksum(self) -> str:
@@ -67,6 +69,13 @@ class StreamedVllmEngine(VllmEngine):
             if not isinstance(error, EngineLost):
                 return str(error) if error else None
         return f"vLLM engine {self._setup.engine_index} was lost {attempts} times in a row; the last time: {error}"
+
+    def _start_early(self) -> None:
+        """Starts an engine where there is none, while the other ranks wait for it without their GPUs."""
+        if self._setup.is_leader and self._process is None:
+            # `_send` tries again, and says why it cannot.
+            with contextlib.suppress(EngineLost, RolloutError):
+                self._process = self._new_process()
 
     def _send(self, weights: ExportedWeights) -> None:
         """Has the engine, a new one if there is none, load what is sent; reads the weights to their end in any case."""
@@ -109,6 +118,7 @@ class StreamedVllmEngine(VllmEngine):
                     self._sample_the_rest(share, on_answer)
                 except EngineLost as error:
                     self._lose(lost := error)
+                    self._start_early()
             if not any(world.all_gather(lost is not None)):
                 return None
             assert self._weights is not None

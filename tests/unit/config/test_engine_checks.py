@@ -13,7 +13,12 @@ from megatron_prime.config import PrimeConfig, load_config
 from megatron_prime.config.engine_checks import check_engine
 
 SHAPE = SimpleNamespace(
-    num_layers=28, num_attention_heads=28, num_query_groups=4, kv_channels=128, max_position_embeddings=32768
+    num_layers=28,
+    num_attention_heads=28,
+    num_query_groups=4,
+    kv_channels=128,
+    max_position_embeddings=32768,
+    experts=None,
 )
 
 
@@ -34,6 +39,13 @@ def load(root: Path, *overrides: str) -> PrimeConfig:
 
 def test_a_sound_configuration_has_no_problems(tmp_path: Path) -> None:
     assert check_engine(load(tmp_path), SHAPE, check_files=False) == []
+
+
+def test_models_with_experts_are_refused(tmp_path: Path) -> None:
+    shape = SimpleNamespace(**vars(SHAPE) | {"experts": SimpleNamespace(num_experts=8)})
+    (found,) = check_engine(load(tmp_path), shape, check_files=False)
+    assert found == ("rollout.engine: vllm cannot be given the weights of a model with experts yet; use transformers")
+    assert check_engine(load(tmp_path, "rollout.engine=transformers"), shape, check_files=False) == []
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,17 @@ def test_a_resumed_run_goes_on_where_it_stopped() -> None:
     assert ids(resumed.groups.collector.take()) == ids(whole.groups.collector.take())
 
 
+def test_the_engine_sleeps_while_models_are_restored() -> None:
+    engine = ScriptedEngine([KEPT] * 40)
+
+    class Watched(MemoryCheckpoints):
+        def restore(self) -> Any:
+            assert engine.is_asleep
+            return super().restore()
+
+    run_of(1, Watched(), engine).train()
+
+
 def test_a_resumed_run_knows_what_the_engine_had_while_the_policy_waited() -> None:
     """PRM warm-up leaves the engine's weights what they were: answers from before are not stale."""
     script = [KEPT, EASY, HARD, KEPT, KEPT, KEPT, KEPT, EASY] + [KEPT] * 40
