@@ -10,9 +10,15 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core import optimizer as megatron_optimizer
+from megatron.core.utils import get_te_version, is_te_min_version
 
 from megatron_prime.config.schema_model import ModelSection
 from megatron_prime.errors import ConfigError
+
+_FP8_CAPABILITY = (8, 9)
+"""Compute capability of the first GPUs with FP8 matrix products."""
+_FP8_TRANSFORMER_ENGINE = "2.2"
+"""First version whose FP8 scales may come from the values at hand (Megatron's recipe ``tensorwise``)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,4 +52,16 @@ def choose_libraries(model: ModelSection) -> Libraries:
             f"model.fp8: {model.fp8!r} needs CUDA and the transformer_engine package; install megatron-prime[gpu] or "
             "set it to null"
         )
+    if model.fp8 is not None:
+        _check_fp8(model.fp8)
     return Libraries(transformer_engine=transformer_engine, adam=megatron_optimizer.Adam.__module__.partition(".")[0])
+
+
+def _check_fp8(fp8: str) -> None:
+    if torch.cuda.get_device_capability() < _FP8_CAPABILITY:
+        raise ConfigError(f"model.fp8: {fp8!r} needs GPUs of compute capability 8.9 or higher (H100); set it to null")
+    if not is_te_min_version(_FP8_TRANSFORMER_ENGINE):
+        raise ConfigError(
+            f"model.fp8: {fp8!r} needs transformer_engine {_FP8_TRANSFORMER_ENGINE} or later, "
+            f"found {get_te_version()}; install megatron-prime[gpu] or set it to null"
+        )

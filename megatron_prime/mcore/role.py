@@ -73,6 +73,7 @@ class ModelRole:
                 setup.architecture,
                 setup.model,
                 setup.parallel,
+                transformer_engine=self.transformer_engine,
                 head_options=setup.head,
                 device=setup.layout.device,
             )
