@@ -50,8 +50,8 @@ class ParallelSection:
     overlap_param_gather: bool = False
     """Gather stepped parameters while the forward pass of the next mini-batch runs; needs both switches above."""
     offload_idle: Literal["none", "gradients", "all"] = "none"
-    """What a model gives away while it does not compute: its buffers of gradients; `all`: on a GPU, also weights and
-    optimizer states, which then wait in host memory. Never changes a result."""
+    """What a model gives away while it does not compute: buffers of gradients and FP8 copies of weights; `all`: on a
+    GPU, also weights and optimizer states, which then wait in host memory. Never changes a result."""
     timeout_seconds: float = 1800.0
     """How long a rank waits for the others, or for data, before the run ends and says which rank did not arrive."""
 

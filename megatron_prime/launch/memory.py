@@ -40,6 +40,8 @@ class Layout:
     """Of parameters and activations."""
     vocab_multiple: int
     recompute: str
+    fp8: bool = False
+    """Matrix products of the layers."""
     local_layers: bool = False
     """Megatron's own layers with torch's norm and attention (CPU); else Transformer Engine's."""
 
@@ -64,6 +66,7 @@ class Layout:
             item_bytes=ITEM_BYTES[model.dtype],
             vocab_multiple=model.make_vocab_size_divisible_by,
             recompute=model.recompute_granularity,
+            fp8=model.fp8 is not None,
             local_layers=local_layers or model.transformer_impl == "local",
         )
 
@@ -124,14 +127,19 @@ def vocabulary_rows(architecture: ModelArchitecture, layout: Layout) -> int:
 
 def _layer_parameters(a: ModelArchitecture, tensor: int) -> int:
     query, key = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
-    dense, router = a.ffn_hidden_size, 0
+    router = 0
     if a.experts is not None:
-        dense = a.experts.shared_ffn_hidden_size or 0
-        router = a.hidden_size * (a.experts.num_experts + (dense > 0))
-    matrices = a.hidden_size * (query + 2 * key) + query * a.hidden_size + 3 * a.hidden_size * dense
+        router = a.hidden_size * (a.experts.num_experts + (a.experts.shared_ffn_hidden_size is not None))
     biases = query + 2 * key if a.add_qkv_bias else 0
     norms = 2 * a.hidden_size + (2 * a.kv_channels if a.qk_layernorm else 0)
-    return (matrices + biases) // tensor + norms + router
+    return (_layer_matrices(a) + biases) // tensor + norms + router
+
+
+def _layer_matrices(a: ModelArchitecture) -> int:
+    """Parameters of a layer's linear layers over all tensor-parallel ranks, but for its experts."""
+    query, key = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
+    dense = a.ffn_hidden_size if a.experts is None else a.experts.shared_ffn_hidden_size or 0
+    return a.hidden_size * (query + 2 * key) + query * a.hidden_size + 3 * a.hidden_size * dense
 
 
 def _expert_parameters(a: ModelArchitecture) -> int:
@@ -173,6 +181,20 @@ def model_bytes(architecture: ModelArchitecture, layout: Layout, stage: int, *, 
         gradients=count * FLOAT32,
         optimizer=owned * (master + 2 * FLOAT32),
     )
+
+
+def fp8_copy_bytes(architecture: ModelArchitecture, layout: Layout, *, training: bool) -> int:
+    """FP8 copies of the layers' matrices that one model keeps on one rank from a pass's first micro-batch on.
+
+    Args:
+        architecture: shape of the model.
+        layout: how it is sharded.
+        training: backward passes take a transposed copy as well (on Hopper, whose FP8 products need it).
+    """
+    if not layout.fp8:
+        return 0
+    matrices = architecture.num_layers // layout.pipeline * _layer_matrices(architecture) // layout.tensor
+    return (matrices + _stage_experts(architecture, layout)) * (2 if training else 1)
 
 
 def num_trained_models(config: AnyConfig) -> int:

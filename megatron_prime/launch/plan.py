@@ -180,6 +180,10 @@ def _model_parts(
             parts[f"{name} gradients"] = size.gradients
         if name in trained and (given_away != "all" or trains):
             parts[f"{name} optimizer"] = size.optimizer
+        if layout.fp8 and (given_away == "none" or name == computing):
+            # Kept from pass to pass, those of a trained model with what backward took.
+            kept = trains or (given_away == "none" and name in trained)
+            parts[f"{name} FP8 copies"] = memory.fp8_copy_bytes(architecture, layout, training=kept)
     return parts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -74,8 +75,8 @@ class Residency:
     """What of one model is in the accelerator's memory; all of it until the first `sleep`.
 
     Args:
-        gives_away: ``none``; ``gradients``: their buffers, whose values every update begins anew; ``all``: weights and
-            optimizer states to host memory as well.
+        gives_away: ``none``; ``gradients``: their buffers, whose values every update begins anew, and FP8 copies of
+            weights, which every pass makes anew; ``all``: weights and optimizer states to host memory as well.
     """
 
     def __init__(self, gives_away: Literal["none", "gradients", "all"]) -> None:
@@ -94,6 +95,7 @@ class Residency:
         """
         if self._gives_away == "none":
             return
+        _drop_fp8_copies(chunks)
         buffers = [b for ddp in wrapped for b in (*ddp.buffers, *ddp.expert_parallel_buffers)]
         if not self._gradients.is_parked:
             self._gradients.park(buffer.grad_data for buffer in buffers)
@@ -121,6 +123,14 @@ def awake(role: ModelRole) -> Iterator[None]:
     role.wake(training=True)
     yield
     role.sleep()
+
+
+def _drop_fp8_copies(chunks: Sequence[torch.nn.Module]) -> None:
+    """Frees the copies of weights that Transformer Engine's layers make in a pass's first micro-batch, and keep."""
+    for module in itertools.chain(*(chunk.modules() for chunk in chunks)):
+        copies: Any = getattr(module, "_fp8_workspaces", None)
+        if copies:
+            copies.clear()
 
 
 def _states_of(optimizer: Any) -> list[torch.Tensor]:

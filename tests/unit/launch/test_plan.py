@@ -101,6 +101,28 @@ def test_bytes_per_parameter_are_those_of_mixed_precision() -> None:
     assert memory.model_bytes(architecture, layout, 0, trained=False).total * 9 == trained.total
 
 
+def test_fp8_copies_of_the_layers_are_counted() -> None:
+    config, architecture = recipe("prime_qwen2.5_72b", "qwen2.5-32b", "model.fp8=hybrid")
+    layout = replace(memory.Layout.of(config, local_layers=False), tensor=2, pipeline=1, item_bytes=2)
+    a = architecture
+    tables = 2 * memory.vocabulary_rows(a, layout) * a.hidden_size
+    small = a.hidden_size * (2 * a.num_layers + 1) + a.num_layers * (a.num_attention_heads + 16) * a.kv_channels // 2
+    matrices = memory.stage_parameters(a, layout, 0) - tables - small
+    assert memory.fp8_copy_bytes(a, layout, training=False) == matrices
+    assert memory.fp8_copy_bytes(a, layout, training=True) == 2 * matrices
+    assert memory.fp8_copy_bytes(a, replace(layout, fp8=False), training=True) == 0
+
+    def copies(offload: str) -> dict[str, list[str]]:
+        config, _ = recipe("prime_qwen2.5_72b", "qwen2.5-32b", "model.fp8=hybrid", f"parallel.offload_idle={offload}")
+        phases = make_plan(config, architecture, PROFILES["h100"]).phases
+        return {phase.name: [part for part in phase.parts if part.endswith("FP8 copies")] for phase in phases}
+
+    assert all(len(found) == 3 for found in copies("none").values())
+    given_away = copies("all")
+    assert given_away["rollout"] == []
+    assert given_away["policy_update"] == ["policy FP8 copies"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "phase", "part"),
     [
