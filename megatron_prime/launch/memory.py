@@ -43,15 +43,15 @@ class Layout:
     fp8: bool = False
     """Matrix products of the layers."""
     local_layers: bool = False
-    """Megatron's own layers with torch's norm and attention (CPU); else Transformer Engine's."""
+    """Megatron's own layers with torch's norm and attention; else Transformer Engine's."""
 
     @classmethod
-    def of(cls, config: AnyConfig, *, local_layers: bool) -> Layout:
+    def of(cls, config: AnyConfig, *, on_cpu: bool) -> Layout:
         """The layout of a configuration."""
-        return cls.of_sections(config.model, config.parallel, local_layers=local_layers)
+        return cls.of_sections(config.model, config.parallel, on_cpu=on_cpu)
 
     @classmethod
-    def of_sections(cls, model: ModelSection, parallel: ParallelSection, *, local_layers: bool) -> Layout:
+    def of_sections(cls, model: ModelSection, parallel: ParallelSection, *, on_cpu: bool) -> Layout:
         """The layout of a configuration's two sections that have a say in it."""
         tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         return cls(
@@ -67,7 +67,9 @@ class Layout:
             vocab_multiple=model.make_vocab_size_divisible_by,
             recompute=model.recompute_granularity,
             fp8=model.fp8 is not None,
-            local_layers=local_layers or model.transformer_impl == "local",
+            local_layers=on_cpu
+            or model.transformer_impl == "local"
+            or (model.transformer_impl == "auto" and model.dtype == "float32"),
         )
 
     @property

@@ -89,7 +89,7 @@ def make_plan(
         hardware: the machine.
         mean_response_tokens: see `workload_of`.
     """
-    layout = memory.Layout.of(config, local_layers=hardware.name == "cpu")
+    layout = memory.Layout.of(config, on_cpu=hardware.name == "cpu")
     work = workload_of(config, mean_response_tokens)
     stages = [_phases(config, architecture, layout, work, hardware, stage) for stage in range(layout.pipeline)]
     phases = tuple(max(same, key=lambda phase: phase.total) for same in zip(*stages, strict=True))
