@@ -44,6 +44,8 @@ class Layout:
     """Matrix products of the layers."""
     local_layers: bool = False
     """Megatron's own layers with torch's norm and attention; else Transformer Engine's."""
+    on_cpu: bool = False
+    """Activation functions in several steps; a GPU's are fused."""
 
     @classmethod
     def of(cls, config: AnyConfig, *, on_cpu: bool) -> Layout:
@@ -70,6 +72,7 @@ class Layout:
             local_layers=on_cpu
             or model.transformer_impl == "local"
             or (model.transformer_impl == "auto" and model.dtype == "float32"),
+            on_cpu=on_cpu,
         )
 
     @property
@@ -246,8 +249,9 @@ def layer_activation_bytes(architecture: ModelArchitecture, layout: Layout) -> f
         # A local norm keeps float32 copies of input and product; unconverted input keeps the whole projection.
         copies = (3 if item == FLOAT32 else 2) if layout.local_layers else 0
         attention += copies * FLOAT32 * (query + key) if copies else item * (query + key)
-    # Gate and up, silu(gate), up again, their product; for every chosen expert a token's way there and back.
-    feed_forward = item * 5 * _feed_forward_channels(a)
+    # Gate and up, silu(gate) and up again unless fused, their product; for every chosen expert a token's way there and
+    # back.
+    feed_forward = item * (5 if layout.on_cpu else 3) * _feed_forward_channels(a)
     if a.experts is not None:
         feed_forward += item * 4 * a.experts.router_topk * a.hidden_size
     statistics = FLOAT32 * (a.num_attention_heads / layout.tensor + 2 / layout.norm_shards)

@@ -85,7 +85,8 @@ def transformer_config(
         calculate_per_token_loss=True,
         use_cpu_initialization=not torch.cuda.is_available(),
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
+        # Compiled, SwiGLU keeps its input and its output for backward and nothing between; a CPU compiles for minutes.
+        bias_activation_fusion=torch.cuda.is_available(),
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=transformer_engine,

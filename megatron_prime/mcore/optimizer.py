@@ -78,8 +78,8 @@ def build_optimizer(
 def _use_fused_adam(optimizer: Any) -> None:
     """Switches torch's Adam, which Megatron takes where it finds no better one, to its fused kernels.
 
-    The default is a Python loop over the parameters on a CPU, and on CUDA kernels over lists of tensors that need room for
-    a copy of all parameters.
+    The default is a Python loop over the parameters on a CPU; on CUDA it is kernels over lists of tensors, which need
+    room for a copy of all parameters.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part.optimizer, torch.optim.Adam):
