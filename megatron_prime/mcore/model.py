@@ -41,6 +41,9 @@ from megatron_prime.weights.architecture import ModelArchitecture
 
 logger = logging.getLogger(__name__)
 
+_LENGTH_STEP = 1024
+"""Transformer Engine is told the longest sequence of a micro-batch in multiples of this."""
+
 
 def transformer_config(
     architecture: ModelArchitecture, model: ModelSection, parallel: ParallelSection, *, transformer_engine: bool
@@ -340,12 +343,14 @@ def packed_parameters(
     longest = int(lengths.max())
     if transformer_engine:
         bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
+        # A bound does. Megatron keeps the rotary embedding of 32 bounds per model, cuDNN a plan for each.
+        bound = longest + -longest % _LENGTH_STEP
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=bounds,
             cu_seqlens_kv=bounds,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+            max_seqlen_q=bound,
+            max_seqlen_kv=bound,
         )
     context, slots = micro_batch.context, None
     if context is not None or bool((lengths != longest).any()):

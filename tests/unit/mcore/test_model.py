@@ -11,7 +11,7 @@ import torch
 from megatron_prime.batch import SftExample
 from megatron_prime.config.schema import MicroBatchSection, ModelSection, ParallelSection
 from megatron_prime.mcore.cpu import megatron_platform, on_megatron_platform
-from megatron_prime.mcore.packing import TokenRows
+from megatron_prime.mcore.packing import TokenRows, build_micro_batch
 from megatron_prime.mcore.parallel import parallel_layout
 from megatron_prime.mcore.role import ModelRole, RoleSetup
 from megatron_prime.weights.architecture import ExpertLayers, ModelArchitecture
@@ -19,7 +19,7 @@ from megatron_prime.weights.architecture import ExpertLayers, ModelArchitecture
 with megatron_platform():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_prime.mcore.model import transformer_config
+    from megatron_prime.mcore.model import packed_parameters, transformer_config
 
 ARCHITECTURE = ModelArchitecture(
     family="llama",
@@ -103,3 +103,17 @@ def test_the_fused_swiglu_computes_the_same_and_keeps_less(experts: ExpertLayers
         # Two tensors of the feed-forward width less in each layer, as plans count.
         num_tokens = sum(rows.input_lengths())
         assert plain_bytes - fused_bytes == 2 * 4 * num_tokens * architecture.ffn_hidden_size * architecture.num_layers
+
+
+@pytest.mark.parametrize(("longest", "bound"), [(3, 1024), (1024, 1024), (1025, 2048)])
+def test_transformer_engine_hears_of_few_different_lengths(longest: int, bound: int) -> None:
+    lengths = (2, longest)
+    rows = TokenRows.from_examples(
+        [SftExample(prompt_token_ids=(1,), response_token_ids=(2,) * length) for length in lengths]
+    )
+    micro_batch = build_micro_batch(rows, [0, 1], packed=True, multiple_of=1)
+    packed = packed_parameters(micro_batch, transformer_engine=True, device=torch.device("cpu"))
+    assert packed is not None
+    assert (packed.max_seqlen_q, packed.max_seqlen_kv) == (bound, bound)
+    assert packed.cu_seqlens_q is not None
+    assert packed.cu_seqlens_q.tolist() == [0, 2, 2 + longest]
