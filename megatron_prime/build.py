@@ -302,7 +302,7 @@ def role_setup(config: AnyConfig, architecture: ModelArchitecture, layout: Layou
     with megatron_platform():
         from megatron_prime.mcore.libraries import choose_libraries
 
-        logger.info("models: %s", choose_libraries(config.model))
+        logger.info("models: %s", choose_libraries(config.model, packed=config.micro_batch.packed))
     return RoleSetup(
         architecture=architecture,
         model=config.model,

@@ -128,7 +128,7 @@ def check_disk(config: AnyConfig, architecture: ModelArchitecture) -> None:
         raise CheckpointError(
             f"run.directory: {folder} cannot be written: {error.strerror}; choose another, or change its rights"
         ) from error
-    layout = Layout.of(config, local_layers=False)
+    layout = Layout.of(config, on_cpu=False)
     size = checkpoint_bytes(config, architecture, layout)
     num_missing = max(1, num_checkpoints(config) - len(committed(folder)))
     needed = num_missing * size + exported_bytes(config, architecture, layout)

@@ -87,7 +87,7 @@ def planned(folder: Path) -> dict[str, float]:
     from megatron_prime.weights.architecture import read_architecture
 
     config = load_config(ROOT / "configs" / "arithmetic.yaml", [f"model.path={folder}", *COMMON])
-    found = model_bytes(read_architecture(folder), Layout.of(config, local_layers=True), 0, trained=True)
+    found = model_bytes(read_architecture(folder), Layout.of(config, on_cpu=True), 0, trained=True)
     return {part: getattr(found, part) / 2**30 for part in ("weights", "gradients", "optimizer")}
 
 

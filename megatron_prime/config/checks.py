@@ -45,7 +45,7 @@ def check_config(config: AnyConfig, architecture: Architecture | None = None, ch
     problems = out_of_range(config)
     countable = not any(problem.startswith(_COUNTS) for problem in problems)
     problems += _check_run_name(config.run.name)
-    problems += _check_precision(config.model)
+    problems += _check_precision(config.model, config.parallel)
     problems += _check_micro_batch(config)
     problems += _check_data(config, check_files)
     if isinstance(config, PrimeConfig):
@@ -80,10 +80,16 @@ def _check_run_name(name: str) -> list[str]:
     return []
 
 
-def _check_precision(model: ModelSection) -> list[str]:
-    if model.fp8 is None:
-        return []
+def _check_precision(model: ModelSection, parallel: ParallelSection) -> list[str]:
     problems = []
+    engine = model.transformer_impl == "transformer_engine"
+    if engine and model.dtype != "bfloat16" and parallel.context_parallel_size > 1:
+        problems.append(
+            "model.transformer_impl: Transformer Engine has no context-parallel attention in float32; set "
+            "model.dtype=bfloat16 or model.transformer_impl=auto"
+        )
+    if model.fp8 is None:
+        return problems
     if model.dtype != "bfloat16":
         problems.append(f"model.fp8: {model.fp8!r} needs model.dtype=bfloat16; set it, or model.fp8 to null")
     if model.transformer_impl == "local":

@@ -19,7 +19,8 @@ class ModelSection:
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Layer implementation; `auto` takes Transformer Engine where it can be imported and there is CUDA."""
+    """Layer implementation; `auto` takes Transformer Engine for `bfloat16` on CUDA where it is installed (for packed
+    sequences on GPUs before Hopper flash-attn too), else Megatron's local layers with torch's attention."""
     fp8: Literal["e4m3", "hybrid"] | None = None
     """Matrix products of the layers in FP8 (`hybrid`: gradients in e5m2); needs Transformer Engine and `bfloat16`."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
@@ -50,8 +51,8 @@ class ParallelSection:
     overlap_param_gather: bool = False
     """Gather stepped parameters while the forward pass of the next mini-batch runs; needs both switches above."""
     offload_idle: Literal["none", "gradients", "all"] = "none"
-    """What a model gives away while it does not compute: its buffers of gradients; `all`: on a GPU, also weights and
-    optimizer states, which then wait in host memory. Never changes a result."""
+    """What a model gives away while it does not compute: buffers of gradients and FP8 copies of weights; `all`: on a
+    GPU, also weights and optimizer states, which then wait in host memory. Never changes a result."""
     timeout_seconds: float = 1800.0
     """How long a rank waits for the others, or for data, before the run ends and says which rank did not arrive."""
 

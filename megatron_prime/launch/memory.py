@@ -40,16 +40,20 @@ class Layout:
     """Of parameters and activations."""
     vocab_multiple: int
     recompute: str
+    fp8: bool = False
+    """Matrix products of the layers."""
     local_layers: bool = False
-    """Megatron's own layers with torch's norm and attention (CPU); else Transformer Engine's."""
+    """Megatron's own layers with torch's norm and attention; else Transformer Engine's."""
+    on_cpu: bool = False
+    """Activation functions in several steps; a GPU's are fused."""
 
     @classmethod
-    def of(cls, config: AnyConfig, *, local_layers: bool) -> Layout:
+    def of(cls, config: AnyConfig, *, on_cpu: bool) -> Layout:
         """The layout of a configuration."""
-        return cls.of_sections(config.model, config.parallel, local_layers=local_layers)
+        return cls.of_sections(config.model, config.parallel, on_cpu=on_cpu)
 
     @classmethod
-    def of_sections(cls, model: ModelSection, parallel: ParallelSection, *, local_layers: bool) -> Layout:
+    def of_sections(cls, model: ModelSection, parallel: ParallelSection, *, on_cpu: bool) -> Layout:
         """The layout of a configuration's two sections that have a say in it."""
         tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         return cls(
@@ -64,7 +68,11 @@ class Layout:
             item_bytes=ITEM_BYTES[model.dtype],
             vocab_multiple=model.make_vocab_size_divisible_by,
             recompute=model.recompute_granularity,
-            local_layers=local_layers or model.transformer_impl == "local",
+            fp8=model.fp8 is not None,
+            local_layers=on_cpu
+            or model.transformer_impl == "local"
+            or (model.transformer_impl == "auto" and model.dtype == "float32"),
+            on_cpu=on_cpu,
         )
 
     @property
@@ -124,14 +132,19 @@ def vocabulary_rows(architecture: ModelArchitecture, layout: Layout) -> int:
 
 def _layer_parameters(a: ModelArchitecture, tensor: int) -> int:
     query, key = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
-    dense, router = a.ffn_hidden_size, 0
+    router = 0
     if a.experts is not None:
-        dense = a.experts.shared_ffn_hidden_size or 0
-        router = a.hidden_size * (a.experts.num_experts + (dense > 0))
-    matrices = a.hidden_size * (query + 2 * key) + query * a.hidden_size + 3 * a.hidden_size * dense
+        router = a.hidden_size * (a.experts.num_experts + (a.experts.shared_ffn_hidden_size is not None))
     biases = query + 2 * key if a.add_qkv_bias else 0
     norms = 2 * a.hidden_size + (2 * a.kv_channels if a.qk_layernorm else 0)
-    return (matrices + biases) // tensor + norms + router
+    return (_layer_matrices(a) + biases) // tensor + norms + router
+
+
+def _layer_matrices(a: ModelArchitecture) -> int:
+    """Parameters of a layer's linear layers over all tensor-parallel ranks, but for its experts."""
+    query, key = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
+    dense = a.ffn_hidden_size if a.experts is None else a.experts.shared_ffn_hidden_size or 0
+    return a.hidden_size * (query + 2 * key) + query * a.hidden_size + 3 * a.hidden_size * dense
 
 
 def _expert_parameters(a: ModelArchitecture) -> int:
@@ -173,6 +186,20 @@ def model_bytes(architecture: ModelArchitecture, layout: Layout, stage: int, *, 
         gradients=count * FLOAT32,
         optimizer=owned * (master + 2 * FLOAT32),
     )
+
+
+def fp8_copy_bytes(architecture: ModelArchitecture, layout: Layout, *, training: bool) -> int:
+    """FP8 copies of the layers' matrices that one model keeps on one rank from a pass's first micro-batch on.
+
+    Args:
+        architecture: shape of the model.
+        layout: how it is sharded.
+        training: backward passes take a transposed copy as well (on Hopper, whose FP8 products need it).
+    """
+    if not layout.fp8:
+        return 0
+    matrices = architecture.num_layers // layout.pipeline * _layer_matrices(architecture) // layout.tensor
+    return (matrices + _stage_experts(architecture, layout)) * (2 if training else 1)
 
 
 def num_trained_models(config: AnyConfig) -> int:
@@ -222,8 +249,9 @@ def layer_activation_bytes(architecture: ModelArchitecture, layout: Layout) -> f
         # A local norm keeps float32 copies of input and product; unconverted input keeps the whole projection.
         copies = (3 if item == FLOAT32 else 2) if layout.local_layers else 0
         attention += copies * FLOAT32 * (query + key) if copies else item * (query + key)
-    # Gate and up, silu(gate), up again, their product; for every chosen expert a token's way there and back.
-    feed_forward = item * 5 * _feed_forward_channels(a)
+    # Gate and up, silu(gate) and up again unless fused, their product; for every chosen expert a token's way there and
+    # back.
+    feed_forward = item * (5 if layout.on_cpu else 3) * _feed_forward_channels(a)
     if a.experts is not None:
         feed_forward += item * 4 * a.experts.router_topk * a.hidden_size
     statistics = FLOAT32 * (a.num_attention_heads / layout.tensor + 2 / layout.norm_shards)

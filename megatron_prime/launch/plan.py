@@ -89,7 +89,7 @@ def make_plan(
         hardware: the machine.
         mean_response_tokens: see `workload_of`.
     """
-    layout = memory.Layout.of(config, local_layers=hardware.name == "cpu")
+    layout = memory.Layout.of(config, on_cpu=hardware.name == "cpu")
     work = workload_of(config, mean_response_tokens)
     stages = [_phases(config, architecture, layout, work, hardware, stage) for stage in range(layout.pipeline)]
     phases = tuple(max(same, key=lambda phase: phase.total) for same in zip(*stages, strict=True))
@@ -180,6 +180,10 @@ def _model_parts(
             parts[f"{name} gradients"] = size.gradients
         if name in trained and (given_away != "all" or trains):
             parts[f"{name} optimizer"] = size.optimizer
+        if layout.fp8 and (given_away == "none" or name == computing):
+            # Kept from pass to pass, those of a trained model with what backward took.
+            kept = trains or (given_away == "none" and name in trained)
+            parts[f"{name} FP8 copies"] = memory.fp8_copy_bytes(architecture, layout, training=kept)
     return parts
 
 

@@ -172,13 +172,3 @@ def on_megatron_platform(function: Callable[Params, Result]) -> Callable[Params,
             return function(*args, **kwargs)
 
     return wrapped
-
-
-def use_fused_adam(optimizer: Any) -> None:
-    """Switches torch's Adam, which Megatron takes where it finds no better one, to its fused CPU kernel.
-
-    The default is a Python loop over the parameters. With CUDA it does nothing.
-    """
-    if not torch.cuda.is_available():
-        for group in optimizer.param_groups:
-            group["fused"] = True

@@ -10,9 +10,17 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core import optimizer as megatron_optimizer
+from megatron.core.utils import get_te_version, is_te_min_version
 
 from megatron_prime.config.schema_model import ModelSection
 from megatron_prime.errors import ConfigError
+
+_FP8_CAPABILITY = (8, 9)
+"""Compute capability of the first GPUs with FP8 matrix products."""
+_PACKED_CAPABILITY = (9, 0)
+"""Compute capability from which cuDNN's fused attention, which Transformer Engine brings, takes packed sequences."""
+_FP8_TRANSFORMER_ENGINE = "2.2"
+"""First version whose FP8 scales may come from the values at hand (Megatron's recipe ``tensorwise``)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,12 +32,20 @@ class Libraries:
     adam: str
     """Package of the optimizer: Megatron takes Transformer Engine's, else apex's, else torch's."""
 
+    hint: str = ""
+    """Why Transformer Engine is there and not taken."""
+
     def __str__(self) -> str:
-        return f"layers of {'Transformer Engine' if self.transformer_engine else 'torch'}, Adam of {self.adam}"
+        layers = "Transformer Engine" if self.transformer_engine else "torch"
+        return f"layers of {layers}{self.hint and f' ({self.hint})'}, Adam of {self.adam}"
 
 
-def choose_libraries(model: ModelSection) -> Libraries:
+def choose_libraries(model: ModelSection, *, packed: bool) -> Libraries:
     """Looks at what this machine has.
+
+    Args:
+        model: what is demanded.
+        packed: micro-batches are packed sequences.
 
     Raises:
         ConfigError: Transformer Engine, or FP8, is demanded but cannot be had.
@@ -40,10 +56,43 @@ def choose_libraries(model: ModelSection) -> Libraries:
             "model.transformer_impl: 'transformer_engine' needs CUDA and the transformer_engine package; "
             "install megatron-prime[gpu] or use 'auto'"
         )
-    transformer_engine = available and model.transformer_impl != "local"
-    if model.fp8 is not None and not transformer_engine:
+    if model.fp8 is not None and not (available and model.transformer_impl != "local"):
         raise ConfigError(
             f"model.fp8: {model.fp8!r} needs CUDA and the transformer_engine package; install megatron-prime[gpu] or "
             "set it to null"
         )
-    return Libraries(transformer_engine=transformer_engine, adam=megatron_optimizer.Adam.__module__.partition(".")[0])
+    if model.fp8 is not None:
+        _check_fp8(model.fp8)
+    adam = megatron_optimizer.Adam.__module__.partition(".")[0]
+    if not available or model.transformer_impl == "local" or _means_local(model):
+        return Libraries(transformer_engine=False, adam=adam)
+    if packed and not _has_packed_attention():
+        hint = "Transformer Engine's attention over packed sequences needs flash-attn on this GPU"
+        if model.transformer_impl == "transformer_engine" or model.fp8 is not None:
+            raise ConfigError(
+                f"model.transformer_impl: {hint}; install flash-attn (docs/dependencies.md), or use 'auto' without FP8"
+            )
+        return Libraries(transformer_engine=False, adam=adam, hint=hint)
+    return Libraries(transformer_engine=True, adam=adam)
+
+
+def _means_local(model: ModelSection) -> bool:
+    # In float32 Transformer Engine's matrix products are TF32, and its attention keeps all scores.
+    return model.transformer_impl == "auto" and model.dtype != "bfloat16"
+
+
+def _has_packed_attention() -> bool:
+    """Whether Transformer Engine has an attention over packed sequences here that does not keep all scores."""
+    return torch.cuda.get_device_capability() >= _PACKED_CAPABILITY or (
+        importlib.util.find_spec("flash_attn") is not None
+    )
+
+
+def _check_fp8(fp8: str) -> None:
+    if torch.cuda.get_device_capability() < _FP8_CAPABILITY:
+        raise ConfigError(f"model.fp8: {fp8!r} needs GPUs of compute capability 8.9 or higher (H100); set it to null")
+    if not is_te_min_version(_FP8_TRANSFORMER_ENGINE):
+        raise ConfigError(
+            f"model.fp8: {fp8!r} needs transformer_engine {_FP8_TRANSFORMER_ENGINE} or later, "
+            f"found {get_te_version()}; install megatron-prime[gpu] or set it to null"
+        )

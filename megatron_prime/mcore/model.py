@@ -36,17 +36,19 @@ from megatron_prime.mcore.layers import (
     SdpaAttention,
     rotary_inverse_frequencies,
 )
-from megatron_prime.mcore.libraries import choose_libraries
 from megatron_prime.mcore.packing import MicroBatch
 from megatron_prime.weights.architecture import ModelArchitecture
 
 logger = logging.getLogger(__name__)
 
+_LENGTH_STEP = 1024
+"""Transformer Engine is told the longest sequence of a micro-batch in multiples of this."""
+
 
 def transformer_config(
-    architecture: ModelArchitecture, model: ModelSection, parallel: ParallelSection
+    architecture: ModelArchitecture, model: ModelSection, parallel: ParallelSection, *, transformer_engine: bool
 ) -> TransformerConfig:
-    """Megatron's configuration of one model."""
+    """Megatron's configuration of one model, with Transformer Engine's layers or the local ones."""
     dtype = DTYPES[model.dtype]
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -86,12 +88,16 @@ def transformer_config(
         calculate_per_token_loss=True,
         use_cpu_initialization=not torch.cuda.is_available(),
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
+        # Compiled, SwiGLU keeps its input and its output for backward and nothing between; a CPU compiles for minutes.
+        bias_activation_fusion=torch.cuda.is_available(),
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
-        apply_rope_fusion=choose_libraries(model).transformer_engine,
+        apply_rope_fusion=transformer_engine,
         attention_softmax_in_fp32=True,
         fp8=model.fp8,
+        # Scales from the values at hand. Delayed ones come from a history that scoring begins without, and that ranks
+        # exchange in every micro-batch, of which data-parallel ranks may have different numbers.
+        fp8_recipe="tensorwise",
         **_recompute(model),
     )
 
@@ -258,6 +264,7 @@ def build_chunks(
     model: ModelSection,
     parallel: ParallelSection,
     *,
+    transformer_engine: bool,
     head_options: HeadOptions,
     device: torch.device,
 ) -> list[LogprobModel]:
@@ -267,13 +274,17 @@ def build_chunks(
         architecture: shape, from the Hugging Face config.
         model: types and layer implementation.
         parallel: the layout.
+        transformer_engine: whose layers; else the local ones.
         head_options: of the log-prob op.
         device: where the parameters live.
     """
-    config = transformer_config(architecture, model, parallel)
+    config = transformer_config(architecture, model, parallel, transformer_engine=transformer_engine)
     num_chunks = parallel.virtual_pipeline_model_parallel_size
     stages: list[int | None] = [None] if num_chunks is None else list(range(num_chunks))
-    return [_build_chunk(architecture, model, parallel, config, stage, head_options, device) for stage in stages]
+    return [
+        _build_chunk(architecture, model, parallel, config, transformer_engine, stage, head_options, device)
+        for stage in stages
+    ]
 
 
 def _build_chunk(
@@ -281,11 +292,11 @@ def _build_chunk(
     model: ModelSection,
     parallel: ParallelSection,
     config: TransformerConfig,
+    transformer_engine: bool,
     virtual_stage: int | None,
     head_options: HeadOptions,
     device: torch.device,
 ) -> LogprobModel:
-    transformer_engine = choose_libraries(model).transformer_engine
     where: dict[str, Any] = {"ignore_virtual": virtual_stage is None, "vp_stage": virtual_stage}
     result = LogprobModel(
         config=config,
@@ -332,12 +343,14 @@ def packed_parameters(
     longest = int(lengths.max())
     if transformer_engine:
         bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
+        # A bound does. Megatron keeps the rotary embedding of 32 bounds per model, cuDNN a plan for each.
+        bound = longest + -longest % _LENGTH_STEP
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=bounds,
             cu_seqlens_kv=bounds,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+            max_seqlen_q=bound,
+            max_seqlen_kv=bound,
         )
     context, slots = micro_batch.context, None
     if context is not None or bool((lengths != longest).any()):

@@ -16,7 +16,6 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_prime.config.schema import ModelSection, OptimizerSection, ParallelSection
-from megatron_prime.mcore.cpu import use_fused_adam
 from megatron_prime.mcore.dtypes import DTYPES
 
 
@@ -72,8 +71,20 @@ def build_optimizer(
     )
     optimizer = get_megatron_optimizer(config, list(wrapped))
     wrapped[0].config.grad_scale_func = optimizer.scale_loss
-    use_fused_adam(optimizer)
+    _use_fused_adam(optimizer)
     return optimizer
+
+
+def _use_fused_adam(optimizer: Any) -> None:
+    """Switches torch's Adam, which Megatron takes where it finds no better one, to its fused kernels.
+
+    The default is a Python loop over the parameters on a CPU; on CUDA it is kernels over lists of tensors, which need
+    room for a copy of all parameters.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.Adam):
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
 
 
 def build_scheduler(optimizer: Any, section: OptimizerSection, num_steps: int) -> OptimizerParamScheduler:

@@ -98,11 +98,15 @@ class Layout:
 
 
 def _local_device() -> torch.device:
+    # Megatron relies on it where communication shall begin before the computation beside it: with one queue, kernels
+    # run in the order of their launches. CUDA reads it once, when it is first used.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    # A launcher may show each process its own GPU only (srun --gpus-per-task=1).
+    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,11 +13,14 @@ import torch
 if TYPE_CHECKING:
     from megatron_prime.mcore.role import ModelRole
 
+_EXACT_SIZES = "pinned_max_cached_size_mb:4"
+
 
 class ParkedStorages:
     """Tensors whose memory can be given away for a time; views of them stay what they are.
 
     On CUDA copies run on a stream of their own: giving away returns at once, and memory is used again after its copy.
+    The host memory is pinned once and kept.
 
     Args:
         keeps_values: false for memory whose values nobody needs again; it comes back as zeros.
@@ -24,6 +29,7 @@ class ParkedStorages:
     def __init__(self, *, keeps_values: bool = True) -> None:
         self._keeps_values = keeps_values
         self._parked: list[tuple[torch.UntypedStorage, int, torch.Tensor | None]] = []
+        self._hosts: dict[int, torch.Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
 
     @property
@@ -34,8 +40,8 @@ class ParkedStorages:
         """Gives the tensors' memory away; none of them may be read until `restore`."""
         assert not self._parked
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
-        for storage in storages.values():
-            host = self._to_host(storage) if self._keeps_values else None
+        for number, storage in enumerate(storages.values()):
+            host = self._to_host(storage, number) if self._keeps_values else None
             self._parked.append((storage, storage.nbytes(), host))
             storage.resize_(0)
 
@@ -52,11 +58,14 @@ class ParkedStorages:
                 values.copy_(host, non_blocking=True)
         self._parked = []
 
-    def _to_host(self, storage: torch.UntypedStorage) -> torch.Tensor:
+    def _to_host(self, storage: torch.UntypedStorage, number: int) -> torch.Tensor:
         values = _bytes_of(storage)
         if values.device.type != "cuda":
             return values.clone()
-        host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=True)
+        host = self._hosts.get(number)
+        if host is None or host.numel() != values.numel():
+            pin_exact_sizes()
+            host = self._hosts[number] = torch.empty(values.numel(), dtype=torch.uint8, pin_memory=True)
         stream = self._stream = self._stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -64,6 +73,18 @@ class ParkedStorages:
         # The allocator hands this memory out again only after the copy.
         values.record_stream(stream)
         return host
+
+
+@functools.cache
+def pin_exact_sizes() -> None:
+    """Has torch pin as much host memory as is asked for, up from a few MiB, and not the next power of two.
+
+    Torch gives back such memory when it is freed, instead of keeping it for another tensor.
+    """
+    # What is not said again falls back to its default.
+    settings = torch._C._accelerator_getAllocatorSettings()
+    if _EXACT_SIZES.partition(":")[0] not in settings:
+        torch._C._accelerator_setAllocatorSettings(",".join(filter(None, (settings, _EXACT_SIZES))))
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
@@ -74,8 +95,8 @@ class Residency:
     """What of one model is in the accelerator's memory; all of it until the first `sleep`.
 
     Args:
-        gives_away: ``none``; ``gradients``: their buffers, whose values every update begins anew; ``all``: weights and
-            optimizer states to host memory as well.
+        gives_away: ``none``; ``gradients``: their buffers, whose values every update begins anew, and FP8 copies of
+            weights, which every pass makes anew; ``all``: weights and optimizer states to host memory as well.
     """
 
     def __init__(self, gives_away: Literal["none", "gradients", "all"]) -> None:
@@ -94,6 +115,7 @@ class Residency:
         """
         if self._gives_away == "none":
             return
+        _drop_fp8_copies(chunks)
         buffers = [b for ddp in wrapped for b in (*ddp.buffers, *ddp.expert_parallel_buffers)]
         if not self._gradients.is_parked:
             self._gradients.park(buffer.grad_data for buffer in buffers)
@@ -121,6 +143,14 @@ def awake(role: ModelRole) -> Iterator[None]:
     role.wake(training=True)
     yield
     role.sleep()
+
+
+def _drop_fp8_copies(chunks: Sequence[torch.nn.Module]) -> None:
+    """Frees the copies of weights that Transformer Engine's layers make in a pass's first micro-batch, and keep."""
+    for module in itertools.chain(*(chunk.modules() for chunk in chunks)):
+        copies: Any = getattr(module, "_fp8_workspaces", None)
+        if copies:
+            copies.clear()
 
 
 def _states_of(optimizer: Any) -> list[torch.Tensor]:

@@ -68,11 +68,12 @@ class ModelRole:
             from megatron_prime.mcore.libraries import choose_libraries
             from megatron_prime.mcore.model import build_chunks
 
-            self.transformer_engine = choose_libraries(setup.model).transformer_engine
+            self.transformer_engine = choose_libraries(setup.model, packed=setup.micro_batch.packed).transformer_engine
             self.chunks = build_chunks(
                 setup.architecture,
                 setup.model,
                 setup.parallel,
+                transformer_engine=self.transformer_engine,
                 head_options=setup.head,
                 device=setup.layout.device,
             )

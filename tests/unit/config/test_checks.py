@@ -80,6 +80,10 @@ ONE_PROBLEM = [
     # What the layers are made of.
     (["model.fp8=hybrid"], "model.fp8: 'hybrid' needs model.dtype=bfloat16"),
     (
+        ["model.transformer_impl=transformer_engine", "parallel.context_parallel_size=2", "parallel.world_size=2"],
+        "model.transformer_impl: Transformer Engine has no context-parallel attention in float32",
+    ),
+    (
         ["model.fp8=e4m3", "model.dtype=bfloat16", "model.transformer_impl=local"],
         "model.fp8: 'e4m3' needs Transformer Engine",
     ),
