@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -92,7 +91,7 @@ def vllm_setup(
 ) -> VllmSetup:
     """Where this rank stands among the engines, and what they are built from."""
     groups = layout.export_groups() if layout else ParallelGroups()
-    first_device = int(os.environ.get("LOCAL_RANK", "0"))
+    first_device = (layout.device.index if layout else None) or 0
     return VllmSetup(
         options=engine_options(folder, dtype, section, architecture),
         bucket_bytes=section.bucket_mib * 2**20,

@@ -57,8 +57,11 @@ _CPU_ENVIRONMENT = {
     # Several engines on one host would bind themselves to the same cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
-# Describes the trainer's ranks, and vLLM would take it for its own.
-_TRAINER_ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Describes the trainer's ranks, and vLLM would take it for its own, or is meant for their overlap of work.
+_TRAINER_ENVIRONMENT = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+)
 
 
 def engine_environment(*, on_gpu: bool) -> dict[str, str]:
