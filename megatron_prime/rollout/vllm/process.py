@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 
 from megatron_prime import progress
 from megatron_prime.errors import RolloutError
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 5.0
 _GPU_START_SECONDS = 1800.0
+_KILL_SECONDS, _GRACE_SECONDS = 0.005, 3.0
 _ENVIRONMENT = {
     # The engine's core runs inside the engine process: one process less, and one that can be forked.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -232,8 +234,7 @@ class EngineProcess:
         """Kills the process and the engine's workers."""
         self._connection.close()
         if self.process_id is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process_id, signal.SIGKILL)
+            _end_group(self.process_id)
 
     def _send(self, message: Message) -> None:
         try:
@@ -269,3 +270,43 @@ def _comes_within(timeout_seconds: float, poll: Callable[[float], bool]) -> bool
             return False
         progress.heard()
     return True
+
+
+def _end_group(leader: int) -> None:
+    """Kills an engine; returns when its workers have ended too, by themselves or killed after a while."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(leader, signal.SIGKILL)
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while found := [pid for pid in _members(leader) if b"resource_tracker" not in _command(pid)]:
+        if time.monotonic() > deadline:
+            left = set().union(*map(_shared_memory, found))
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for path in left:
+                path.unlink(missing_ok=True)
+        time.sleep(_KILL_SECONDS)
+
+
+def _shared_memory(pid: int) -> set[Path]:
+    """Files of vLLM's that only a worker which ends by itself removes; Python's tracker removes the others."""
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        return {Path(line.split()[-1]) for line in lines if "/dev/shm/vllm_dist_" in line and "(deleted)" not in line}
+    return set()
+
+
+def _members(group: int) -> Iterator[int]:
+    """Processes of a group that have not ended."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            state, _, its_group, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
+            if entry.name.isdigit() and int(its_group) == group and state not in "ZX":
+                yield int(entry.name)
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
