@@ -164,7 +164,7 @@ def test_a_rank_that_is_stuck_in_python_is_named(tmp_path: Path, random_model: P
 
 
 def test_a_rank_whose_engine_or_verifier_gets_on_is_waited_for(tmp_path: Path, random_model: Path) -> None:
-    status, lines = run_with_faulty_verifier(tmp_path, random_model, "gets_on", timeout_seconds=6)
+    status, lines = run_with_faulty_verifier(tmp_path, random_model, "gets_on", timeout_seconds=12)
     assert (status, lines) == (0, [])
     rows = [json.loads(line) for line in (tmp_path / "faulty" / "metrics.jsonl").read_text().splitlines()]
     assert max(row.get("time/rollout_seconds", 0.0) for row in rows) > 18
