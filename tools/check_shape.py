@@ -1,4 +1,4 @@
-"""Fails where a file or a function has grown too long to be read at one sitting."""
+"""Fails where a file or a function has grown too long to be read at one sitting, or two test files share a name."""
 
 from __future__ import annotations
 
@@ -27,13 +27,22 @@ def long_parts(path: Path) -> list[str]:
     return findings
 
 
+def shared_names(paths: Sequence[Path]) -> list[str]:
+    """One line for each test file whose name another one has: processes of tests import them by it."""
+    first: dict[str, Path] = {}
+    tests = [path for path in paths if path.name.startswith("test_")]
+    return [
+        f"{path}: {found} has the same name" for path in tests if (found := first.setdefault(path.name, path)) != path
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Checks all Python files below the given folders; the exit status says whether all are short enough."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("megatron_prime"), Path("tools"), Path("tests")])
     options = parser.parse_args(arguments)
     paths = sorted(path for folder in options.folders for path in folder.rglob("*.py"))
-    findings = [line for path in paths for line in long_parts(path)]
+    findings = [line for path in paths for line in long_parts(path)] + shared_names(paths)
     print("\n".join(findings) if findings else f"{len(paths)} files are short enough")
     return 1 if findings else 0
 
