@@ -75,13 +75,18 @@ def build_optimizer(
     return optimizer
 
 
+def _parts(optimizer: Any) -> list[Any]:
+    """Megatron's optimizers of which a model's is made, one of them for experts where there are any."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def _use_fused_adam(optimizer: Any) -> None:
     """Switches torch's Adam, which Megatron takes where it finds no better one, to its fused kernels.
 
     The default is a Python loop over the parameters on a CPU; on CUDA it is kernels over lists of tensors, which need
     room for a copy of all parameters.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         if isinstance(part.optimizer, torch.optim.Adam):
             for group in part.optimizer.param_groups:
                 group["fused"] = True
@@ -115,7 +120,7 @@ def gradient_norm(optimizer: Any) -> float:
 
 def step_with_norm(optimizer: Any, norm: float) -> None:
     """The optimizer step after `gradient_norm`: Megatron's own, but for computing that norm again."""
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for inner in _parts(optimizer):
         parameters = inner.get_parameters()
         if parameters and inner.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(parameters, max_norm=inner.config.clip_grad, total_norm=norm)
@@ -125,8 +130,7 @@ def step_with_norm(optimizer: Any, norm: float) -> None:
 
 def stepped_parameters_are_finite(optimizer: Any) -> bool:
     """Whether the parameters, or shards of them, that this rank steps are numbers."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    parameters = [parameter.data for inner in parts for parameter in inner.get_parameters()]
+    parameters = [parameter.data for inner in _parts(optimizer) for parameter in inner.get_parameters()]
     if not parameters:
         return True
     # The largest value of each, which is not a number where one of its values is not.
