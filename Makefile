@@ -60,8 +60,8 @@ bench: $(BENCHES)
 
 # `make bench-verify DATA=FOLDER`: cases of that folder instead of the small copies in tests/data.
 bench-verify: $(INSTALLED)
-	$(BIN)/python tools/bench_verify_math.py $(if $(DATA),--data $(DATA))
-	$(BIN)/python tools/bench_verify_code.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python tools/bench/verify_math.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python tools/bench/verify_code.py $(if $(DATA),--data $(DATA))
 
 $(BENCHES): bench-%: $(INSTALLED)
 	$(BIN)/python tools/bench_$*.py || [ $$? -eq 77 ]  # 77: it needs what this machine has not, and has said so

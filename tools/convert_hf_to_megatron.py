@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_prime.cli import main
+from megatron_prime.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["convert", "to-megatron", *sys.argv[1:]]))

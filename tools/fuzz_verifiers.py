@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from megatron_prime.batch import Prompt, Response, Verdict
 from megatron_prime.config.schema_verifier import CodeVerifierSection, VerifierSection
 from megatron_prime.verify.code.scoring import MISSING, STATUSES
-from megatron_prime.verify.math_verifier import REWARDS
-from megatron_prime.verify.verifier import RoutingVerifier, build_verifier
+from megatron_prime.verify.math.verifier import REWARDS
+from megatron_prime.verify.routing import RoutingVerifier, build_verifier
 
 SECTION = VerifierSection(
     num_workers=2, timeout_seconds=1.0, code=CodeVerifierSection(test_seconds=0.3, total_seconds=1.0, memory_gib=0.5)
@@ -155,7 +155,7 @@ class _Failures(logging.Handler):
 
     def listen(self, action: Callable[[], None]) -> None:
         """Does something and hears what fails meanwhile."""
-        logger = logging.getLogger("megatron_prime.verify.own")
+        logger = logging.getLogger("megatron_prime.verify.plugin")
         logger.addHandler(self)
         try:
             action()

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-COMMAND = (sys.executable, "-m", "megatron_prime.cli")
+COMMAND = (sys.executable, "-m", "megatron_prime")
 _PATIENCE_SECONDS = 300
 _SAVE_SECONDS = 0.03
 """A save of this size takes about so long."""

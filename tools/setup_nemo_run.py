@@ -2,7 +2,7 @@
 
 NeMo-Run imports leptonai, which holds starlette, anyio, httpx and urllib3 to versions that vLLM does not run with. So
 its packages go into a folder that only its own interpreter looks into first: `.venv/nemo-run/bin/python -m
-megatron_prime.cli launch nemo-run ...`, or an example. The tasks that it starts run there too.
+megatron_prime launch nemo-run ...`, or an example. The tasks that it starts run there too.
 """
 
 from __future__ import annotations

@@ -2,14 +2,12 @@
 
 from megatron_prime.config.checks import check_config, raise_for_problems
 from megatron_prime.config.loader import load_config, save_config, to_dict
-from megatron_prime.config.plan import batch_plan
 from megatron_prime.config.schema import AnyConfig, PrimeConfig, SftConfig
 
 __all__ = [
     "AnyConfig",
     "PrimeConfig",
     "SftConfig",
-    "batch_plan",
     "check_config",
     "load_config",
     "raise_for_problems",

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 
-from megatron_prime.launch.exit_status import FAILED
+from megatron_prime.watch.exit_status import FAILED
 
 _POLL_SECONDS = 0.02
 

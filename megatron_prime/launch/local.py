@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from megatron_prime.launch.exit_status import EXPLAINED, INTERRUPTED, PEER_LOST
 from megatron_prime.launch.forked import ForkedProcess
-from megatron_prime.launch.heartbeat import read_signs
-from megatron_prime.launch.interrupt import STOP_SIGNALS
+from megatron_prime.watch.exit_status import EXPLAINED, INTERRUPTED, PEER_LOST
+from megatron_prime.watch.interrupt import STOP_SIGNALS
+from megatron_prime.watch.rank_status import read_signs
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 10.0
@@ -66,7 +66,7 @@ def launch_local(
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": str(num_threads),
     }
-    command = [sys.executable, "-m", "megatron_prime.cli", *arguments]
+    command = [sys.executable, "-m", "megatron_prime", *arguments]
     processes: list[_Process] = []
     for rank in range(world_size):
         environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -5,26 +5,24 @@ NeMo-Run (``make setup-nemo-run``, or the extra ``launch``) is imported on first
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_prime.config.schema import AnyConfig, PrimeConfig
 from megatron_prime.errors import LaunchError
 from megatron_prime.launch.slurm import SlurmOptions
 
 
-def _nemo_run() -> Any:
+def nemo_run_module() -> Any:
     """The package, or why it is not there."""
     try:
         import nemo_run  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise LaunchError(
             f"nemo_run: cannot be imported ({error}); `make setup-nemo-run` installs it in an environment of its own,"
-            " run this with .venv/nemo-run/bin/python -m megatron_prime.cli"
+            " run this with .venv/nemo-run/bin/python -m megatron_prime"
         ) from error
     return nemo_run
 
@@ -33,11 +31,11 @@ def run_command(arguments: list[str], folder: str) -> None:
     """A task: becomes one rank of `megatron-prime ARGUMENTS` in a folder; its launcher has set RANK and the rest."""
     # NeMo-Run starts jobs of Slurm in the experiment's own folder, where a configuration's relative paths lead nowhere.
     os.chdir(folder)
-    os.execv(sys.executable, [sys.executable, "-m", "megatron_prime.cli", *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", "megatron_prime", *arguments])
 
 
 def _task(command: str, config: str, overrides: Sequence[str]) -> Any:
-    return _nemo_run().Partial(run_command, arguments=[command, config, *overrides], folder=os.getcwd())
+    return nemo_run_module().Partial(run_command, arguments=[command, config, *overrides], folder=os.getcwd())
 
 
 def train_recipe(config: str, overrides: Sequence[str] = ()) -> Any:
@@ -66,7 +64,7 @@ def local_executor(num_tasks: int) -> Any:
     Args:
         num_tasks: ranks.
     """
-    return _nemo_run().LocalExecutor(
+    return nemo_run_module().LocalExecutor(
         ntasks_per_node=num_tasks, launcher="torchrun", env_vars={"OMP_NUM_THREADS": "1", "PATH": _path()}
     )
 
@@ -84,7 +82,7 @@ def slurm_executor(num_tasks: int, options: SlurmOptions) -> Any:
     tasks = min(options.tasks_per_node, num_tasks)
     if num_tasks % tasks:
         raise LaunchError(f"--tasks-per-node: {num_tasks} ranks do not fill nodes of {tasks}; use a divisor")
-    run = _nemo_run()
+    run = nemo_run_module()
     return run.SlurmExecutor(
         # Mandatory in NeMo-Run; a cluster without accounting ignores it.
         account=options.account or "default",
@@ -117,7 +115,7 @@ def experiment(name: str, steps: Sequence[tuple[str, Any, Any]]) -> Any:
         name: of the experiment.
         steps: (name, task, executor) in order.
     """
-    result = _nemo_run().Experiment(name)
+    result = nemo_run_module().Experiment(name)
     with result:
         before: list[str] = []
         for step, task, executor in steps:
@@ -128,26 +126,3 @@ def experiment(name: str, steps: Sequence[tuple[str, Any, Any]]) -> Any:
 def succeeded(finished: Any) -> bool:
     """Whether every task of an experiment has ended well, after a run that waited for it."""
     return all(job.state.name == "SUCCEEDED" for job in finished.jobs)
-
-
-def launch(options: argparse.Namespace, config: AnyConfig) -> int:
-    """`megatron-prime launch nemo-run`: one run as an experiment of one task."""
-    from megatron_prime.launch.command import slurm_options
-
-    world_size = config.parallel.world_size
-    recipe = train_recipe if isinstance(config, PrimeConfig) else sft_recipe
-    task = recipe(str(Path(options.config).resolve()), options.overrides)
-    executor = (
-        local_executor(world_size)
-        if options.executor == "local"
-        else slurm_executor(world_size, slurm_options(options))
-    )
-    name = config.run.name.replace("/", "_")
-    detached = options.executor == "slurm"
-    with _nemo_run().Experiment(name) as exp:
-        exp.add(task, executor=executor, name=name)
-        if options.dry_run:
-            exp.dryrun()
-            return 0
-        exp.run(detach=detached)
-    return 0 if detached or succeeded(exp) else 1

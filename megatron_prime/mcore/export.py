@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_prime import world
+from megatron_prime import collectives
 from megatron_prime.mcore.role import ModelRole
 from megatron_prime.weights.hf_writer import HfWriter
 
@@ -18,7 +18,7 @@ def export_hf(role: ModelRole, target: Path, source_folder: Path) -> None:
         source_folder: where config.json and tokenizer come from.
     """
     stream = role.export_weights()
-    if not world.is_main():
+    if not collectives.is_main():
         for _ in stream:
             pass
     else:
@@ -26,4 +26,4 @@ def export_hf(role: ModelRole, target: Path, source_folder: Path) -> None:
         with HfWriter(target, source_folder, role.architecture, dtype, overwrite=True) as writer:
             for name, tensor in stream:
                 writer.add(name, tensor)
-    world.barrier()
+    collectives.barrier()

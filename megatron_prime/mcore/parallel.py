@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_prime import world
+from megatron_prime import collectives
 from megatron_prime.config.schema import ParallelSection
 from megatron_prime.errors import ConfigError
 from megatron_prime.mcore.cpu import megatron_platform
@@ -173,7 +173,7 @@ def parallel_layout(config: ParallelSection, seed: int) -> Iterator[Layout]:
             device=device,
         )
     try:
-        with world.talking():
+        with collectives.talking():
             yield layout
     finally:
         parallel_state.destroy_model_parallel()

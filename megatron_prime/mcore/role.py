@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_prime import world
+from megatron_prime import collectives
 from megatron_prime.batch import UpdateResult
 from megatron_prime.config.schema import MicroBatchSection, ModelSection, OptimizerSection, ParallelSection
 from megatron_prime.errors import NonFiniteError, TrainingError
@@ -314,7 +314,7 @@ class TrainableRole(ModelRole):
         if self._skips.skip(found.metrics):
             return replace(found, metrics=found.metrics | {"skipped": 1.0})
         step_with_norm(self.optimizer, found.metrics["grad_norm"])
-        if world.any_process(not stepped_parameters_are_finite(self.optimizer)):
+        if collectives.any_process(not stepped_parameters_are_finite(self.optimizer)):
             raise NonFiniteError(
                 f"weights are infinite or no numbers after the step (learning rate {found.metrics['lr']:g}); lower it "
                 "and go on from the last checkpoint"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_prime import world
+from megatron_prime import collectives
 from megatron_prime.batch import ModelUpdate, RolloutBatch, ScoredBatch
 from megatron_prime.config import PrimeConfig, to_dict
 from megatron_prime.config.decode import decode
@@ -45,7 +45,7 @@ class FailedUpdateFiles:
     def keep(self, update: ModelUpdate, reason: str) -> Path:
         """Writes a file, and removes the oldest where there are more than five."""
         path = self._folder / f"step_{update.step:08}_{update.role}.pt"
-        if world.is_main():
+        if collectives.is_main():
             self._folder.mkdir(parents=True, exist_ok=True)
             content = {"version": _VERSION, "update": asdict(update), "reason": reason, "config": self._config}
             torch.save(content, path)

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import megatron_prime
-from megatron_prime import world
+from megatron_prime import collectives
+from megatron_prime.checkpoint.manifest import committed
 from megatron_prime.config import AnyConfig, load_config, save_config, to_dict
 from megatron_prime.errors import ConfigError
-from megatron_prime.manifest import committed
 from megatron_prime.observe.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -102,9 +102,9 @@ class RunFolder:
             ConfigError: on every process, where ``resume`` forbids the folder, the run that is to go on had another
                 configuration, a finished run's checkpoints are gone, or another process trains in the folder.
         """
-        if problem := world.broadcast(self._keep_others_out() if world.is_main() else None):
+        if problem := collectives.broadcast(self._keep_others_out() if collectives.is_main() else None):
             raise ConfigError(problem)
-        has_checkpoint = world.broadcast(self.has_checkpoint())
+        has_checkpoint = collectives.broadcast(self.has_checkpoint())
         if has_checkpoint and resume == "never":
             raise ConfigError(
                 f"run.resume: never, but {self.checkpoints} holds a checkpoint"
@@ -112,19 +112,19 @@ class RunFolder:
             )
         if has_checkpoint:
             self._refuse_another(config)
-        elif world.broadcast(self.summary_path.exists()):
+        elif collectives.broadcast(self.summary_path.exists()):
             raise ConfigError(
                 f"run.name: {self.path} holds a finished run (summary.json) whose checkpoints are gone"
                 "; choose another run.name, or remove the folder"
             )
-        if world.is_main():
+        if collectives.is_main():
             for folder in (self.path, self.checkpoints, self.tensorboard, self.plots):
                 folder.mkdir(parents=True, exist_ok=True)
             if not has_checkpoint:
                 for stale in (self.metrics_path, *self.tensorboard.glob("events.*")):
                     stale.unlink(missing_ok=True)
             save_config(config, self.config_path)
-        world.barrier()
+        collectives.barrier()
 
     def close(self) -> None:
         """Lets other processes have the folder."""
@@ -149,7 +149,7 @@ class RunFolder:
 
     def _refuse_another(self, config: AnyConfig) -> None:
         """Compares with the configuration that the run began with."""
-        if not world.broadcast(self.config_path.exists()):
+        if not collectives.broadcast(self.config_path.exists()):
             return
         before, now = _flat(to_dict(load_config(self.config_path))), _flat(to_dict(config))
         problems = [
@@ -163,7 +163,7 @@ class RunFolder:
 
     def write_versions(self) -> None:
         """Writes the versions of Python, of the packages that decide results, and of this code."""
-        if world.is_main():
+        if collectives.is_main():
             write_atomically(self.versions_path, json.dumps(versions(), indent=2) + "\n")
 
     def recorded_head(self) -> dict[str, str] | None:
@@ -174,18 +174,18 @@ class RunFolder:
 
     def write_head(self, choices: Mapping[str, str]) -> None:
         """Records how the log-prob op is computed, so that a resumed run computes the same bits."""
-        if world.is_main():
+        if collectives.is_main():
             write_atomically(self.head_path, json.dumps(dict(choices), indent=2) + "\n")
 
     def truncate_metrics(self, step: int) -> None:
         """Drops the metrics of steps after ``step``, which a resumed run will measure again; collective."""
-        if world.is_main() and self.metrics_path.exists():
+        if collectives.is_main() and self.metrics_path.exists():
             lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if (number := _step_of(line)) is not None and number <= step]
             write_atomically(self.metrics_path, "".join(kept))
             if len(kept) < len(lines):
                 logger.info("dropped %d rows after step %d of %s", len(lines) - len(kept), step, self.metrics_path)
-        world.barrier()
+        collectives.barrier()
 
 
 def versions() -> dict[str, str | None]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, replace
 
-from megatron_prime import progress, world
+from megatron_prime import collectives, heartbeat
 from megatron_prime.batch import Prompt, Response, SamplingParams, Verdict
 from megatron_prime.config.schema import PrimeConfig
 from megatron_prime.trainer.protocols import Engine, Verifier
@@ -69,14 +69,14 @@ def sample_and_verify(
         pending[prompt, answer] = verifier.submit(prompts[prompt], response)
 
     responses = engine.generate(_told_apart(prompts), sampling, grade)
-    early = set().union(*world.all_gather(set(pending)))
+    early = set().union(*collectives.all_gather(set(pending)))
     places = [(prompt, answer) for prompt, answers in enumerate(responses) for answer in range(len(answers))]
-    for prompt, answer in world.my_share([place for place in places if place not in early]):
+    for prompt, answer in collectives.my_share([place for place in places if place not in early]):
         grade(prompt, answer, responses[prompt][answer])
     for _ in as_completed(pending.values()):
-        progress.heard()
+        heartbeat.heard()
     verdicts: dict[tuple[int, int], Verdict] = {}
-    for graded in world.all_gather({place: future.result() for place, future in pending.items()}):
+    for graded in collectives.all_gather({place: future.result() for place, future in pending.items()}):
         verdicts |= graded
     return [[(response, verdicts[i, j]) for j, response in enumerate(row)] for i, row in enumerate(responses)]
 

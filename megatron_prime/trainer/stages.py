@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from megatron_prime import world
+from megatron_prime import collectives
 from megatron_prime.trainer.memory import PeakMemory
 from megatron_prime.trainer.protocols import Resident
 
@@ -73,7 +73,7 @@ class Stages:
         peaks, self._peaks = self._peaks, {}
         start, self._step_start = self._step_start, time.perf_counter()
         metrics = {f"time/{name}_seconds": value for name, value in seconds.items()}
-        for other in world.all_gather(peaks):
+        for other in collectives.all_gather(peaks):
             for key, peak in other.items():
                 metrics[key] = max(peak, metrics.get(key, 0.0))
         return metrics | {"time/step_seconds": self._step_start - start}

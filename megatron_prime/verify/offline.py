@@ -15,7 +15,7 @@ from megatron_prime.batch import Prompt, Response, Verdict
 from megatron_prime.config.schema_verifier import VerifierSection
 from megatron_prime.errors import DataError
 from megatron_prime.verify.protocol import Verifier, known
-from megatron_prime.verify.verifier import build_verifier
+from megatron_prime.verify.routing import build_verifier
 
 MALFORMED_ROW = "malformed_row"
 """Status of a row that is no answer to grade; its `error` says why."""

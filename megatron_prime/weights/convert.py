@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_prime.checkpoint.journal import Journal, fingerprint
+from megatron_prime.checkpoint.manifest import FileRecord, altered_files, committed, read_manifest, write_file
+from megatron_prime.checkpoint.torch_dist import StoredChunk, file_name
 from megatron_prime.config.schema import ModelSection
 from megatron_prime.errors import CheckpointError, PrimeError, WeightsError
-from megatron_prime.manifest import FileRecord, altered_files, committed, read_manifest, write_file
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
 from megatron_prime.weights.families import Layout, WeightSpec, weight_specs
 from megatron_prime.weights.hf_folder import HfFolder, expected_shapes
 from megatron_prime.weights.hf_writer import MAX_SHARD_BYTES, HfWriter, plan_shards
-from megatron_prime.weights.journal import Journal, fingerprint
 from megatron_prime.weights.layouts import local_shape, local_slice, merge
 from megatron_prime.weights.megatron_folder import (
     MegatronFolder,
@@ -36,7 +37,6 @@ from megatron_prime.weights.megatron_folder import (
     stored_key,
     stored_shape,
 )
-from megatron_prime.weights.torch_dist import StoredChunk, file_name
 
 SIDE_FOLDER = "hf"
 Progress = Callable[[int, int], None]

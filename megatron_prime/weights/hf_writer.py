@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from megatron_prime.checkpoint.journal import HashedWriter, Journal
 from megatron_prime.errors import WeightsError
 from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.hf_folder import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, expected_shapes
-from megatron_prime.weights.journal import HashedWriter, Journal
 
 MAX_SHARD_BYTES = 5 * 10**9
 _DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}

@@ -19,12 +19,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_prime.errors import CheckpointError
-from megatron_prime.weights.architecture import ModelArchitecture
-from megatron_prime.weights.families import Layout, WeightSpec
-from megatron_prime.weights.journal import HashedWriter, Journal, Part
-from megatron_prime.weights.layouts import local_shape
-from megatron_prime.weights.torch_dist import (
+from megatron_prime.checkpoint.journal import HashedWriter, Journal, Part
+from megatron_prime.checkpoint.torch_dist import (
     COMMON_FILE,
     ChunkRecord,
     StoredChunk,
@@ -33,6 +29,10 @@ from megatron_prime.weights.torch_dist import (
     read_description,
     write_description,
 )
+from megatron_prime.errors import CheckpointError
+from megatron_prime.weights.architecture import ModelArchitecture
+from megatron_prime.weights.families import Layout, WeightSpec
+from megatron_prime.weights.layouts import local_shape
 
 Place = tuple[str, tuple[int, ...]]
 """Name of a stored tensor and offsets in it."""

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prime.config import PrimeConfig, batch_plan, check_config, load_config, save_config
+from megatron_prime.config import PrimeConfig, check_config, load_config, save_config
+from megatron_prime.planner.batch_plan import batch_plan
 from megatron_prime.weights.architecture import read_architecture
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prime.cli import _parser
+from megatron_prime.commands.main import _parser
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

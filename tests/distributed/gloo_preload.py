@@ -4,7 +4,7 @@ import gc
 
 import torch
 
-from megatron_prime import build
+from megatron_prime.assembly import run as build
 
 torch.set_num_threads(1)
 build.import_megatron()

@@ -21,6 +21,7 @@ import pytest
 _PATIENCE_SECONDS = 150
 _MANY_THREADS = 40
 _HERE = str(Path(__file__).parent)
+_ROOT = str(Path(__file__).resolve().parents[2])
 
 
 def _start_process(target: Callable[..., None], *args: Any) -> Any:
@@ -28,7 +29,7 @@ def _start_process(target: Callable[..., None], *args: Any) -> Any:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["gloo_preload"])
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([_HERE, *([before] if before else [])])
+    os.environ["PYTHONPATH"] = os.pathsep.join([_ROOT, _HERE, *([before] if before else [])])
     try:
         process = context.Process(target=target, args=args, daemon=False)
         process.start()

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_prime import build
+from megatron_prime.assembly import run as build
 from megatron_prime.config.loader import load_config
 
 ARITHMETIC = Path(__file__).resolve().parents[2] / "configs" / "models" / "arithmetic"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model_parity import TEMPERATURE, expected_logprobs, make_rows
+from parity_rows import TEMPERATURE, expected_logprobs, make_rows
 from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM
 

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 from megatron_files import megatron_loads
+from parity_rows import make_rows
 from safetensors.torch import load_file
-from test_model_parity import make_rows
 from tiny_models import role_setup, save_tiny_model
 
+from megatron_prime.checkpoint.manifest import committed, step_folder
 from megatron_prime.config.schema import (
     CheckpointSection,
     OptimizerSection,
     ParallelSection,
 )
 from megatron_prime.errors import CheckpointError
-from megatron_prime.manifest import committed, step_folder
 from megatron_prime.mcore.checkpoint.checkpointer import Checkpointer
 from megatron_prime.mcore.checkpoint.resume import find_checkpoint, identity_of
 from megatron_prime.mcore.cpu import megatron_platform

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.errors import RolloutError
-from megatron_prime.rollout.transformers_engine import TransformersEngine
+from megatron_prime.rollout.embedded.engine import TransformersEngine
 
 PARAMS = SamplingParams(num_responses=3, temperature=1.0, top_p=0.95, max_response_tokens=20, seed=4)
 

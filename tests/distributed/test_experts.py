@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from megatron_files import megatron_loads, megatron_saves
+from parity_rows import TEMPERATURE, expected_logprobs, make_rows
 from safetensors.torch import load_file
 from small_task import make_start, prime_config, read_curve, run_prime
-from test_model_parity import TEMPERATURE, expected_logprobs, make_rows
 from tiny_models import FAMILIES_WITH_EXPERTS, save_tiny_model
 
 from megatron_prime.config.schema import MicroBatchSection, ModelSection, ParallelSection

@@ -12,7 +12,7 @@ from small_task import run_prime, write_yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
-from megatron_prime import build
+from megatron_prime.assembly import run as build
 from megatron_prime.config.loader import load_config
 from megatron_prime.config.schema_verifier import CodeVerifierSection
 from megatron_prime.errors import VerifierError

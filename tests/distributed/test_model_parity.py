@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from parity_rows import TEMPERATURE, expected_logprobs, make_rows
 from tiny_models import FAMILIES, save_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -28,40 +29,12 @@ LAYOUTS = {
     "tp4": (4, 1, 4),
     "tp2_pp2": (2, 2, 4),
 }
-TEMPERATURE = 0.7
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("families")
     return {family: save_tiny_model(family, root / family) for family in FAMILIES}
-
-
-def make_rows() -> TokenRows:
-    generator = torch.Generator().manual_seed(3)
-    num_rows = 7
-    lengths = torch.randint(1, 12, (num_rows,), generator=generator)
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    ids = torch.randint(2, 131, mask.shape, generator=generator)
-    prompts = [
-        torch.randint(2, 131, (int(n),), generator=generator).tolist()
-        for n in torch.randint(1, 20, (num_rows,), generator=generator)
-    ]
-    return TokenRows(prompt_token_ids=tuple(map(tuple, prompts)), response_ids=ids * mask, mask=mask)
-
-
-def expected_logprobs(folder: Path, rows: TokenRows) -> torch.Tensor:
-    """Row by row through transformers, log-softmax in float64."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    result = torch.zeros(rows.mask.shape, dtype=torch.float64)
-    for row, prompt in enumerate(rows.prompt_token_ids):
-        response = rows.response_ids[row][rows.mask[row]]
-        sequence = torch.cat((torch.tensor(prompt), response))
-        with torch.no_grad():
-            logits = model(sequence[None]).logits[0].double() / TEMPERATURE
-        picked = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, response[:, None])
-        result[row, : len(response)] = picked[:, 0]
-    return result
 
 
 def score_and_export(

@@ -11,7 +11,7 @@ import torch
 
 from megatron_prime.batch import SftExample
 from megatron_prime.config.schema import MicroBatchSection, ModelSection, OptimizerSection, ParallelSection
-from megatron_prime.launch import memory
+from megatron_prime.planner import memory
 from megatron_prime.weights.architecture import ModelArchitecture
 
 MICRO_BATCH_TOKENS = 512

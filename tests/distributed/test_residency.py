@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_model_parity import make_rows
-from test_training_errors import scaled
+from parity_rows import make_rows, scaled
 from tiny_models import role_setup, save_tiny_model
 
+from megatron_prime.checkpoint.manifest import step_folder
 from megatron_prime.config.schema import (
     CheckpointSection,
     OptimizerSection,
     ParallelSection,
 )
-from megatron_prime.manifest import step_folder
 from megatron_prime.mcore.checkpoint.checkpointer import Checkpointer
 from megatron_prime.mcore.parallel import Layout, parallel_layout
 from megatron_prime.mcore.residency import ParkedStorages, awake

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_model_parity import make_rows
+from parity_rows import make_rows, scaled
 from tiny_models import role_setup, save_tiny_model
 
 from megatron_prime.config.schema import OptimizerSection, ParallelSection
 from megatron_prime.errors import TrainingError
-from megatron_prime.mcore.packing import ResponseTokens
 from megatron_prime.mcore.parallel import parallel_layout
 from megatron_prime.mcore.role import TrainableRole
 from megatron_prime.weights.hf_folder import HfFolder
-
-
-def scaled(scale: float) -> Callable[..., tuple[torch.Tensor, Mapping[str, torch.Tensor]]]:
-    def loss(
-        logprobs: torch.Tensor, entropy: torch.Tensor | None, tokens: ResponseTokens
-    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        return logprobs.sum() * scale, {"mean": logprobs.mean()}
-
-    return loss
 
 
 def errors(folder: Path, dtype: Any, distributed: bool) -> list[str]:

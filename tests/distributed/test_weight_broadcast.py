@@ -9,9 +9,9 @@ import pytest
 import torch
 from gloo_processes import free_port
 
-from megatron_prime.rollout.vllm.broadcast import BROKEN_OFF, BrokenOff, Group
-from megatron_prime.rollout.vllm.buckets import BucketReceiver, BucketSender
-from megatron_prime.rollout.vllm.shared_weights import SharedPlan, lay_out, whole_tensors
+from megatron_prime.rollout.vllm.wire.broadcast import BROKEN_OFF, BrokenOff, Group
+from megatron_prime.rollout.vllm.wire.buckets import BucketReceiver, BucketSender
+from megatron_prime.rollout.vllm.wire.shared_memory import SharedPlan, lay_out, whole_tensors
 from megatron_prime.weights.digests import digest
 
 CPU = torch.device("cpu")

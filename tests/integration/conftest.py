@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_prime.rollout.vllm.process import EngineParent
+from megatron_prime.rollout.vllm.trainer.process import EngineParent
 
 
 @pytest.fixture(scope="session")

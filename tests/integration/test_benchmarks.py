@@ -15,12 +15,12 @@ import pytest
 from real_configs import GSM8K, make_start
 
 from megatron_prime.batch import Prompt, Response
-from megatron_prime.cli import main
+from megatron_prime.commands.main import main
 from megatron_prime.config.schema import VerifierSection
-from megatron_prime.data.benchmarks.registry import load_benchmarks
 from megatron_prime.data.readers import read_rows
-from megatron_prime.launch.exit_status import INTERRUPTED
-from megatron_prime.verify.verifier import build_verifier
+from megatron_prime.evaluation.registry import load_benchmarks
+from megatron_prime.verify.routing import build_verifier
+from megatron_prime.watch.exit_status import INTERRUPTED
 
 ADD = "print(sum(map(int, input().split())))"
 TOTAL = "class Solution:\n    def total(self, nums: List[int], extra: int) -> int:\n        return sum(nums) + extra"
@@ -56,7 +56,7 @@ def stop_after_some_answers() -> Iterator[None]:
                 logger.removeHandler(self)
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    logger = logging.getLogger("megatron_prime.evaluate")
+    logger = logging.getLogger("megatron_prime.commands.evaluate")
     handler = Stop()
     logger.addHandler(handler)
     yield

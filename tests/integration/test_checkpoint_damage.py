@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 from small_task import DATA, small_model_folder, write_yaml
 
-from megatron_prime import build
+from megatron_prime.assembly import run as build
+from megatron_prime.checkpoint.manifest import MANIFEST, committed, step_of
 from megatron_prime.config.loader import load_config
 from megatron_prime.errors import CheckpointError, PrimeError
-from megatron_prime.manifest import MANIFEST, committed, step_of
 from megatron_prime.weights.convert import to_hf
 
 SHARD = "model/__0_0.distcp"
@@ -168,7 +165,7 @@ def test_without_a_whole_checkpoint_nothing_is_touched(broken) -> None:
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(broken, key: str, value: Any, message: str) -> None:
-    from megatron_prime.manifest import WRITING, commit, read_manifest
+    from megatron_prime.checkpoint.manifest import WRITING, commit, read_manifest
 
     path = newest(broken)
     manifest = read_manifest(path)

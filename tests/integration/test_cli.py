@@ -15,14 +15,14 @@ from real_configs import make_start
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from megatron_prime.cli import _alone, main
+from megatron_prime.commands.convert import verify_bits, verify_logprobs
+from megatron_prime.commands.demo import folder_suffix
+from megatron_prime.commands.main import _alone, main
 from megatron_prime.config.checks import check_config
-from megatron_prime.convert import verify_bits, verify_logprobs
-from megatron_prime.demo import folder_suffix
 from megatron_prime.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = [sys.executable, "-m", "megatron_prime.cli"]
+COMMAND = [sys.executable, "-m", "megatron_prime"]
 COMMANDS = ("demo", "train", "sft", "check", "evaluate", "launch", "generate", "prepare", "verify", "convert", "replay")
 SHAPES = {
     "arithmetic": "arithmetic",

@@ -14,18 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from small_task import prime_config, small_model_folder, write_yaml
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
-from small_task import prime_config, small_model_folder, write_yaml
+from megatron_prime.watch.exit_status import FAILED, STALLED
 
-from megatron_prime.launch.exit_status import FAILED, STALLED
-
-COMMAND = [sys.executable, "-m", "megatron_prime.cli"]
+COMMAND = [sys.executable, "-m", "megatron_prime"]
 PATIENCE_SECONDS = 120
 FAULTY_VERIFIER = """
 import os, time
-from megatron_prime import progress
+from megatron_prime import heartbeat
 
 def raises(section):
     if os.environ["RANK"] == "1":
@@ -37,7 +35,7 @@ def gets_on(section):
         # For longer than anyone would wait for a rank that does nothing.
         for _ in range(40 if os.environ["RANK"] == "1" else 0):
             time.sleep(0.5)
-            progress.heard()
+            heartbeat.heard()
     return Verifier(wait, times=1)
 
 def sleeps(section):
@@ -171,7 +169,7 @@ def test_a_rank_whose_engine_or_verifier_gets_on_is_waited_for(tmp_path: Path, r
 
 
 def test_signs_of_life_are_json_of_one_size(tmp_path: Path) -> None:
-    from megatron_prime.launch.heartbeat import Sign, SignFile, rank_list, read_signs
+    from megatron_prime.watch.rank_status import Sign, SignFile, rank_list, read_signs
 
     file = SignFile(tmp_path, 3)
     sign = Sign(rank=3, host="h", pid=1, phase="rollout", step=2, phase_seconds=5.0, num_looks=1)

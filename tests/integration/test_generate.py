@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from real_configs import make_start
 
-from megatron_prime.cli import main
+from megatron_prime.commands.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data" / "benchmarks"

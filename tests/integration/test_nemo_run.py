@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from nemo_experiment import PYTHON, REASON, check_results, experiment, nemo_run
 
-from megatron_prime.cli import main
+from megatron_prime.commands.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "arithmetic_sft.yaml")
@@ -24,7 +24,7 @@ def test_without_nemo_run_there_is_a_reason(capsys: pytest.CaptureFixture[str]) 
 @needs_nemo_run
 def test_dry_run_prints_the_job(tmp_path: Path) -> None:
     options = ("--tasks-per-node=2", "--time=2:00:00", "--partition=gpu", "--dry-run")
-    result = nemo_run(tmp_path, "-m", "megatron_prime.cli", "launch", "nemo-run", CONFIG, *options)
+    result = nemo_run(tmp_path, "-m", "megatron_prime", "launch", "nemo-run", CONFIG, *options)
     assert result.returncode == 0, result.stderr
     for line in ("#SBATCH --nodes=1", "#SBATCH --partition=gpu", "#SBATCH --time=2:00:00", "#SBATCH --signal=TERM@300"):
         assert line in result.stdout

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_task import prime_config, small_model_folder, write_yaml
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
-from small_task import prime_config, small_model_folder, write_yaml
-
-from megatron_prime import build
-from megatron_prime.cli import main
+from megatron_prime.assembly import run as build
+from megatron_prime.commands.main import main
+from megatron_prime.commands.replay import ReplayOptions, replay_config
 from megatron_prime.config.loader import load_config
 from megatron_prime.errors import NonFiniteError, TrainingError
 from megatron_prime.observe.failed_updates import read_failed_update
-from megatron_prime.replay import ReplayOptions, replay_config
 
 NUM_STEPS = 3
 

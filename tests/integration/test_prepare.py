@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prime.cli import main
+from megatron_prime.commands.main import main
 from megatron_prime.data.readers import read_rows
 
 DATA = Path(__file__).resolve().parents[1] / "data"

@@ -79,7 +79,7 @@ def test_commands_do_what_they_say(folder: Path, outputs: dict[str, str]) -> Non
 
 
 def test_the_configuration_of_the_readme_is_whole(folder: Path) -> None:
-    command = [sys.executable, "-m", "megatron_prime.cli", "check", "readme.yaml"]
+    command = [sys.executable, "-m", "megatron_prime", "check", "readme.yaml"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

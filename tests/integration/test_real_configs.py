@@ -12,7 +12,7 @@ from real_configs import GSM8K, PUBLISHED, make_start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_prime.cli import main
+from megatron_prime.commands.main import main
 
 TWO_RANKS = {"world_size": 2, "tensor_model_parallel_size": 2}
 PARALLEL = {"qwen2.5-7b": TWO_RANKS}

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 from kill_and_resume import COMMAND, kill_once
 from small_task import prime_config, read_curve, write_yaml
 

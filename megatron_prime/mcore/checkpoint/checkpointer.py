@@ -16,10 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_prime import world
-from megatron_prime.config.schema import CheckpointSection
-from megatron_prime.errors import CheckpointError
-from megatron_prime.manifest import (
+from megatron_prime import collectives
+from megatron_prime.checkpoint.manifest import (
     WRITING,
     FileRecord,
     Manifest,
@@ -31,6 +29,9 @@ from megatron_prime.manifest import (
     superseded,
     write_file,
 )
+from megatron_prime.checkpoint.torch_dist import StoredChunk, WrittenFile, file_name, write_chunks, write_description
+from megatron_prime.config.schema import CheckpointSection
+from megatron_prime.errors import CheckpointError
 from megatron_prime.mcore.checkpoint.resume import identity_of
 from megatron_prime.mcore.checkpoint.state import load_training_state, model_chunks, optimizer_chunks, step_count
 from megatron_prime.mcore.cpu import on_megatron_platform
@@ -38,7 +39,6 @@ from megatron_prime.mcore.export import export_hf
 from megatron_prime.mcore.residency import awake
 from megatron_prime.mcore.role import TrainableRole
 from megatron_prime.weights.convert import SIDE_FOLDER, copy_side_files
-from megatron_prime.weights.torch_dist import StoredChunk, WrittenFile, file_name, write_chunks, write_description
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class Checkpointer:
         self._identity = identity_of({name: r.architecture for name, r in roles.items()}, role.setup.model.dtype)
         self._sizes = {"tp": layout.tp_size, "pp": layout.pp_size, "cp": layout.cp_size, "dp": layout.dp_size}
         # The writers talk among themselves while the main threads use the other groups.
-        self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if world.world_size() > 1 else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if collectives.world_size() > 1 else None
         self._mine: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
         self._pending: _Job | None = None
 
@@ -182,7 +182,7 @@ class Checkpointer:
             CheckpointError: on every process, if it has.
         """
         job = self._pending
-        if job is not None and not world.any_process(job.thread is not None and job.thread.is_alive()):
+        if job is not None and not collectives.any_process(job.thread is not None and job.thread.is_alive()):
             self.finish()
 
     def finish(self) -> None:
@@ -216,13 +216,13 @@ class Checkpointer:
             with awake(role):
                 mine = self._my_chunks(name, role)
                 chunks[name] = _consumed(list(_copies(mine))) if copies_all else _copies_of(role, mine)
-        counts = world.all_gather({name: step_count(role.optimizer) for name, role in self.roles.items()})
+        counts = collectives.all_gather({name: step_count(role.optimizer) for name, role in self.roles.items()})
         commons: dict[str, Mapping[str, Any]] = {}
         for name, role in self.roles.items():
             num_steps = next(count[name] for count in counts if count[name] is not None)
             commons[name] = {"optimizer": {"step": num_steps}, "scheduler": role.scheduler.state_dict()}
         packed = io.BytesIO()
-        if world.is_main():
+        if collectives.is_main():
             torch.save({"step": step, "state": dict(trainer_state)}, packed)
         final = step_folder(self.folder, step)
         return _Job(
@@ -244,14 +244,14 @@ class Checkpointer:
 
     def _make_folders(self, writing: Path) -> None:
         problem = None
-        if world.is_main():
+        if collectives.is_main():
             try:
                 shutil.rmtree(writing, ignore_errors=True)
                 for name in self.roles:
                     (writing / name).mkdir(parents=True)
             except OSError as error:
                 problem = str(error)
-        problem = world.broadcast(problem)
+        problem = collectives.broadcast(problem)
         if problem is not None:
             raise self._failure(writing, problem)
 
@@ -268,7 +268,7 @@ class Checkpointer:
         """What went wrong on any rank."""
         reports = self._gathered(report)
         problem = None
-        if world.is_main():
+        if collectives.is_main():
             problem = "; ".join(f"rank {rank}: {r.error}" for rank, r in enumerate(reports) if r.error) or None
             problem = problem or self._commit(job, reports)
             if problem is not None:
@@ -277,7 +277,7 @@ class Checkpointer:
 
     def _write(self, job: _Job) -> _Report:
         try:
-            name = file_name(world.rank())
+            name = file_name(collectives.rank())
             files = {role: write_chunks(job.writing / role / name, chunks) for role, chunks in job.chunks.items()}
         except Exception as error:  # whatever it is, the other ranks wait to be told
             return _Report(error=str(error) or type(error).__name__)
@@ -320,8 +320,8 @@ class Checkpointer:
         """All ranks' reports, on the main process."""
         if self._group is None:
             return [report]
-        reports: list[Any] = [None] * world.world_size()
-        dist.gather_object(report, reports if world.is_main() else None, group=self._group)
+        reports: list[Any] = [None] * collectives.world_size()
+        dist.gather_object(report, reports if collectives.is_main() else None, group=self._group)
         return reports
 
     def _told(self, problem: str | None) -> str | None:
@@ -363,15 +363,15 @@ def _share_out(sizes: Mapping[_Place, int]) -> set[_Place]:
     names = {hashlib.blake2b(repr(place).encode(), digest_size=8).digest(): place for place in sizes}
     holders: dict[bytes, list[int]] = {}
     num_bytes: dict[bytes, int] = {}
-    for rank, theirs in enumerate(world.all_gather({name: sizes[place] for name, place in names.items()})):
+    for rank, theirs in enumerate(collectives.all_gather({name: sizes[place] for name, place in names.items()})):
         num_bytes |= theirs
         for name in theirs:
             holders.setdefault(name, []).append(rank)
-    loads = [0] * world.world_size()
+    loads = [0] * collectives.world_size()
     mine = set()
     for name in sorted(holders, key=lambda name: (-num_bytes[name], name)):
         writer = min(holders[name], key=lambda rank: loads[rank])
         loads[writer] += num_bytes[name]
-        if writer == world.rank():
+        if writer == collectives.rank():
             mine.add(names[name])
     return mine

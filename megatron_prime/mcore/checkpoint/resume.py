@@ -10,9 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_prime import world
-from megatron_prime.errors import CheckpointError
-from megatron_prime.manifest import (
+from megatron_prime import collectives
+from megatron_prime.checkpoint.manifest import (
     altered_files,
     committed,
     foreign_files,
@@ -21,6 +20,7 @@ from megatron_prime.manifest import (
     remove_leftovers,
     set_aside,
 )
+from megatron_prime.errors import CheckpointError
 from megatron_prime.weights.architecture import ModelArchitecture
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def find_checkpoint(folder: Path, identity: dict[str, Any]) -> Path | None:
     """
     damaged: dict[Path, list[str]] = {}
     whole = None
-    for path in reversed(world.broadcast(committed(folder))):
+    for path in reversed(collectives.broadcast(committed(folder))):
         problems = _all_problems(path)
         if not problems:
             whole = path
@@ -67,19 +67,19 @@ def find_checkpoint(folder: Path, identity: dict[str, Any]) -> Path | None:
         )
     if whole is not None:
         _refuse_another(whole, identity)
-    if world.is_main():
+    if collectives.is_main():
         _tidy(folder, whole, damaged)
-    world.barrier()
+    collectives.barrier()
     return whole
 
 
 def _all_problems(path: Path) -> list[str]:
-    problems = world.broadcast(problems_of(path))
+    problems = collectives.broadcast(problems_of(path))
     if problems:
         return problems
     files = read_manifest(path).files
-    mine = world.my_share(sorted(files, key=lambda name: (-files[name].num_bytes, name)))
-    return list(itertools.chain(*world.all_gather(altered_files(path, mine))))
+    mine = collectives.my_share(sorted(files, key=lambda name: (-files[name].num_bytes, name)))
+    return list(itertools.chain(*collectives.all_gather(altered_files(path, mine))))
 
 
 def _refuse_another(path: Path, identity: dict[str, Any]) -> None:

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_prime.checkpoint.torch_dist import COMMON_FILE, StoredChunk, one_line, read_chunks, read_description
 from megatron_prime.errors import CheckpointError
 from megatron_prime.mcore.cpu import on_megatron_platform
-from megatron_prime.weights.torch_dist import COMMON_FILE, StoredChunk, one_line, read_chunks, read_description
 
 _STEP = "step"
 _MASTER = "fp32_param"

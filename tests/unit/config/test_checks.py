@@ -4,21 +4,21 @@ import dataclasses
 import json
 import typing
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from model_shape import SHAPE
 
 from megatron_prime.config import (
     AnyConfig,
     PrimeConfig,
     SftConfig,
-    batch_plan,
     check_config,
     load_config,
     raise_for_problems,
 )
 from megatron_prime.config.ranges import RANGES
 from megatron_prime.errors import ConfigError
+from megatron_prime.planner.batch_plan import batch_plan
 
 PRIME = """
 run: {name: test, num_steps: 10}
@@ -33,17 +33,6 @@ model: {path: MODEL, init: random}
 data: {kind: arithmetic}
 sft: {batch_size: 8, optimizer: {lr: 1e-3}}
 """
-SHAPE = SimpleNamespace(
-    experts=None,
-    num_layers=6,
-    hidden_size=64,
-    num_attention_heads=8,
-    num_query_groups=4,
-    kv_channels=8,
-    ffn_hidden_size=96,
-    max_position_embeddings=2048,
-    vocab_size=128,
-)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_checks import SHAPE
+from model_shape import SHAPE
 
 from megatron_prime.config.layout_checks import check_layout, check_parallel
 from megatron_prime.config.schema import ParallelSection

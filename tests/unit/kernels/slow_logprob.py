@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def reference(hidden, weight, targets, *, vocab_size, temperature: float | torch.Tensor = 1.0):
@@ -33,3 +34,17 @@ def confident_inputs(dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor, t
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm of what is expected."""
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest result of any torch operation, and fills new memory with nan."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.num_elements = max(self.num_elements, result.numel())
+            if "empty" in func.__name__ and result.is_floating_point():
+                result.fill_(torch.nan)
+        return result

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from slow_logprob import confident_inputs, random_inputs, reference, relative_error
-from torch.utils._python_dispatch import TorchDispatchMode
+from slow_logprob import LargestTensor, confident_inputs, random_inputs, reference, relative_error
 
 from megatron_prime.kernels import HeadOptions, fused_linear_logprob
 
@@ -159,20 +158,6 @@ def test_wide_spread_underflows_to_zero_probability_not_to_nan():
                 assert result.entropy is not None and result.entropy.tolist() == [0.0]
                 grads = torch.autograd.grad(result.logprobs.sum() + result.entropy.sum(), (hidden, weight))
                 assert all(g.isfinite().all() for g in grads)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest result of any torch operation, and fills new memory with nan."""
-
-    num_elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.num_elements = max(self.num_elements, result.numel())
-            if "empty" in func.__name__ and result.is_floating_point():
-                result.fill_(torch.nan)
-        return result
 
 
 @pytest.mark.parametrize("entropy", ["none", "metric", "grad"])

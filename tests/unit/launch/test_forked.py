@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_prime.launch.exit_status import FAILED
 from megatron_prime.launch.forked import ForkedProcess
+from megatron_prime.watch.exit_status import FAILED
 
 
 def sleep() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_packing import LENGTHS, make_rows, slow_cells
+from packing_rows import LENGTHS, make_rows, slow_cells
 
 from megatron_prime.mcore.context import zigzag_places
 from megatron_prime.mcore.packing import MicroBatch, TokenRows, build_micro_batch

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from megatron_prime.batch import Prompt
-from megatron_prime.rollout.transformers_engine import TransformersEngine
+from megatron_prime.rollout.embedded.engine import TransformersEngine
 
 VOCAB_SIZE, MAX_POSITIONS = 23, 96
 _SIZES = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prime.cli import main
+from megatron_prime.commands.main import main
 from megatron_prime.config.schema_verifier import VerifierSection
 from megatron_prime.errors import DataError
 from megatron_prime.verify.offline import verify_file

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_prime.errors import VerifierError
-from megatron_prime.verify import math_verifier, pool
-from megatron_prime.verify.math_verifier import math_worker_kind
+from megatron_prime.verify import pool
+from megatron_prime.verify.math import verifier as math_verifier
+from megatron_prime.verify.math.verifier import math_worker_kind
 from megatron_prime.verify.pool import WorkerKind, WorkerPool
 
 BOMB = ["3", "9^{9^{9^9}}"]
@@ -259,7 +260,7 @@ def test_a_dead_parent_leaves_no_worker_behind():
     root = str(Path(math_verifier.__file__).parents[2])
     script = (
         f"import sys; sys.path.insert(0, {root!r})\n"
-        "from megatron_prime.verify.math_verifier import math_worker_kind\n"
+        "from megatron_prime.verify.math.verifier import math_worker_kind\n"
         "from megatron_prime.verify.pool import WorkerPool\n"
         "pool = WorkerPool([math_worker_kind(1.5, 2.0)], 2, 0)\n"
         "[p.result() for p in [pool.submit('math', ['x+1', f'1+x+{n}'], 5.0) for n in range(2)]]\n"

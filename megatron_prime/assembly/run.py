@@ -1,0 +1,389 @@
+"""The one place that knows every concrete class: from a checked configuration to a finished run."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_prime import collectives
+from megatron_prime.assembly.engines import loaded_engine, running_engine
+from megatron_prime.assembly.preflight import check, check_disk, read_examples, read_prompts
+from megatron_prime.batch import Prompt, Response, SamplingParams
+from megatron_prime.checkpoint.manifest import step_of
+from megatron_prime.config.checks import check_config, raise_for_problems
+from megatron_prime.config.schema import AnyConfig, PrimeConfig, RolloutSection, SftConfig, VllmSection
+from megatron_prime.data.sources import PromptSource
+from megatron_prime.data.templates import complete_messages, render
+from megatron_prime.data.tokenizer import encode, load_tokenizer
+from megatron_prime.errors import CheckpointError, ConfigError
+from megatron_prime.kernels import HeadOptions, choose_backend, choose_gemm
+from megatron_prime.mcore.checkpoint.checkpointer import Checkpointer
+from megatron_prime.mcore.checkpoint.resume import find_checkpoint, identity_of
+from megatron_prime.mcore.cpu import megatron_platform
+from megatron_prime.mcore.dtypes import DTYPES
+from megatron_prime.mcore.export import export_hf
+from megatron_prime.mcore.parallel import Layout, parallel_layout
+from megatron_prime.mcore.prime_roles import PolicyRole, PrmRole, ReferenceRole, SftRole
+from megatron_prime.mcore.residency import awake
+from megatron_prime.mcore.role import RoleSetup, TrainableRole
+from megatron_prime.observe.failed_updates import FailedUpdateFiles
+from megatron_prime.observe.metrics import MetricsLogger
+from megatron_prime.observe.report import draw_plots, write_summary
+from megatron_prime.observe.run_folder import RunFolder, commit
+from megatron_prime.rollout.prompts import lack_of_room
+from megatron_prime.trainer.evaluation import accuracy, evaluation_sampling, sample_and_verify
+from megatron_prime.trainer.prime import PrimeParts, PrimeTrainer
+from megatron_prime.trainer.sft import SftTrainer
+from megatron_prime.verify.routing import RoutingVerifier, build_verifier
+from megatron_prime.watch.crash_report import last_words
+from megatron_prime.watch.interrupt import stop_requests
+from megatron_prime.watch.rank_status import SIGNS
+from megatron_prime.watch.watchdog import Watchdog
+from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
+from megatron_prime.weights.convert import SIDE_FOLDER, to_hf
+from megatron_prime.weights.hf_folder import HfFolder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Process:
+    """How this rank hears of requests and tells of itself."""
+
+    should_stop: Callable[[], bool]
+    watchdog: Watchdog
+    last_words: Callable[[], AbstractContextManager[None]]
+
+
+def import_megatron() -> None:
+    """Imports what a run imports once it has begun; a process whose forks are ranks does it for all of them."""
+    with megatron_platform():
+        import megatron_prime.mcore.libraries
+        import megatron_prime.mcore.model
+        import megatron_prime.mcore.optimizer  # noqa: F401
+
+
+def run(config: AnyConfig, *, ends_process: bool = False) -> Mapping[str, Any]:
+    """Runs a configuration in the started processes.
+
+    Args:
+        config: the configuration.
+        ends_process: a rank that fails in an unforeseen way ends its process, before anything is closed.
+
+    Returns:
+        The summary, which is also in the run folder.
+    """
+    architecture = check(config)
+    torch.set_num_threads(config.run.num_threads)
+    signs = RunFolder(config.run.directory, config.run.name).path / SIGNS
+    with parallel_layout(config.parallel, config.run.seed) as layout, stop_requests() as should_stop:
+        _check_disk(config, architecture)
+        watchdog = Watchdog(
+            signs,
+            rank=collectives.rank(),
+            world_size=collectives.world_size(),
+            timeout_seconds=config.parallel.timeout_seconds,
+        )
+        words = partial(last_words, watchdog, ends_process=ends_process)
+        process = _Process(should_stop=should_stop, watchdog=watchdog, last_words=words)
+        with watchdog.watching(), words():
+            if isinstance(config, PrimeConfig):
+                return _run_prime(config, architecture, layout, process)
+            return _run_sft(config, architecture, layout, process)
+
+
+def _run_prime(
+    config: PrimeConfig, architecture: ModelArchitecture, layout: Layout, process: _Process
+) -> Mapping[str, Any]:
+    if config.parallel.offload_idle == "all" and layout.device.type == "cpu":
+        raise ConfigError("parallel.offload_idle: all moves models off a GPU, and there is none; use gradients or none")
+    process.watchdog.enter("data", 0)
+    # Before anything large: wrong rows show at once.
+    prompts = _prompts(config)
+    process.watchdog.enter("start", 0)
+    starts = {"policy": config.model.path}
+    if config.uses_prm:
+        starts["prm"] = config.prm.path or config.model.path
+    folder, resume_from = _run_folder(config, starts)
+    setup = role_setup(config, architecture, layout, folder)
+    num_warmup_steps = config.prm.warmup_steps if config.uses_prm else 0
+    policy = PolicyRole(
+        _setup_of(setup, config.policy.micro_batch_tokens),
+        config.policy,
+        num_steps=config.run.num_steps - num_warmup_steps,
+    )
+    roles: dict[str, TrainableRole] = {"policy": policy}
+    # Each sleeps before the next one is built: an accelerator may have no room for all.
+    policy.load_hf(HfFolder(config.model.path))
+    policy.sleep()
+    prm = reference = None
+    if config.uses_prm:
+        prm_setup = _setup_of(setup, config.prm.micro_batch_tokens, starts["prm"])
+        prm = roles["prm"] = PrmRole(prm_setup, config.prm, num_steps=config.run.num_steps)
+        prm.load_hf(HfFolder(starts["prm"]))
+        prm.sleep()
+    if config.reference.source == "sft" and (config.uses_prm or config.policy.kl_coef > 0):
+        reference_path = config.reference.path or config.model.path
+        reference = ReferenceRole(_setup_of(setup, config.reference.micro_batch_tokens, reference_path))
+        reference.load_hf(HfFolder(reference_path))
+        reference.sleep()
+    with (
+        running_engine(
+            config.model.path, config.model.dtype, config.rollout, architecture, layout, config.run.num_threads
+        ) as engine,
+        _prepared(folder, config, roles, starts, resume_from) as (checkpoints, metrics),
+        _verifier(config) as verifier,
+        # Innermost: a rank that fails speaks before it closes anything.
+        process.last_words(),
+    ):
+        parts = PrimeParts(
+            policy=policy,
+            reference=reference,
+            prm=prm,
+            engine=engine,
+            verifier=verifier,
+            prompts=prompts,
+            checkpoints=checkpoints,
+            logger=metrics,
+            failed_updates=FailedUpdateFiles(folder.failures, config),
+            enter=process.watchdog.enter,
+            should_stop=process.should_stop,
+            min_groups=layout.dp_size
+            * max(config.policy.num_minibatches, config.prm.num_minibatches if config.uses_prm else 1),
+        )
+        summary = PrimeTrainer(config, parts).train()
+        process.watchdog.enter("export", config.run.num_steps)
+        if config.checkpoint.export_hf:
+            with awake(policy):
+                export_hf(policy, folder.path / "hf", Path(config.model.path))
+            if prm is not None:
+                with awake(prm):
+                    export_hf(prm, folder.path / "hf_prm", Path(starts["prm"]))
+        return _finish(config, folder, summary, metrics)
+
+
+def _run_sft(
+    config: SftConfig, architecture: ModelArchitecture, layout: Layout, process: _Process
+) -> Mapping[str, Any]:
+    process.watchdog.enter("data", 0)
+    examples = read_examples(config)
+    logger.info("%d examples; left out: %s", len(examples), examples.dropped)
+    process.watchdog.enter("start", 0)
+    folder, resume_from = _run_folder(config, {"model": config.model.path})
+    setup = role_setup(config, architecture, layout, folder)
+    model = SftRole(setup, config.sft.optimizer, num_optimizer_steps=config.run.num_steps)
+    if config.model.init == "weights":
+        model.load_hf(HfFolder(config.model.path))
+    prepared = _prepared(folder, config, {"model": model}, {"model": config.model.path}, resume_from)
+    with prepared as (checkpoints, metrics), process.last_words():
+        trainer = SftTrainer(config, model, examples, checkpoints, metrics, process.should_stop, process.watchdog.enter)
+        summary = trainer.train()
+        process.watchdog.enter("export", config.run.num_steps)
+        if config.checkpoint.export_hf:
+            export_hf(model, folder.path / "hf", Path(config.model.path))
+        return _finish(config, folder, summary, metrics)
+
+
+def evaluate(config: PrimeConfig) -> Mapping[str, Any]:
+    """avg@k of the model in ``model.path`` on the evaluation prompts of a configuration, in this process."""
+    raise_for_problems(check_config(config))
+    torch.set_num_threads(config.run.num_threads)
+    section = config.evaluation
+    loaded = loaded_engine(config.model.path, config.model.dtype, config.rollout, config.run.num_threads)
+    with loaded as (engine, _), _verifier(config) as verifier:
+        prompts = _prompts(config).evaluation(section.num_prompts)
+        sampling = evaluation_sampling(config)
+        answers = sample_and_verify(engine, verifier, prompts, sampling)
+    result = accuracy([[verdict for _, verdict in row] for row in answers])
+    return {
+        "model": config.model.path,
+        "accuracy": result.value,
+        "accuracy_interval": [result.low, result.high],
+        "num_prompts": result.num_prompts,
+        "num_responses": section.num_responses,
+        "num_missing": result.num_missing,
+    }
+
+
+def generate(
+    folder: str,
+    questions: Sequence[str],
+    *,
+    ability: str,
+    raw: bool,
+    sampling: SamplingParams,
+    engine: Literal["transformers", "vllm"] = "transformers",
+) -> list[list[Response]]:
+    """Answers of a model to questions, in this process and without a trainer.
+
+    Args:
+        folder: Hugging Face folder with tokenizer, or a Megatron checkpoint that `to_megatron` made of one.
+        questions: one prompt each.
+        ability: ``math`` or ``code``: which of PRIME's suffixes the question gets.
+        raw: take the questions as they are, without system prompt, suffix and chat template.
+        sampling: how to sample.
+        engine: which engine samples.
+    """
+    with as_hf_folder(folder) as readable:
+        return _generate(readable, questions, ability=ability, raw=raw, sampling=sampling, engine=engine)
+
+
+@contextmanager
+def as_hf_folder(path: str) -> Iterator[str]:
+    """The folder itself, or the Megatron checkpoint converted for as long as it is needed."""
+    if not (Path(path) / SIDE_FOLDER / "config.json").is_file():
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "hf"
+        to_hf(Path(path), target)
+        yield str(target)
+
+
+def _generate(
+    folder: str,
+    questions: Sequence[str],
+    *,
+    ability: str,
+    raw: bool,
+    sampling: SamplingParams,
+    engine: Literal["transformers", "vllm"],
+) -> list[list[Response]]:
+    tokenizer = load_tokenizer(folder)
+    prompts: list[Prompt] = []
+    for number, question in enumerate(questions):
+        message = {"role": "user", "content": question}
+        kept = "none" if raw else "prime"
+        messages = complete_messages([message], ability=ability, system_prompt=kept, task_suffix=not raw)
+        text = render(tokenizer, messages, "raw" if raw else "chat")
+        ids = encode(tokenizer, [text], special_tokens=raw)[0]
+        prompts.append(Prompt(prompt_id=str(number), text=text, token_ids=ids, ground_truth="", ability=ability))
+    longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+    num_tokens, answer = len(longest.token_ids), sampling.max_response_tokens
+    limit = read_architecture(folder).max_position_embeddings
+    if lack := lack_of_room(f"question {int(longest.prompt_id) + 1}", num_tokens, answer, limit):
+        raise ConfigError(lack)
+    vllm = VllmSection(max_model_len=num_tokens + answer, max_num_seqs=64)
+    section = RolloutSection(engine=engine, num_prompts=1, max_batch_size=64, vllm=vllm)
+    with loaded_engine(folder, "float32", section, torch.get_num_threads()) as (loaded, _):
+        return loaded.generate(prompts, sampling)
+
+
+def _check_disk(config: AnyConfig, architecture: ModelArchitecture) -> None:
+    """`check_disk` by the main process, heard by all."""
+    problem = None
+    if collectives.is_main():
+        try:
+            check_disk(config, architecture)
+        except CheckpointError as error:
+            problem = error
+    if problem := collectives.broadcast(problem):
+        raise problem
+
+
+def _run_folder(config: AnyConfig, starts: Mapping[str, str]) -> tuple[RunFolder, Path | None]:
+    """The run's folder, and the checkpoint to go on from; `starts` are the folders that trained models come from."""
+    folder = RunFolder(config.run.directory, config.run.name)
+    folder.prepare(config, config.run.resume)
+    identity = identity_of({role: read_architecture(path) for role, path in starts.items()}, config.model.dtype)
+    return folder, find_checkpoint(folder.checkpoints, identity)
+
+
+def role_setup(config: AnyConfig, architecture: ModelArchitecture, layout: Layout, folder: RunFolder) -> RoleSetup:
+    """What every model of a run is built from."""
+    with megatron_platform():
+        from megatron_prime.mcore.libraries import choose_libraries
+
+        logger.info("models: %s", choose_libraries(config.model, packed=config.micro_batch.packed))
+    return RoleSetup(
+        architecture=architecture,
+        model=config.model,
+        parallel=config.parallel,
+        micro_batch=config.micro_batch,
+        layout=layout,
+        head=_head_options(config, architecture, layout, folder),
+    )
+
+
+def _setup_of(setup: RoleSetup, micro_batch_tokens: int | None, path: str | None = None) -> RoleSetup:
+    """The same with a role's own micro-batches, and for the model of another folder."""
+    if micro_batch_tokens is not None:
+        cut = replace(setup.micro_batch, micro_batch_size=None, micro_batch_tokens=micro_batch_tokens)
+        setup = replace(setup, micro_batch=cut)
+    return setup if path is None else replace(setup, architecture=read_architecture(path))
+
+
+def _head_options(config: AnyConfig, architecture: ModelArchitecture, layout: Layout, folder: RunFolder) -> HeadOptions:
+    """How the log-prob op is computed: what the main process measures, or measured when the run began, for all."""
+    section = config.head
+    gemm: Any = section.gemm
+    if gemm == "auto":
+        found = None
+        if collectives.is_main():
+            padded = architecture.padded_vocab_size(config.model.make_vocab_size_divisible_by, layout.tp_size)
+            found = (folder.recorded_head() or {}).get("gemm") or choose_gemm(
+                DTYPES[config.model.dtype], padded // layout.tp_size, architecture.hidden_size, layout.device
+            )
+        gemm = collectives.broadcast(found)
+    options = HeadOptions(
+        backend=choose_backend(section.backend, layout.device),
+        gemm=gemm,
+        workspace_bytes=max(1, int(section.workspace_mib * 2**20)),
+    )
+    logger.info("log-prob op: %s backend, products by %s", options.backend, gemm)
+    return options
+
+
+@contextmanager
+def _prepared(
+    folder: RunFolder,
+    config: AnyConfig,
+    roles: Mapping[str, TrainableRole],
+    starts: Mapping[str, str],
+    resume_from: Path | None,
+) -> Iterator[tuple[Checkpointer, MetricsLogger]]:
+    folder.write_versions()
+    setup = next(iter(roles.values())).setup
+    folder.write_head({"backend": setup.head.backend, "gemm": setup.head.gemm})
+    checkpoints = Checkpointer(folder.checkpoints, roles, config.checkpoint, starts, resume_from)
+    # Without a checkpoint the evaluation before the first step is repeated too.
+    folder.truncate_metrics(step_of(resume_from) if resume_from else -1)
+    metrics = MetricsLogger(folder, config.run.num_steps, enabled=collectives.is_main())
+    try:
+        yield checkpoints, metrics
+    finally:
+        checkpoints.close()
+        metrics.close()
+        folder.close()
+
+
+def _verifier(config: PrimeConfig) -> RoutingVerifier:
+    abilities = config.data.abilities if config.data.kind == "files" else ["math"]
+    return build_verifier(config.verifier, abilities)
+
+
+def _prompts(config: PrimeConfig) -> PromptSource:
+    prompts = read_prompts(config)
+    logger.info("%d prompts; left out: %s", len(prompts), prompts.dropped)
+    return prompts
+
+
+def _finish(
+    config: AnyConfig, folder: RunFolder, summary: Mapping[str, Any], metrics: MetricsLogger
+) -> Mapping[str, Any]:
+    full = {**summary, "commit": commit() if collectives.is_main() else None}
+    metrics.close()
+    if collectives.is_main():
+        write_summary(folder, full)
+        if config.run.plots:
+            draw_plots(folder)
+    collectives.barrier()
+    return full

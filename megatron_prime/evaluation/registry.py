@@ -1,0 +1,170 @@
+"""The benchmarks that `megatron-prime evaluate` knows, and how each is asked by PRIME's protocol."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prime.data.layouts import Question, Row
+from megatron_prime.data.readers import read_rows
+from megatron_prime.errors import DataError
+from megatron_prime.evaluation import rows
+from megatron_prime.evaluation.livecodebench import read_livecodebench
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Benchmark:
+    """A published test set and how it is asked."""
+
+    name: str
+    title: str
+    files: tuple[str, ...]
+    """Patterns below the data folder; all files of the first that matches any are read."""
+    read: Callable[[Row, str], Question | None]
+    """None: the row is of another test set in the same file."""
+    num_problems: int | None
+    """As published; None where releases differ."""
+    max_response_tokens: int = 4096
+    num_responses: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark(
+            name="aime24",
+            title="AIME 2024",
+            files=("aime24/aimo-validation-aime.jsonl", "aime24/aime24_test.jsonl"),
+            read=rows.read_aime24,
+            num_problems=30,
+        ),
+        Benchmark(
+            name="amc23", title="AMC 2023", files=("amc/amc23_test.jsonl",), read=rows.read_math, num_problems=40
+        ),
+        Benchmark(
+            name="amc",
+            title="AMC 2022-23 (PRIME's)",
+            files=("amc/aimo-validation-amc.jsonl",),
+            read=rows.read_math,
+            num_problems=83,
+        ),
+        Benchmark(
+            name="math500",
+            title="MATH-500",
+            files=("math500/math_test_cleaned.json", "math500/math500_test.jsonl"),
+            read=rows.read_math,
+            num_problems=500,
+            max_response_tokens=8192,
+        ),
+        Benchmark(
+            name="minerva_math",
+            title="Minerva Math",
+            files=("minerva_math/minerva_test.jsonl", "minerva_math/test.jsonl"),
+            read=rows.read_math,
+            num_problems=272,
+        ),
+        Benchmark(
+            name="olympiadbench",
+            title="OlympiadBench",
+            files=("olympiadbench/olympiadbench_test.jsonl", "olympiadbench/test.jsonl"),
+            read=rows.read_olympiadbench,
+            num_problems=675,
+        ),
+        Benchmark(name="gsm8k", title="GSM8K", files=("gsm8k/test.jsonl",), read=rows.read_math, num_problems=1319),
+        Benchmark(
+            name="humaneval",
+            title="HumanEval",
+            files=("humaneval/HumanEval.jsonl.gz", "humaneval/HumanEval.jsonl"),
+            read=rows.read_humaneval,
+            num_problems=164,
+        ),
+        Benchmark(
+            name="mbpp",
+            title="MBPP (sanitized, PRIME's)",
+            files=("mbpp/new_mbpp.json",),
+            read=rows.read_mbpp,
+            num_problems=399,
+        ),
+        Benchmark(
+            name="leetcode",
+            title="LeetCode (PRIME's 180)",
+            files=("leetcode/leetcode-test.json",),
+            read=rows.read_leetcode,
+            num_problems=180,
+            max_response_tokens=8192,
+        ),
+        Benchmark(
+            name="livecodebench",
+            title="LiveCodeBench v2",
+            files=("livecodebench/test*.jsonl",),
+            read=read_livecodebench,
+            num_problems=None,
+            num_responses=10,
+            temperature=0.2,
+            top_p=0.95,
+        ),
+    )
+}
+"""In the order of tables."""
+
+
+def available(folder: Path) -> list[str]:
+    """Names of the benchmarks whose files lie in a folder."""
+    return [name for name, benchmark in BENCHMARKS.items() if _files(folder, benchmark)]
+
+
+def load_benchmarks(folder: str | Path, names: Sequence[str]) -> dict[str, list[tuple[str, Question]]]:
+    """Reads benchmarks from a local folder.
+
+    Args:
+        folder: data folder with one folder per benchmark (docs/evaluation.md has the layout).
+        names: keys of `BENCHMARKS`.
+
+    Returns:
+        By name, in the order asked for: (stable id, question) of each problem.
+
+    Raises:
+        DataError: the folder, a name, a file or a row is at fault; lists all problems and what there is.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; name the folder that holds the benchmarks' folders")
+    problems: list[str] = []
+    found: dict[str, list[tuple[str, Question]]] = {}
+    for name in dict.fromkeys(names):
+        if name not in BENCHMARKS:
+            close = difflib.get_close_matches(name, BENCHMARKS, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            problems.append(f"{name}: unknown benchmark{hint} (known: {', '.join(BENCHMARKS)})")
+            continue
+        try:
+            found[name] = _load(root, BENCHMARKS[name])
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join([*problems, f"{root} has: {', '.join(available(root)) or 'no benchmark'}"]))
+    return found
+
+
+def _files(folder: Path, benchmark: Benchmark) -> list[Path]:
+    return next((files for pattern in benchmark.files if (files := sorted(folder.glob(pattern)))), [])
+
+
+def _load(folder: Path, benchmark: Benchmark) -> list[tuple[str, Question]]:
+    files = _files(folder, benchmark)
+    if not files:
+        raise DataError(f"{benchmark.name}: {folder} has no {' and no '.join(benchmark.files)}")
+    questions = [benchmark.read(row, where) for path in files for where, row in read_rows(str(path))]
+    problems = [(f"{benchmark.name}/{n}", q) for n, q in enumerate(q for q in questions if q is not None)]
+    if not problems:
+        raise DataError(f"{benchmark.name}: no problem in {', '.join(map(str, files))}")
+    if benchmark.num_problems not in (None, len(problems)):
+        _log.warning("%s: %d problems, published are %d", benchmark.name, len(problems), benchmark.num_problems)
+    return problems

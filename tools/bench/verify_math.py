@@ -1,0 +1,209 @@
+"""Measures the math verifier beside math-verify: agreement with labelled cases, time, bombs and injected payloads.
+
+The cases are the files grader_cases/*.jsonl of the folder --data, of rows {"pred", "gold", "expected", "form", ..}:
+`bare` and `text` answers are put into a box, `boxed` and `output` are taken as they are; prose without a box is left
+out, as the verifier wants a box. Without --data the small sample in tests/data is used. Prints a table and
+writes build/bench/verify_math.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from pathlib import Path
+from typing import Any
+
+from measuring import machine, write_result
+
+from megatron_prime.batch import Prompt, Response
+from megatron_prime.config.schema_verifier import VerifierSection
+from megatron_prime.verify.math.answer import extract_answer
+from megatron_prime.verify.routing import RoutingVerifier, build_verifier
+
+SAMPLE = Path(__file__).resolve().parents[2] / "tests" / "data"
+NUM_REAL, NUM_BOMBS = 1024, 20
+REAL = ("model_outputs", "qwen", "gsm8k")
+"""How the names of sets of real outputs begin or end."""
+BOMBS = (
+    "9^{9^{9^{9}}}",
+    "10^{10^{10}}",
+    "100000000!",
+    r"\binom{1000000000}{500000000}",
+    "(x+1)^{100000}",
+    r"\prod_{n=1}^{1000000000} n",
+    r"\int_0^1 x^{x^x} dx",
+    r"\sin(10^{10000})",
+)
+"""Where the folder has none."""
+Case = dict[str, Any]
+
+
+def read_sets(folder: Path) -> dict[str, list[Case]]:
+    """Rows by file; the hand-written ones by category too."""
+    sets: dict[str, list[Case]] = {}
+    for path in sorted((folder / "grader_cases").glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            case = {"form": "boxed"} | json.loads(line)
+            if case.get("disputed") or (case["form"] == "text" and not is_formula(case)):
+                continue
+            name = " ".join([path.stem, *(case[key] for key in ("cat", "kind") if key in case)])
+            sets.setdefault(name, []).append(case)
+    return sets
+
+
+def is_formula(case: Case) -> bool:
+    """Whether answer and truth of a `text` case are boxed or are one formula: prose has no box to find."""
+    return all("\\boxed" in text or unwrap(text) != text for text in (str(case["pred"]), str(case["gold"])))
+
+
+def response_text(case: Case) -> str:
+    """What a model would have written."""
+    if case["form"] in ("boxed", "output") or "\\boxed" in case["pred"]:
+        return case["pred"]
+    return f"\\boxed{{{unwrap(case['pred']) if case['form'] == 'text' else case['pred']}}}"
+
+
+def gold_text(case: Case) -> str:
+    gold = str(case["gold"])
+    if case["form"] == "text" and "\\boxed" in gold:
+        return extract_answer(gold).answer
+    return unwrap(gold) if case["form"] == "text" else gold
+
+
+def unwrap(text: str) -> str:
+    """The formula of a text that is one formula between dollar signs, else the text."""
+    stripped = text.strip()
+    for mark in ("$$", "$"):
+        inner = stripped.removeprefix(mark).removesuffix(mark)
+        if stripped.startswith(mark) and stripped.endswith(mark) and "$" not in inner and len(stripped) > 2 * len(mark):
+            return inner
+    return text
+
+
+def item(text: str, gold: str, number: int) -> tuple[Prompt, Response]:
+    prompt = Prompt(prompt_id=str(number), text="", token_ids=(1,), ground_truth=gold)
+    return prompt, Response(text=text, token_ids=(1,), logprobs=(0.0,), finish_reason="stop", weight_version=0)
+
+
+def grade_ours(verifier: RoutingVerifier, cases: Sequence[Case]) -> tuple[list[str], float]:
+    items = [item(response_text(case), gold_text(case), number) for number, case in enumerate(cases)]
+    begun = time.perf_counter()
+    verdicts = verifier.verify(items)
+    return [verdict.status for verdict in verdicts], time.perf_counter() - begun
+
+
+def grade_by_math_verify(text: str, gold: str) -> bool:
+    from math_verify import parse, verify
+
+    try:
+        return bool(verify(parse(f"${gold}$" if "\\boxed" not in gold else gold), parse(text)))
+    except Exception:  # whatever it raises is no acceptance
+        return False
+
+
+def grade_theirs(cases: Sequence[Case]) -> tuple[list[str], float]:
+    begun = time.perf_counter()
+    statuses: list[str] = []
+    pool = ProcessPoolExecutor(1)
+    for case in cases:
+        future = pool.submit(grade_by_math_verify, response_text(case), gold_text(case))
+        try:
+            statuses.append("correct" if future.result(timeout=10) else "wrong")
+        except FutureTimeout:
+            statuses.append("timeout")
+            for process in list(pool._processes.values()):
+                process.kill()
+            pool = ProcessPoolExecutor(1)
+        except Exception:  # the process died
+            statuses.append("grader_error")
+            pool = ProcessPoolExecutor(1)
+    pool.shutdown()
+    return statuses, time.perf_counter() - begun
+
+
+def score(cases: Sequence[Case], statuses: Sequence[str]) -> dict[str, Any]:
+    pairs = [(c["expected"], s == "correct") for c, s in zip(cases, statuses, strict=True) if c["expected"] is not None]
+    return {
+        "num_cases": len(cases),
+        "agreement": sum(a == b for a, b in pairs) / len(pairs) if pairs else None,
+        "false_positives": sum(b and not a for a, b in pairs),
+        "false_negatives": sum(a and not b for a, b in pairs),
+        "statuses": dict(Counter(statuses)),
+    }
+
+
+def mixed_with_bombs(sets: dict[str, list[Case]], verifier: RoutingVerifier) -> dict[str, Any] | None:
+    """Real outputs with bombs among them, and how long one verdict took at the most."""
+    real = [c for name, cases in sets.items() if name.startswith(REAL) or name.endswith(REAL) for c in cases]
+    bombs = [c for name, cases in sets.items() if name.endswith(" bomb") for c in cases]
+    bombs = bombs or [{"pred": f"\\boxed{{{bomb}}}", "gold": "3", "form": "boxed"} for bomb in BOMBS]
+    if not real:
+        return None
+    chance = random.Random(0)
+    cases = [chance.choice(real) for _ in range(NUM_REAL)]
+    for place in chance.sample(range(NUM_REAL), NUM_BOMBS):
+        cases[place] = chance.choice(bombs)
+    items = [item(response_text(case), gold_text(case), number) for number, case in enumerate(cases)]
+    begun = time.perf_counter()
+    verdicts = verifier.verify(items)
+    return {
+        "variant": f"ours: {NUM_REAL} real outputs, {NUM_BOMBS} bombs",
+        "seconds": time.perf_counter() - begun,
+        "longest_verdict_seconds": max(verdict.seconds for verdict in verdicts),
+    }
+
+
+def show(name: str, row: dict[str, Any]) -> None:
+    agreement = "-" if row["agreement"] is None else f"{row['agreement']:.4f}"
+    print(
+        f"{name:34}{row['variant']:14}{row['num_cases']:6}{agreement:>9}{row['false_positives']:5}"
+        f"{row['false_negatives']:5}{1e3 * row['seconds'] / row['num_cases']:10.2f}"
+    )
+
+
+def main() -> None:
+    """Grades everything both ways."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=SAMPLE, help="folder with grader_cases/*.jsonl")
+    parser.add_argument("--only", help="substring of the sets to grade")
+    parser.add_argument("--alone", action="store_true", help="leave math-verify out")
+    parser.add_argument("--errors", action="store_true", help="print every disagreement")
+    options = parser.parse_args()
+    sets = {k: v for k, v in read_sets(options.data).items() if not options.only or options.only in k}
+    rows: list[dict[str, Any]] = []
+    print(f"{'set':34}{'variant':14}{'cases':>6}{'agree':>9}{'FP':>5}{'FN':>5}{'ms/case':>10}")
+    graders: dict[str, Callable[[Sequence[Case]], tuple[list[str], float]]] = {}
+    section = VerifierSection(num_workers=2, timeout_seconds=1.5, cache_size=0)
+    with build_verifier(section, ["math"]) as verifier:
+        graders["ours"] = lambda cases: grade_ours(verifier, cases)
+        if not options.alone:
+            graders["math-verify"] = grade_theirs
+        for name, cases in sets.items():
+            for variant, grade in graders.items():
+                statuses, seconds = grade(cases)
+                row = {"set": name, "variant": variant, "seconds": seconds} | score(cases, statuses)
+                rows.append(row)
+                show(name, row)
+                if options.errors and variant == "ours":
+                    print_errors(cases, statuses)
+        if mixed := mixed_with_bombs(sets, verifier):
+            rows.append(mixed)
+            longest = mixed["longest_verdict_seconds"]
+            print(f"{mixed['variant']}: {mixed['seconds']:.2f} s, longest verdict {longest:.2f} s")
+    write_result("verify_math", machine(), rows, data=options.data.name)
+
+
+def print_errors(cases: Sequence[Case], statuses: Sequence[str]) -> None:
+    for case, status in zip(cases, statuses, strict=True):
+        if case["expected"] is not None and (status == "correct") != case["expected"]:
+            print(f"    expected {case['expected']}, {status}: gold {case['gold']!r}  answer {case['pred'][-120:]!r}")
+
+
+if __name__ == "__main__":
+    main()
