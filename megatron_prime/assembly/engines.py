@@ -14,10 +14,10 @@ from megatron_prime.config.engine_checks import NO_EXPERTS
 from megatron_prime.config.schema import RolloutSection, VllmSection
 from megatron_prime.data.tokenizer import end_token_ids, load_tokenizer
 from megatron_prime.errors import ConfigError
+from megatron_prime.interfaces import Engine
 from megatron_prime.mcore.dtypes import DTYPES
 from megatron_prime.mcore.parallel import Layout
 from megatron_prime.rollout.embedded.engine import TransformersEngine
-from megatron_prime.rollout.protocol import Engine
 from megatron_prime.rollout.vllm.trainer.beside import VllmEngine, VllmSetup
 from megatron_prime.rollout.vllm.trainer.beside_buckets import StreamedVllmEngine
 from megatron_prime.rollout.vllm.trainer.process import EngineParent

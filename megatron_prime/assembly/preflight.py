@@ -16,7 +16,7 @@ from megatron_prime.planner.memory import Layout, checkpoint_bytes, exported_byt
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
 
 if TYPE_CHECKING:
-    from megatron_prime.data.protocols import PromptSource, SftSource
+    from megatron_prime.interfaces import PromptSource, SftSource
 
 
 def check(config: AnyConfig, *, check_files: bool = True) -> ModelArchitecture:

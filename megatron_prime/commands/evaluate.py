@@ -28,11 +28,11 @@ from megatron_prime.errors import ConfigError, DataError
 from megatron_prime.evaluation.answers import Answer, answer_problems, problem_means, summarize
 from megatron_prime.evaluation.registry import BENCHMARKS, Benchmark, load_benchmarks
 from megatron_prime.evaluation.scores import mean_of_benchmarks
+from megatron_prime.interfaces import Engine
 from megatron_prime.observe.files import require_folder, write_atomically
 from megatron_prime.observe.report import benchmark_table
 from megatron_prime.observe.rows import RowFile
 from megatron_prime.rollout.prompts import lack_of_room
-from megatron_prime.rollout.protocol import Engine
 from megatron_prime.verify.routing import RoutingVerifier, build_verifier
 from megatron_prime.watch.interrupt import stop_requests
 from megatron_prime.weights.architecture import read_architecture

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from megatron_prime.batch import Prompt, Response, SftExample, StepSpan
 from megatron_prime.config.schema import ArithmeticData
 from megatron_prime.data.order import shuffled_index
-from megatron_prime.data.protocols import DropCounts
 from megatron_prime.data.tokenizer import encode, eos_token_id
 from megatron_prime.errors import DataError
+from megatron_prime.interfaces import DropCounts
 
 SYMBOLS = "0123456789+-=;?\n\\boxed{}"
 """Every character of the task."""

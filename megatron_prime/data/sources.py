@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_prime.config.schema import ArithmeticData, FileData
 from megatron_prime.data.arithmetic import ArithmeticPrompts, ArithmeticSft
 from megatron_prime.data.files import FilePrompts, FileSft
-from megatron_prime.data.protocols import DropCounts, PromptSource, SftSource
+from megatron_prime.interfaces import DropCounts, PromptSource, SftSource
 
 __all__ = ["DropCounts", "PromptSource", "SftSource", "build_prompt_source", "build_sft_source"]
 

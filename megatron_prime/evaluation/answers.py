@@ -11,7 +11,7 @@ from typing import Any
 from megatron_prime.batch import Prompt, Response, SamplingParams, Verdict
 from megatron_prime.errors import DataError, RunInterrupted
 from megatron_prime.evaluation.scores import score_answers
-from megatron_prime.trainer.protocols import Engine, Verifier
+from megatron_prime.interfaces import Engine, Verifier
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

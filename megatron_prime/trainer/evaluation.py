@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from megatron_prime import collectives, heartbeat
 from megatron_prime.batch import Prompt, Response, SamplingParams, Verdict
 from megatron_prime.config.schema import PrimeConfig
-from megatron_prime.trainer.protocols import Engine, Verifier
+from megatron_prime.interfaces import Engine, Verifier
 
 _Z95 = 1.959964
 

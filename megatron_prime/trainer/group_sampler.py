@@ -12,8 +12,8 @@ from megatron_prime.algorithm.filtering import GroupCollector
 from megatron_prime.batch import Group, Verdict
 from megatron_prime.config.schema import PrimeConfig
 from megatron_prime.errors import TrainingError
+from megatron_prime.interfaces import Engine, PromptSource, Verifier
 from megatron_prime.trainer.evaluation import derive_seed, sample_and_verify
-from megatron_prime.trainer.protocols import Engine, Prompts, Verifier
 from megatron_prime.trainer.settings import sampling_params
 from megatron_prime.trainer.stages import Stages
 from megatron_prime.trainer.verdicts import rollout_metrics, verdict_metrics
@@ -38,7 +38,13 @@ class GroupSampler:
     """
 
     def __init__(
-        self, config: PrimeConfig, engine: Engine, verifier: Verifier, prompts: Prompts, stages: Stages, min_groups: int
+        self,
+        config: PrimeConfig,
+        engine: Engine,
+        verifier: Verifier,
+        prompts: PromptSource,
+        stages: Stages,
+        min_groups: int,
     ) -> None:
         self.collector = GroupCollector(
             num_groups=config.rollout.num_prompts,

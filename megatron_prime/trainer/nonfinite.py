@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from megatron_prime.batch import ModelUpdate, UpdateResult
 from megatron_prime.errors import NonFiniteError
-from megatron_prime.trainer.protocols import FailedUpdates
+from megatron_prime.interfaces import FailedUpdates
 
 
 @contextmanager

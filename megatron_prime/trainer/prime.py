@@ -16,22 +16,22 @@ from megatron_prime.algorithm.implicit_reward import implicit_rewards
 from megatron_prime.batch import Group, ModelUpdate, RolloutBatch, ScoredBatch
 from megatron_prime.config.schema import PrimeConfig
 from megatron_prime.errors import RunInterrupted
-from megatron_prime.trainer.evaluation import Accuracy, accuracy, derive_seed, evaluation_sampling, sample_and_verify
-from megatron_prime.trainer.evidence import Evidence, measure_evidence, recent_step_auc
-from megatron_prime.trainer.group_sampler import GroupSampler
-from megatron_prime.trainer.mismatch import advantage_weights, compare_logprobs
-from megatron_prime.trainer.nonfinite import kept_if_nonfinite
-from megatron_prime.trainer.protocols import (
+from megatron_prime.interfaces import (
     Checkpoints,
     Engine,
     FailedUpdates,
     Logger,
     Policy,
-    Prompts,
+    PromptSource,
     Reference,
     RewardModel,
     Verifier,
 )
+from megatron_prime.trainer.evaluation import Accuracy, accuracy, derive_seed, evaluation_sampling, sample_and_verify
+from megatron_prime.trainer.evidence import Evidence, measure_evidence, recent_step_auc
+from megatron_prime.trainer.group_sampler import GroupSampler
+from megatron_prime.trainer.mismatch import advantage_weights, compare_logprobs
+from megatron_prime.trainer.nonfinite import kept_if_nonfinite
 from megatron_prime.trainer.settings import advantage_options, is_due
 from megatron_prime.trainer.stages import Stages
 
@@ -51,7 +51,7 @@ class PrimeParts:
     """None: outcome rewards only."""
     engine: Engine
     verifier: Verifier
-    prompts: Prompts
+    prompts: PromptSource
     checkpoints: Checkpoints
     logger: Logger
     failed_updates: FailedUpdates

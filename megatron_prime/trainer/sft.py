@@ -10,7 +10,7 @@ from typing import Any
 from megatron_prime.batch import SftExample
 from megatron_prime.config.schema import SftConfig
 from megatron_prime.errors import NonFiniteError, RunInterrupted
-from megatron_prime.trainer.protocols import Checkpoints, Examples, Imitator, Logger
+from megatron_prime.interfaces import Checkpoints, Imitator, Logger, SftSource
 from megatron_prime.trainer.settings import is_due
 from megatron_prime.trainer.stages import Stages
 
@@ -34,7 +34,7 @@ class SftTrainer:
         self,
         config: SftConfig,
         model: Imitator,
-        examples: Examples,
+        examples: SftSource,
         checkpoints: Checkpoints,
         metrics: Logger,
         should_stop: Callable[[], bool] = bool,

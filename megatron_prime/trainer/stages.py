@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from megatron_prime import collectives
+from megatron_prime.interfaces import Resident
 from megatron_prime.trainer.memory import PeakMemory
-from megatron_prime.trainer.protocols import Resident
 
 
 class Stages:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from megatron_prime.batch import Prompt, Response, Verdict
 from megatron_prime.config.schema_verifier import VerifierSection
 from megatron_prime.errors import VerifierError
+from megatron_prime.interfaces import Verifier
 from megatron_prime.verify.plugin import make_own_verifier, problem_with
-from megatron_prime.verify.protocol import Verifier
 
 ODD_TEXTS = (
     "",

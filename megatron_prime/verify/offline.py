@@ -14,7 +14,8 @@ from typing import Any
 from megatron_prime.batch import Prompt, Response, Verdict
 from megatron_prime.config.schema_verifier import VerifierSection
 from megatron_prime.errors import DataError
-from megatron_prime.verify.protocol import Verifier, known
+from megatron_prime.interfaces import Verifier
+from megatron_prime.verify.futures import known
 from megatron_prime.verify.routing import build_verifier
 
 MALFORMED_ROW = "malformed_row"

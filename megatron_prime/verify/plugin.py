@@ -11,7 +11,8 @@ from typing import Any, cast
 from megatron_prime.batch import Prompt, Response, Verdict
 from megatron_prime.config.schema_verifier import VerifierSection
 from megatron_prime.errors import VerifierError
-from megatron_prime.verify.protocol import Verifier, known
+from megatron_prime.interfaces import Verifier
+from megatron_prime.verify.futures import known
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def problem_with(verdict: Any) -> str | None:
 
 
 class GuardedVerifier:
-    """Turns the errors of a verifier, and what is no verdict, into missing verdicts (`protocol.Verifier`).
+    """Turns the errors of a verifier, and what is no verdict, into missing verdicts (`interfaces.Verifier`).
 
     Args:
         verifier: any.
@@ -73,7 +74,7 @@ class GuardedVerifier:
         self._verifier = verifier
 
     def submit(self, prompt: Prompt, response: Response) -> Future[Verdict]:
-        """See `protocol.Verifier.submit`; only a VerifierError comes through."""
+        """See `interfaces.Verifier.submit`; only a VerifierError comes through."""
         try:
             future = self._verifier.submit(prompt, response)
         except VerifierError:

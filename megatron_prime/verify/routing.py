@@ -9,15 +9,16 @@ from types import TracebackType
 from megatron_prime.batch import Prompt, Response, Verdict
 from megatron_prime.config.schema_verifier import VerifierSection
 from megatron_prime.errors import VerifierError
+from megatron_prime.interfaces import Verifier
 from megatron_prime.verify.code.verifier import CodeVerifier, choose_isolation, code_worker_kind
+from megatron_prime.verify.futures import verify
 from megatron_prime.verify.math.verifier import MathVerifier, math_worker_kind
 from megatron_prime.verify.plugin import GuardedVerifier, make_own_verifier
 from megatron_prime.verify.pool import WorkerPool
-from megatron_prime.verify.protocol import Verifier, verify
 
 
 class RoutingVerifier:
-    """Gives each prompt to the verifier of its ability (`protocol.Verifier`). Use as a context manager.
+    """Gives each prompt to the verifier of its ability (`interfaces.Verifier`). Use as a context manager.
 
     Args:
         verifiers: by ability; one for ``*`` takes all that have none of their own.
@@ -29,7 +30,7 @@ class RoutingVerifier:
         self._pool = pool
 
     def submit(self, prompt: Prompt, response: Response) -> Future[Verdict]:
-        """See `protocol.Verifier.submit`.
+        """See `interfaces.Verifier.submit`.
 
         Raises:
             VerifierError: no verifier knows the prompt's ability.

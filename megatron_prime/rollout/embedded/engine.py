@@ -12,10 +12,10 @@ from transformers.initialization import no_init_weights
 from megatron_prime import collectives
 from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.errors import RolloutError
+from megatron_prime.interfaces import OnAnswer
 from megatron_prime.rollout.embedded.kv_cache import ATTENTION_NAME
 from megatron_prime.rollout.embedded.sampling import Request, Sample, sample
 from megatron_prime.rollout.prompts import check_prompts
-from megatron_prime.rollout.protocol import OnAnswer
 from megatron_prime.rollout.randomness import answer_key
 from megatron_prime.weights.checksum import WeightChecksum
 

@@ -14,9 +14,8 @@ from megatron_prime.errors import VerifierError
 from megatron_prime.verify.code.extract import MAX_CODE_CHARS, extract_code
 from megatron_prime.verify.code.sandbox.launch import environment, python_command
 from megatron_prime.verify.code.scoring import UNCERTAIN
-from megatron_prime.verify.futures import mapped
+from megatron_prime.verify.futures import known, mapped
 from megatron_prime.verify.pool import Outcome, WorkerKind, WorkerPool
-from megatron_prime.verify.protocol import known
 
 KIND = "code"
 VERSION = 2

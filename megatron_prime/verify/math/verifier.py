@@ -11,11 +11,10 @@ from fractions import Fraction
 from pathlib import Path
 
 from megatron_prime.batch import Prompt, Response, Verdict
-from megatron_prime.verify.futures import mapped
+from megatron_prime.verify.futures import known, mapped
 from megatron_prime.verify.math.answer import decide, extract_answer
 from megatron_prime.verify.math.normalize import clean_unicode
 from megatron_prime.verify.pool import Outcome, WorkerKind, WorkerPool
-from megatron_prime.verify.protocol import known
 
 REWARDS: Mapping[str, float | None] = {
     "correct": 1.0,

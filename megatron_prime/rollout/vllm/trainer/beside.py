@@ -11,8 +11,8 @@ import torch
 from megatron_prime import collectives
 from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.errors import RolloutError
+from megatron_prime.interfaces import ExportedWeights, OnAnswer
 from megatron_prime.rollout.prompts import check_prompts
-from megatron_prime.rollout.protocol import ExportedWeights, OnAnswer
 from megatron_prime.rollout.vllm.trainer.answers import make_request, not_finite, raise_for, raise_together, to_response
 from megatron_prime.rollout.vllm.trainer.process import EngineLost, EngineParent, EngineProcess
 from megatron_prime.rollout.vllm.trainer.weight_writer import WeightWriter

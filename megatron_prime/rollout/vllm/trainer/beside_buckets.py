@@ -10,7 +10,7 @@ import torch
 
 from megatron_prime import collectives
 from megatron_prime.errors import RolloutError
-from megatron_prime.rollout.protocol import ExportedWeights, OnAnswer
+from megatron_prime.interfaces import ExportedWeights, OnAnswer
 from megatron_prime.rollout.vllm.trainer.beside import Share, VllmEngine
 from megatron_prime.rollout.vllm.trainer.process import EngineLost
 from megatron_prime.rollout.vllm.wire.buckets import BucketSender

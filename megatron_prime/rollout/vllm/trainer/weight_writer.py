@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_prime.rollout.protocol import ExportedWeights
+from megatron_prime.interfaces import ExportedWeights
 from megatron_prime.rollout.vllm.wire.messages import SharedUpdate
 from megatron_prime.rollout.vllm.wire.shared_memory import SharedPlan, SharedWeights, lay_out
 from megatron_prime.weights.digests import NUM_DIGEST_BYTES, digest, examine, find_non_finite

@@ -29,7 +29,7 @@ def main(descriptor: int) -> None:
     from vllm import LLM, SamplingParams  # noqa: F401
     from vllm.platforms import current_platform
 
-    from megatron_prime.rollout.vllm import server, transfer  # noqa: F401
+    from megatron_prime.rollout.vllm.worker import engine_loop, transfer  # noqa: F401
     from megatron_prime.rollout.vllm.wire.messages import Started
 
     if current_platform.is_cpu():

@@ -13,8 +13,8 @@ from tiny_engines import CONFIGS, TinyModel, make_prompts, spell
 
 from megatron_prime.batch import SamplingParams
 from megatron_prime.errors import RolloutError
+from megatron_prime.interfaces import Engine
 from megatron_prime.rollout.embedded.engine import TransformersEngine
-from megatron_prime.rollout.protocol import Engine
 from megatron_prime.weights.checksum import WeightChecksum
 
 PARAMS = SamplingParams(num_responses=2, temperature=1.0, top_p=1.0, max_response_tokens=8, seed=3)
