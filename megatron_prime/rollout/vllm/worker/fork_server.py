@@ -29,8 +29,8 @@ def main(descriptor: int) -> None:
     from vllm import LLM, SamplingParams  # noqa: F401
     from vllm.platforms import current_platform
 
-    from megatron_prime.rollout.vllm.worker import engine_loop, transfer  # noqa: F401
     from megatron_prime.rollout.vllm.wire.messages import Started
+    from megatron_prime.rollout.vllm.worker import engine_loop, transfer  # noqa: F401
 
     if current_platform.is_cpu():
         # What an engine would otherwise import when it is built; a GPU must not be touched before the fork.
@@ -56,7 +56,7 @@ def main(descriptor: int) -> None:
             try:
                 with Connection(descriptors[0]) as connection:
                     connection.send(Started(process_id=os.getpid()))
-                    server.serve(connection, pickle.loads(message))
+                    engine_loop.serve(connection, pickle.loads(message))
             finally:
                 # Exit handlers are the parent's.
                 os._exit(0)
