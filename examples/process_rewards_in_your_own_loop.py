@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_prime.algorithm import AdvantageOptions, compute_advantages, implicit_rewards
+from megatron_prime.algorithm import compute_advantages, implicit_rewards
+from megatron_prime.config.schema import AdvantageSection
 
 
 def main() -> None:
@@ -24,17 +25,7 @@ def main() -> None:
     prm_logprobs = reference_logprobs + 0.2 * (outcomes[:, None] - 0.5) * mask
 
     rewards = implicit_rewards(prm_logprobs, reference_logprobs, mask, beta=0.05)
-    options = AdvantageOptions(
-        estimator="rloo",
-        process_baseline="strict",
-        outcome_coef=1.0,
-        process_coef=1.0,
-        outcome_gamma=1.0,
-        process_gamma=1.0,
-        process_scale="max",
-        whiten=True,
-    )
-    result = compute_advantages(outcomes, rewards, mask, group_index, options)
+    result = compute_advantages(outcomes, rewards, mask, group_index, AdvantageSection(estimator="rloo"))
     print("process rewards\n", rewards)
     print("advantages\n", result.advantages)
     print({name: round(value, 3) for name, value in result.metrics.items()})

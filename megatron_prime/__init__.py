@@ -9,12 +9,41 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_prime import algorithm
+    from megatron_prime.algorithm.policy_loss import PolicyTokens
+    from megatron_prime.algorithm.prm_loss import PrmResponses
+    from megatron_prime.batch import ProcessInputs, StepReward
     from megatron_prime.config import PrimeConfig, SftConfig, load_config
+    from megatron_prime.config.schema import AdvantageSection, PolicySection, PrmSection
     from megatron_prime.errors import PrimeError
 
-__all__ = ["PrimeConfig", "PrimeError", "SftConfig", "algorithm", "load_config"]
+__all__ = [
+    "AdvantageSection",
+    "PolicySection",
+    "PolicyTokens",
+    "PrimeConfig",
+    "PrimeError",
+    "PrmResponses",
+    "PrmSection",
+    "ProcessInputs",
+    "SftConfig",
+    "StepReward",
+    "algorithm",
+    "load_config",
+]
 
-_MODULES = {"PrimeConfig": "config", "PrimeError": "errors", "SftConfig": "config", "load_config": "config"}
+_MODULES = {
+    "AdvantageSection": "config.schema",
+    "PolicySection": "config.schema",
+    "PolicyTokens": "algorithm.policy_loss",
+    "PrimeConfig": "config",
+    "PrimeError": "errors",
+    "PrmResponses": "algorithm.prm_loss",
+    "PrmSection": "config.schema",
+    "ProcessInputs": "batch",
+    "SftConfig": "config",
+    "StepReward": "batch",
+    "load_config": "config",
+}
 
 
 def __getattr__(name: str) -> Any:

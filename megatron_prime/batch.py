@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -170,30 +170,79 @@ def _version(response: Response) -> int:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredBatch:
-    """A rollout batch with the log-probs of the three models, each float32 [B, R], 0 on padding."""
+class PrmBatch:
+    """A rollout batch as the PRM saw it before it trained on it; log-probs without temperature, 0 on padding."""
 
     rollout: RolloutBatch
-    policy_logprobs: torch.Tensor | None
-    """Of the policy before this step's update, at the sampling temperature; None: its update computes them itself."""
-    reference_logprobs: torch.Tensor | None
-    """Without temperature; None: nobody asks for them."""
-    prm_logprobs: torch.Tensor | None
-    """Of one PRM snapshot for the whole batch, without temperature; None: its update has not brought them yet."""
+    reference_logprobs: torch.Tensor
+    """float32 [B, R]."""
+    prm_logprobs: torch.Tensor
+    """float32 [B, R], of one PRM snapshot for the whole batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelUpdate:
-    """What a model was to be trained on in a step."""
+class ScoredBatch:
+    """A rollout batch with all models' log-probs from before the step's updates, each float32 [B, R], 0 on padding."""
 
-    role: Literal["policy", "prm"]
+    rollout: RolloutBatch
+    policy_logprobs: torch.Tensor
+    """At the sampling temperature."""
+    reference_logprobs: torch.Tensor | None
+    """Without temperature; None: the run has no reference."""
+    prm_logprobs: torch.Tensor | None
+    """Without temperature; None: the run has no PRM."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReward:
+    """A process reward for one reasoning step of a response."""
+
+    start: int
+    """First token of the step, an index into the response's tokens."""
+    stop: int
+    """One past its last token."""
+    reward: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessInputs:
+    """What process rewards are made from, whoever makes them."""
+
+    groups: tuple[Group, ...]
+    """Prompts and answers as text and tokens; row ``i`` of `rollout` is the i-th answer, group after group."""
+    rollout: RolloutBatch
+    prm: PrmBatch | None
+    """What the implicit PRM says of the batch; None: the run has none."""
+    beta: float
+    """Scale of the PRM's log-ratio (`prm.beta`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrmUpdate:
+    """What the PRM was to be trained on in a step."""
+
     step: int
-    batches: tuple[ScoredBatch, ...]
-    """The PRM's window, oldest first; the policy's one batch."""
-    advantages: torch.Tensor | None
-    """float32 [B, R] of the policy's batch."""
+    batches: tuple[PrmBatch, ...]
+    """The window, oldest first."""
     seed: int
     """Of the mini-batch order."""
+    role: ClassVar[Literal["prm"]] = "prm"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyUpdate:
+    """What the policy was to be trained on in a step."""
+
+    step: int
+    batch: ScoredBatch
+    advantages: torch.Tensor
+    """float32 [B, R]."""
+    seed: int
+    """Of the mini-batch order."""
+    role: ClassVar[Literal["policy"]] = "policy"
+
+
+ModelUpdate = PrmUpdate | PolicyUpdate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,5 +251,5 @@ class UpdateResult:
 
     metrics: dict[str, float]
     """Means over the optimizer steps; `max_*` maxima; `skipped` the share of steps that were left out."""
-    logprobs: torch.Tensor | None
-    """float32 [B, R], of the model as it was before the update; None unless the batch came without them."""
+    logprobs: torch.Tensor
+    """float32 [B, R], of the model as it was before the update."""

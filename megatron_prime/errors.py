@@ -54,4 +54,13 @@ class TrainingError(PrimeError, RuntimeError):
 
 
 class NonFiniteError(TrainingError):
-    """A loss, gradient or weight that is infinite or no number."""
+    """A loss, gradient or weight that is NaN or Inf.
+
+    Args:
+        message: what was not finite.
+        logprobs: [B, R], of the model before the update that failed, where its first forward pass gave them.
+    """
+
+    def __init__(self, message: str, logprobs: object = None) -> None:
+        super().__init__(message)
+        self.logprobs = logprobs

@@ -15,11 +15,11 @@ import torch
 
 from megatron_prime.batch import (
     ModelUpdate,
+    PrmBatch,
     Prompt,
     Response,
     RolloutBatch,
     SamplingParams,
-    ScoredBatch,
     SftExample,
     StepSpan,
     UpdateResult,
@@ -73,12 +73,13 @@ class Policy(Resident, Protocol):
 
     def update(
         self,
-        batch: ScoredBatch,
+        batch: RolloutBatch,
         advantages: torch.Tensor,
         *,
+        old_logprobs: torch.Tensor | None,
+        reference_logprobs: torch.Tensor | None,
         temperature: float,
         seed: int,
-        check: Callable[[torch.Tensor], None] | None = None,
     ) -> UpdateResult: ...
 
     def export_weights(self) -> ExportedWeights: ...
@@ -95,7 +96,20 @@ class RewardModel(Resident, Protocol):
 
     def score(self, batch: RolloutBatch) -> torch.Tensor: ...
 
-    def update(self, batches: Sequence[ScoredBatch], *, seed: int) -> UpdateResult: ...
+    @property
+    def scores_in_update(self) -> bool:
+        """Whether `update` can do without scores."""
+        ...
+
+    def update(
+        self,
+        batch: RolloutBatch,
+        *,
+        reference_logprobs: torch.Tensor,
+        prm_logprobs: torch.Tensor | None,
+        window: Sequence[PrmBatch],
+        seed: int,
+    ) -> UpdateResult: ...
 
 
 class Imitator(Protocol):

@@ -74,7 +74,7 @@ def resolve(key: str, name: str) -> Callable[..., Any]:
     except Exception as error:
         raise ConfigError(f"{key}: {name!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(found):
-        raise ConfigError(f"{key}: {name!r} is a {type(found).__name__}, not a function")
+        raise ConfigError(f"{key}: {name!r} is of type {type(found).__name__}, not a function")
     return found
 
 

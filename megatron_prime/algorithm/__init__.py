@@ -1,7 +1,6 @@
-"""PRIME's mathematics: pure functions of whole-batch tensors, without models, ranks or configuration."""
+"""PRIME's mathematics: pure functions of whole-batch tensors, without models or ranks."""
 
 from megatron_prime.algorithm.advantage import (
-    AdvantageOptions,
     AdvantageResult,
     compute_advantages,
     discounted_returns,
@@ -13,9 +12,10 @@ from megatron_prime.algorithm.advantage import (
 )
 from megatron_prime.algorithm.evidence import GroupedAuc, auc, auc_gate, grouped_auc, step_scores
 from megatron_prime.algorithm.filtering import FilterCounts, GroupCollector, keep_group
-from megatron_prime.algorithm.implicit_reward import implicit_rewards
-from megatron_prime.algorithm.policy_loss import PolicyLossMetrics, PolicyLossOptions, loss_weights, ppo_clip_loss
+from megatron_prime.algorithm.implicit_reward import implicit_rewards, step_rewards
+from megatron_prime.algorithm.policy_loss import PolicyLossMetrics, PolicyTokens, loss_weights, policy_loss, ppo_clip
 from megatron_prime.algorithm.prm_loss import (
+    PrmResponses,
     cross_entropy_loss,
     opponent_logits,
     outcome_labels,
@@ -24,13 +24,13 @@ from megatron_prime.algorithm.prm_loss import (
 )
 
 __all__ = [
-    "AdvantageOptions",
     "AdvantageResult",
     "FilterCounts",
     "GroupCollector",
     "GroupedAuc",
     "PolicyLossMetrics",
-    "PolicyLossOptions",
+    "PolicyTokens",
+    "PrmResponses",
     "auc",
     "auc_gate",
     "compute_advantages",
@@ -45,10 +45,12 @@ __all__ = [
     "opponent_logits",
     "outcome_labels",
     "pairwise_loss",
-    "ppo_clip_loss",
+    "policy_loss",
+    "ppo_clip",
     "rloo_process",
     "scale_process",
     "sequence_logits",
+    "step_rewards",
     "step_scores",
     "whiten",
 ]

@@ -2,7 +2,7 @@
 
 Two sources, each with its own baseline, discount and coefficient; the whole batch at once, on one device:
 
-    A = whiten(outcome_coef * G_outcome + process_coef * process_gate * G_process)
+    A = whiten(outcome_coef * G_outcome + process_coef * gate * G_process)
 
 Constants cancel exactly: every baseline first subtracts a value of the group itself, so that equal rewards
 give advantages that *are* zero, and whitening finds no rounding noise to blow up.
@@ -10,13 +10,19 @@ give advantages that *are* zero, and whitening finds no rounding noise to blow u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from megatron_prime.algorithm.groups import group_max, group_sum
+from megatron_prime.config.schema import AdvantageSection
+from megatron_prime.sockets import resolve
+
+Estimator = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AdvantageSection], torch.Tensor]
+"""(rewards [B, R], mask [B, R], group_index [B], section) -> rewards above their baseline [B, R], 0 on padding. It is
+called for the process rewards, and for outcomes as [B, 1]."""
 
 RELATIVE_NOISE = 1e-6
 """A spread below this share of the values' magnitude is float32 rounding, not a signal."""
@@ -24,22 +30,6 @@ MIN_PROCESS_SCALE = 1e-6
 """Process returns that nowhere exceed this come from a PRM that still equals its reference."""
 WHITEN_EPSILON = 1e-8
 """Added to the variance, as in the released code."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdvantageOptions:
-    """How outcomes and process rewards become advantages (`AdvantageSection` has the meaning and the defaults)."""
-
-    estimator: Literal["rloo", "grpo", "reinforce"]
-    process_baseline: Literal["strict", "group"]
-    outcome_coef: float
-    process_coef: float
-    outcome_gamma: float
-    process_gamma: float
-    process_scale: Literal["none", "max", "rms"]
-    whiten: bool
-    process_gate: float = 1.0
-    """Multiplies the process source; `evidence.auc_gate` computes it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,26 +209,39 @@ def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask, (values - mean) * (std * std + WHITEN_EPSILON) ** -0.5, 0.0)
 
 
-def _subtract_baseline(
-    rewards: torch.Tensor, mask: torch.Tensor, group_index: torch.Tensor, options: AdvantageOptions
+def rloo(
+    rewards: torch.Tensor, mask: torch.Tensor, group_index: torch.Tensor, section: AdvantageSection
 ) -> torch.Tensor:
-    if options.estimator == "rloo":
-        return rloo_process(rewards, mask, group_index, baseline=options.process_baseline)
-    if options.estimator == "grpo":
-        return grpo_process(rewards, mask, group_index)
-    if options.estimator == "reinforce":
-        return torch.where(mask, rewards, 0.0)
-    raise ValueError(f"estimator: {options.estimator!r} is none of 'rloo', 'grpo', 'reinforce'")
+    """Subtracts a leave-one-out baseline: `rloo_process` with ``process_baseline``."""
+    return rloo_process(rewards, mask, group_index, baseline=section.process_baseline)
+
+
+def grpo(
+    rewards: torch.Tensor, mask: torch.Tensor, group_index: torch.Tensor, section: AdvantageSection
+) -> torch.Tensor:
+    """Standardises within the group: `grpo_process`."""
+    return grpo_process(rewards, mask, group_index)
+
+
+def reinforce(
+    rewards: torch.Tensor, mask: torch.Tensor, group_index: torch.Tensor, section: AdvantageSection
+) -> torch.Tensor:
+    """Subtracts nothing (arXiv 2502.01456, Eq. 8)."""
+    return torch.where(mask, rewards, 0.0)
 
 
 def _outcome_returns(
-    outcomes: torch.Tensor, mask: torch.Tensor, group_index: torch.Tensor, options: AdvantageOptions
+    outcomes: torch.Tensor,
+    mask: torch.Tensor,
+    group_index: torch.Tensor,
+    section: AdvantageSection,
+    estimator: Estimator,
 ) -> torch.Tensor:
     """Baselined outcomes, put on the last token of each response and discounted backwards from there, [B, R]."""
     everywhere = torch.ones_like(outcomes, dtype=torch.bool)[:, None]
-    values = _subtract_baseline(outcomes[:, None], everywhere, group_index, options)
+    values = estimator(outcomes[:, None], everywhere, group_index, section)
     is_last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(dim=1, keepdim=True) - 1
-    return discounted_returns(torch.where(is_last, values, 0.0), mask, options.outcome_gamma)
+    return discounted_returns(torch.where(is_last, values, 0.0), mask, section.outcome_gamma)
 
 
 def compute_advantages(
@@ -246,7 +249,9 @@ def compute_advantages(
     process_rewards: torch.Tensor | None,
     mask: torch.Tensor,
     group_index: torch.Tensor,
-    options: AdvantageOptions,
+    section: AdvantageSection,
+    *,
+    gate: float = 1.0,
 ) -> AdvantageResult:
     """Turns the batch's outcomes and process rewards into advantages.
 
@@ -254,36 +259,39 @@ def compute_advantages(
 
     Args:
         outcomes: [B], in [0, 1].
-        process_rewards: [B, R], from `implicit_rewards`; None for outcome-only training.
+        process_rewards: [B, R], for instance from `implicit_rewards`; None for outcome-only training.
         mask: bool [B, R], right-padded.
         group_index: int64 [B].
-        options: estimator, coefficients, discounts, scaling.
+        section: estimator, coefficients, discounts, scaling.
+        gate: multiplies the process source; `evidence.auc_gate` computes it.
 
     Returns:
         Advantages, the returns of both sources, and their metrics.
 
     Raises:
-        ValueError: shapes that do not belong together, or an unknown option.
+        ValueError: shapes that do not belong together.
+        ConfigError: an estimator that there is not.
     """
     if outcomes.shape != mask.shape[:1] or group_index.shape != outcomes.shape:
         raise ValueError(f"outcomes {outcomes.shape}, mask {mask.shape}, group_index {group_index.shape}: B differs")
     if process_rewards is not None and process_rewards.shape != mask.shape:
         raise ValueError(f"process_rewards {process_rewards.shape} and mask {mask.shape} differ in shape")
 
-    outcome_returns = _outcome_returns(outcomes, mask, group_index, options)
+    estimator: Estimator = resolve("advantage.estimator", section.estimator)
+    outcome_returns = _outcome_returns(outcomes, mask, group_index, section, estimator)
     process_returns, scale = torch.zeros_like(outcome_returns), 1.0
     if process_rewards is not None:
-        scaled, scale = scale_process(process_rewards, mask, mode=options.process_scale, gamma=options.process_gamma)
-        centred = _subtract_baseline(scaled, mask, group_index, options)
-        process_returns = discounted_returns(centred, mask, options.process_gamma)
+        scaled, scale = scale_process(process_rewards, mask, mode=section.process_scale, gamma=section.process_gamma)
+        centred = estimator(scaled, mask, group_index, section)
+        process_returns = discounted_returns(centred, mask, section.process_gamma)
 
-    outcome_part = options.outcome_coef * outcome_returns
-    process_part = options.process_coef * options.process_gate * process_returns
+    outcome_part = section.outcome_coef * outcome_returns
+    process_part = section.process_coef * gate * process_returns
     total = outcome_part + process_part
     outcome_size, process_size = (float(part.abs().sum(dtype=torch.float64)) for part in (outcome_part, process_part))
     size = outcome_size + process_size or 1.0
     return AdvantageResult(
-        advantages=whiten(total, mask) if options.whiten else total,
+        advantages=whiten(total, mask) if section.whiten else total,
         outcome_returns=outcome_returns,
         process_returns=process_returns,
         metrics={

@@ -1,4 +1,4 @@
-"""The clipped policy loss, normalised over the whole mini-batch.
+"""Policy losses, normalised over the whole mini-batch.
 
 Normalisation is in the weights: they are computed once for the mini-batch, and the loss of any part of it is a
 weighted sum. Losses, gradients and metrics of micro-batches and ranks therefore add up to those of the mini-batch,
@@ -7,24 +7,44 @@ however it is cut.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
+
+from megatron_prime.config.schema import PolicySection
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are cut here so that exp stays finite; a ratio of e^20 has left every trust region."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PolicyLossOptions:
-    """Clipping, normalisation and KL of the policy loss (`PolicySection` has the meaning and the defaults)."""
+class PolicyTokens:
+    """Any part of a mini-batch as a policy loss sees it: all tensors [n], or all [B, R]."""
 
-    clip_ratio_low: float
-    clip_ratio_high: float
-    dual_clip: float | None
-    loss_normalization: Literal["token", "sequence"]
-    kl_coef: float
+    logprobs: torch.Tensor
+    """With gradient, at the sampling temperature."""
+    old_logprobs: torch.Tensor
+    """Of the policy before this step's update."""
+    advantages: torch.Tensor
+    weights: torch.Tensor
+    """The part's rows of `loss_weights`; tokens of weight 0 (padding) are ignored entirely."""
+    reference_logprobs: torch.Tensor | None = None
+    """Needed where `kl_coef` is not 0."""
+    sequences: torch.Tensor | None = None
+    """int64, the response of each token; all tokens of a response are here where the loss has the attribute
+    ``whole_sequences``."""
+
+    @property
+    def log_ratio(self) -> torch.Tensor:
+        """log(policy / old policy) with gradient, cut at +-`MAX_LOG_RATIO`, 0 on padding."""
+        return _log_ratio(self.logprobs, self.old_logprobs, self.weights > 0)
+
+
+Surrogate = Callable[[PolicyTokens, PolicySection], tuple[torch.Tensor, torch.Tensor]]
+"""What `policy.loss` names: the loss of each token, with gradient, and whether a clip has cut its gradient; both as the
+tokens are shaped. Weights, KL and metrics are `policy_loss`'s."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,40 +94,40 @@ def _log_ratio(numerator: torch.Tensor, denominator: torch.Tensor, valid: torch.
     return torch.where(valid, numerator - denominator, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def _clipped_losses(
-    ratio: torch.Tensor, advantages: torch.Tensor, options: PolicyLossOptions
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of each token and whether the clip has cut its gradient."""
+def ppo_clip(tokens: PolicyTokens, section: PolicySection) -> tuple[torch.Tensor, torch.Tensor]:
+    """PPO's clipped surrogate.
+
+    Per token, with rho = exp(logprob - old_logprob): max(-A rho, -A clip(rho, 1 - low, 1 + high)); with dual clip,
+    tokens of negative advantage lose at most c |A|. Source: PPO, arXiv 1707.06347; dual clip: arXiv 1912.09729.
+
+    Args:
+        tokens: any part of a mini-batch.
+        section: clipping.
+
+    Returns:
+        Loss of each token and whether the clip has cut its gradient.
+    """
+    ratio = tokens.log_ratio.exp()
+    advantages = torch.where(tokens.weights > 0, tokens.advantages, 0.0)
     unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - options.clip_ratio_low, 1.0 + options.clip_ratio_high)
+    clipped = -advantages * ratio.clamp(1.0 - section.clip_ratio_low, 1.0 + section.clip_ratio_high)
     losses = torch.maximum(unclipped, clipped)
-    if options.dual_clip is not None:
-        losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * options.dual_clip), losses)
+    if section.dual_clip is not None:
+        losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * section.dual_clip), losses)
     return losses, losses != unclipped
 
 
-def ppo_clip_loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    weights: torch.Tensor,
-    options: PolicyLossOptions,
-    *,
-    reference_logprobs: torch.Tensor | None = None,
+def policy_loss(
+    tokens: PolicyTokens, section: PolicySection, surrogate: Surrogate = ppo_clip
 ) -> tuple[torch.Tensor, PolicyLossMetrics]:
-    """Computes the weighted sum of PPO's clipped loss over any part of a mini-batch.
+    """Computes the weighted sum of a surrogate's token losses over any part of a mini-batch.
 
-    Per token, with rho = exp(logprob - old_logprob): max(-A rho, -A clip(rho, 1 - low, 1 + high)); with dual clip,
-    tokens of negative advantage lose at most c |A|; plus kl_coef times the k3 estimate of the KL to the reference.
-    Source: PPO, arXiv 1707.06347; dual clip: arXiv 1912.09729; k3: http://joschu.net/blog/kl-approx.html.
+    Plus kl_coef times the k3 estimate of the KL to the reference (http://joschu.net/blog/kl-approx.html).
 
     Args:
-        logprobs: [T] or [B, R], with gradient, at the sampling temperature.
-        old_logprobs: same shape, of the policy before this step's update.
-        advantages: same shape.
-        weights: same shape, the part's rows of `loss_weights`; tokens of weight 0 (padding) are ignored entirely.
-        options: clipping and KL. `loss_normalization` already is in the weights.
-        reference_logprobs: same shape; needed where `kl_coef` is not 0.
+        tokens: any part of a mini-batch.
+        section: clipping and KL. `loss_normalization` already is in the weights.
+        surrogate: what `policy.loss` names.
 
     Returns:
         Scalar loss and metrics; both add up over the parts of a mini-batch.
@@ -115,25 +135,25 @@ def ppo_clip_loss(
     Raises:
         ValueError: `kl_coef` is set and there is no reference.
     """
-    if options.kl_coef != 0.0 and reference_logprobs is None:
-        raise ValueError(f"kl_coef is {options.kl_coef} and reference_logprobs is None: a KL needs a reference")
-    valid = weights > 0
-    log_ratio = _log_ratio(logprobs, old_logprobs, valid)
-    ratio = log_ratio.exp()
-    losses, is_cut = _clipped_losses(ratio, torch.where(valid, advantages, 0.0), options)
+    if section.kl_coef != 0.0 and tokens.reference_logprobs is None:
+        raise ValueError(f"kl_coef is {section.kl_coef} and reference_logprobs is None: a KL needs a reference")
+    weights, valid = tokens.weights, tokens.weights > 0
+    losses, is_cut = surrogate(tokens, section)
     loss = (weights * losses).sum()
 
     reference_kl = loss.new_zeros(())
-    if reference_logprobs is not None:
-        reference_kl = (weights * _k3(_log_ratio(reference_logprobs, logprobs, valid))).sum()
-        if options.kl_coef != 0.0:
-            loss = loss + options.kl_coef * reference_kl
+    if tokens.reference_logprobs is not None:
+        reference_kl = (weights * _k3(_log_ratio(tokens.reference_logprobs, tokens.logprobs, valid))).sum()
+        if section.kl_coef != 0.0:
+            loss = loss + section.kl_coef * reference_kl
 
     with torch.no_grad():
+        log_ratio = tokens.log_ratio
+        largest = torch.where(valid, log_ratio.exp(), 0.0).max() if log_ratio.numel() else loss.new_zeros(())
         metrics = PolicyLossMetrics(
             clip_fraction=(weights * is_cut).sum(),
             approx_kl=(weights * _k3(log_ratio)).sum(),
             reference_kl=reference_kl.detach(),
-            max_ratio=torch.where(valid, ratio, 0.0).max() if ratio.numel() else loss.new_zeros(()),
+            max_ratio=largest,
         )
     return loss, metrics

@@ -6,6 +6,8 @@ the losses (and gradients) of micro-batches and of data-parallel ranks add up to
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,6 +15,43 @@ import torch.nn.functional as F
 
 from megatron_prime.algorithm.groups import group_sum
 from megatron_prime.algorithm.implicit_reward import implicit_rewards
+from megatron_prime.config.schema import PrmSection
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrmResponses:
+    """Some whole responses of a mini-batch as a PRM loss sees them."""
+
+    prm_logprobs: torch.Tensor
+    """[b, R], with gradient, without temperature."""
+    reference_logprobs: torch.Tensor
+    """[b, R]."""
+    mask: torch.Tensor
+    """bool [b, R]."""
+    labels: torch.Tensor
+    """[b], in [0, 1]."""
+    group_accuracy: torch.Tensor
+    """[b], mean label of all answers to the response's prompt."""
+    opponents: torch.Tensor | None
+    """[b], `opponent_logits` of the PRM before its update; None unless the loss has the attribute ``needs_scores``."""
+    num_responses: int
+    """Of the whole mini-batch."""
+    section: PrmSection
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """`sequence_logits` [b], with gradient."""
+        return sequence_logits(
+            self.prm_logprobs,
+            self.reference_logprobs,
+            self.mask,
+            beta=self.section.beta,
+            aggregation=self.section.aggregation,
+        )
+
+
+PrmLoss = Callable[[PrmResponses], torch.Tensor]
+"""What `prm.loss` names: a scalar that sums over micro-batches to the loss of the mini-batch."""
 
 
 def sequence_logits(
@@ -112,3 +151,18 @@ def pairwise_loss(
     margin = logits - torch.where(has_opponent, opponent_logits, 0.0).detach()
     losses = -F.logsigmoid(torch.where(labels > 0.5, margin, -margin))
     return torch.where(has_opponent, losses, 0.0).sum() / num_responses
+
+
+def cross_entropy(responses: PrmResponses) -> torch.Tensor:
+    """The published loss: `cross_entropy_loss` of the sequence logits."""
+    return cross_entropy_loss(responses.logits, responses.labels, num_responses=responses.num_responses)
+
+
+def pairwise(responses: PrmResponses) -> torch.Tensor:
+    """The DPO-style loss: `pairwise_loss` against the other side of the group."""
+    if responses.opponents is None:
+        raise ValueError("pairwise: needs the logits of opponents")
+    return pairwise_loss(responses.logits, responses.labels, responses.opponents, num_responses=responses.num_responses)
+
+
+pairwise.needs_scores = True

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_prime.assembly.contracts import check_sockets
 from megatron_prime.checkpoint.manifest import committed
 from megatron_prime.config.checks import check_architecture, check_config, raise_for_problems
 from megatron_prime.config.schema import AnyConfig, FileData, PrimeConfig, SftConfig
@@ -37,6 +38,8 @@ def check(config: AnyConfig, *, check_files: bool = True) -> ModelArchitecture:
     except WeightsError as error:
         raise ConfigError([*problems, f"model.path: {error}"]) from error
     raise_for_problems(check_config(config, architecture, check_files))
+    if isinstance(config, PrimeConfig):
+        raise_for_problems(check_sockets(config))
     if check_files:
         _check_files(config, architecture)
     return architecture

@@ -1,4 +1,4 @@
-"""Running again an update that was not finite, response by response, to see which one is at fault."""
+"""Runs an update again that was NaN or Inf, response by response, to see which one is the cause."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from megatron_prime import collectives
 from megatron_prime.assembly.run import role_setup
-from megatron_prime.batch import ModelUpdate, ScoredBatch
+from megatron_prime.batch import ModelUpdate, PolicyUpdate, PrmBatch, RolloutBatch, ScoredBatch
 from megatron_prime.checkpoint.manifest import committed, step_of
 from megatron_prime.config.schema import PrimeConfig
 from megatron_prime.data.tokenizer import load_tokenizer
@@ -123,29 +123,32 @@ def _load_weights(
 
 
 def _measured(role: PolicyRole | PrmRole, update: ModelUpdate, temperature: float) -> list[ReplayedResponse]:
-    found: list[ReplayedResponse] = []
-    for number, batch in enumerate(update.batches):
-        if isinstance(role, PolicyRole):
-            assert update.advantages is not None
-            rows = role.measure_rows(batch, update.advantages, temperature=temperature)
-        else:
-            rows = role.measure_rows(batch)
-        found += [_response(number, row, batch, update.advantages, metrics) for row, metrics in enumerate(rows)]
-    return found
+    if isinstance(update, PolicyUpdate):
+        assert isinstance(role, PolicyRole)
+        found = role.measure_rows(update.batch, update.advantages, temperature=temperature)
+        inputs = _inputs(update.batch) | {"advantages": update.advantages}
+        return [_response(0, row, update.batch.rollout, inputs, metrics) for row, metrics in enumerate(found)]
+    assert isinstance(role, PrmRole)
+    return [
+        _response(number, row, batch.rollout, _inputs(batch), metrics)
+        for number, batch in enumerate(update.batches)
+        for row, metrics in enumerate(role.measure_rows(batch))
+    ]
+
+
+def _inputs(batch: ScoredBatch | PrmBatch) -> dict[str, torch.Tensor | None]:
+    """What a batch brought into the update, by name."""
+    scores = {name: getattr(batch, name) for name in batch.__dataclass_fields__ if name != "rollout"}
+    return {"outcome": batch.rollout.outcomes, "rollout_logprobs": batch.rollout.rollout_logprobs, **scores}
 
 
 def _response(
-    number: int, row: int, batch: ScoredBatch, advantages: torch.Tensor | None, metrics: Mapping[str, float]
+    number: int,
+    row: int,
+    rollout: RolloutBatch,
+    inputs: Mapping[str, torch.Tensor | None],
+    metrics: Mapping[str, float],
 ) -> ReplayedResponse:
-    rollout = batch.rollout
-    inputs = {
-        "outcome": rollout.outcomes,
-        "rollout_logprobs": rollout.rollout_logprobs,
-        "policy_logprobs": batch.policy_logprobs,
-        "reference_logprobs": batch.reference_logprobs,
-        "prm_logprobs": batch.prm_logprobs,
-        "advantages": advantages,
-    }
     bad = tuple(name for name, x in inputs.items() if x is not None and not bool(x[row].isfinite().all()))
     return ReplayedResponse(
         batch=number,
@@ -182,7 +185,9 @@ def _lines(failed: FailedUpdate, source: str, responses: Sequence[ReplayedRespon
 
 
 def _text_of(failed: FailedUpdate, response: ReplayedResponse) -> list[str]:
-    rollout: Any = failed.update.batches[response.batch].rollout
+    update = failed.update
+    batch = update.batch if isinstance(update, PolicyUpdate) else update.batches[response.batch]
+    rollout = batch.rollout
     tokens = rollout.response_ids[response.row][rollout.mask[response.row]].tolist()
     text = load_tokenizer(failed.config.model.path).decode(tokens)
     return [f"response {response.row} begins: {str(text)[:_NUM_CHARACTERS]!r}"]

@@ -189,7 +189,8 @@ class PrmSection:
     PRIME does."""
     beta: float = 0.05
     """Scale of the log ratio in rewards and loss."""
-    loss: Literal["cross_entropy", "pairwise"] = "cross_entropy"
+    loss: str = "cross_entropy"
+    """`cross_entropy`, `pairwise`, or your own as package.module:function."""
     aggregation: Literal["sum", "mean"] = "sum"
     """Sequence logit: beta times the sum or the mean of the token log ratios."""
     soft_labels: bool = False
@@ -224,7 +225,11 @@ class ReferenceSection:
 class AdvantageSection:
     """How outcomes and process rewards become advantages."""
 
-    estimator: Literal["rloo", "grpo", "reinforce"] = "rloo"
+    estimator: str = "rloo"
+    """`rloo`, `grpo`, `reinforce`, or your own as package.module:function."""
+    process_source: str = "implicit"
+    """Where process rewards come from: `implicit`, the PRM that learns from outcomes, or your own function as
+    package.module:function."""
     process_baseline: Literal["strict", "group"] = "strict"
     """RLOO baseline of process rewards: leave-one-out mean (paper) or the released code's K/(K-1) form."""
     outcome_coef: float = 1.0
@@ -246,6 +251,8 @@ class AdvantageSection:
 class PolicySection:
     """The policy update."""
 
+    loss: str = "ppo_clip"
+    """`ppo_clip`, or your own as package.module:function."""
     clip_ratio_low: float = 0.2
     clip_ratio_high: float = 0.2
     dual_clip: float | None = None
@@ -315,8 +322,8 @@ class PrimeConfig:
 
     @property
     def uses_prm(self) -> bool:
-        """Whether the process source takes part at all."""
-        return self.advantage.process_coef != 0.0
+        """Whether there is an implicit PRM: process rewards take part, and come from it."""
+        return self.advantage.process_coef != 0.0 and self.advantage.process_source == "implicit"
 
     @property
     def policy_scores_in_update(self) -> bool:
@@ -324,13 +331,6 @@ class PrimeConfig:
         section = self.policy
         corrects = section.importance_cap is not None or section.max_sequence_ratio is not None
         return section.num_minibatches == 1 and not corrects and self.reference.source != "policy"
-
-    @property
-    def prm_scores_in_update(self) -> bool:
-        """Whether the PRM's update sees the whole batch before anything changes, and does not need scores itself."""
-        section = self.prm
-        passes = section.num_minibatches * section.num_window_batches
-        return section.update == "after" and passes == 1 and section.loss == "cross_entropy"
 
 
 @dataclass(kw_only=True, slots=True)

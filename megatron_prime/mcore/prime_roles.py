@@ -5,23 +5,20 @@ Each puts the pure functions of `algorithm/` onto one Megatron model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from megatron_prime.algorithm.policy_loss import PolicyLossOptions, loss_weights, ppo_clip_loss
-from megatron_prime.algorithm.prm_loss import (
-    cross_entropy_loss,
-    opponent_logits,
-    outcome_labels,
-    pairwise_loss,
-    sequence_logits,
-)
-from megatron_prime.batch import RolloutBatch, ScoredBatch, SftExample, UpdateResult
+from megatron_prime.algorithm.groups import group_sum
+from megatron_prime.algorithm.policy_loss import loss_weights
+from megatron_prime.algorithm.prm_loss import opponent_logits, outcome_labels, sequence_logits
+from megatron_prime.batch import PrmBatch, RolloutBatch, ScoredBatch, SftExample, UpdateResult
 from megatron_prime.config.schema import PolicySection, PrmSection
-from megatron_prime.mcore.packing import ResponseTokens, TokenRows, split_minibatches
-from megatron_prime.mcore.reports import TokenLoss
+from megatron_prime.errors import NonFiniteError
+from megatron_prime.mcore.losses import PolicyTokenLoss, PrmTokenLoss, SftTokenLoss
+from megatron_prime.mcore.packing import TokenRows, split_minibatches
 from megatron_prime.mcore.role import ModelRole, RoleSetup, TrainableRole
+from megatron_prime.sockets import resolve
 
 Metrics = dict[str, float]
 
@@ -58,13 +55,7 @@ class PolicyRole(TrainableRole):
             num_optimizer_steps=num_steps * section.num_minibatches * section.num_epochs,
         )
         self.section = section
-        self.options = PolicyLossOptions(
-            clip_ratio_low=section.clip_ratio_low,
-            clip_ratio_high=section.clip_ratio_high,
-            dual_clip=section.dual_clip,
-            loss_normalization=section.loss_normalization,
-            kl_coef=section.kl_coef,
-        )
+        self._surrogate = resolve("policy.loss", section.loss)
 
     def score(self, batch: RolloutBatch, *, temperature: float) -> torch.Tensor:
         """Log-probs at the sampling temperature, float32 [B, R]."""
@@ -72,105 +63,83 @@ class PolicyRole(TrainableRole):
 
     def update(
         self,
-        batch: ScoredBatch,
+        batch: RolloutBatch,
         advantages: torch.Tensor,
         *,
+        old_logprobs: torch.Tensor | None,
+        reference_logprobs: torch.Tensor | None,
         temperature: float,
         seed: int,
-        check: Callable[[torch.Tensor], None] | None = None,
     ) -> UpdateResult:
-        """PPO updates on one scored batch.
+        """Trains on one batch.
 
         Args:
-            batch: rollouts with log-probs. Without those of the policy, the first forward pass of training supplies
-                them: there the policy still is the old one. Only with one mini-batch, which is the whole batch.
+            batch: rollouts.
             advantages: float32 [B, R].
+            old_logprobs: [B, R], of the policy as it is now. None: the first forward pass of training supplies them,
+                for there the policy still is the old one; only with one mini-batch, which is the whole batch.
+            reference_logprobs: [B, R]; needed where `kl_coef` is not 0.
             temperature: of the sampling; ratios are taken at it.
             seed: of the mini-batch order.
-            check: sees log-probs that the batch came without before any weight changes, and may raise.
 
         Returns:
-            Loss, clip fraction, KL estimates, entropy, gradient norm and learning rate; the old policy's log-probs
-            where the batch came without.
+            Loss, clip fraction, KL estimates, entropy, gradient norm and learning rate; the old policy's log-probs.
+
+        Raises:
+            NonFiniteError: see `TrainableRole.optimizer_step`; with the old policy's log-probs.
         """
-        assert batch.policy_logprobs is not None or self.section.num_minibatches == 1
-        rows = TokenRows.from_rollout(batch.rollout)
-        section = self.section
-        results: list[UpdateResult] = []
-        old = batch.policy_logprobs
-        for epoch in range(section.num_epochs):
-            for selected in split_minibatches(batch.rollout.group_index, section.num_minibatches, seed + epoch):
-                result = self.optimizer_step(
-                    rows,
-                    selected,
-                    self._loss(batch, advantages, old, selected),
-                    temperature=temperature,
-                    with_entropy=True,
-                    keep_logprobs=old is None,
-                    check=check,
-                )
-                results.append(result)
-                old = result.logprobs if old is None else old
+        rows, section = TokenRows.from_rollout(batch), self.section
+        reports: list[Metrics] = []
+        old = old_logprobs
+        try:
+            for epoch in range(section.num_epochs):
+                for selected in split_minibatches(batch.group_index, section.num_minibatches, seed + epoch):
+                    loss = self._loss(batch, advantages, old, reference_logprobs, selected)
+                    result = self.optimizer_step(
+                        rows, selected, loss, temperature=temperature, keep_logprobs=old is None
+                    )
+                    reports.append(result.metrics)
+                    old = result.logprobs if old is None else old
+        except NonFiniteError as error:
+            raise NonFiniteError(str(error), error.logprobs if old is None else old) from error
         self.settle()
-        return UpdateResult(metrics=_mean([r.metrics for r in results]), logprobs=results[0].logprobs)
+        assert old is not None  # there is at least one epoch
+        return UpdateResult(metrics=_mean(reports), logprobs=old)
 
     def measure_rows(self, batch: ScoredBatch, advantages: torch.Tensor, *, temperature: float) -> list[Metrics]:
         """Each response's part of the loss over the whole batch and of its gradient; nothing changes.
 
         Args:
-            batch: as for `update`.
+            batch: rollouts with the log-probs that the update had.
             advantages: as for `update`.
             temperature: as for `update`.
 
         Returns:
             Metrics of `TrainableRole.measure` per response.
         """
-        loss = self._loss(batch, advantages, batch.policy_logprobs, range(batch.rollout.num_responses))
-        return self._measure_each(
-            TokenRows.from_rollout(batch.rollout), loss, temperature=temperature, with_entropy=True
-        )
+        rollout, everything = batch.rollout, range(batch.rollout.num_responses)
+        loss = self._loss(rollout, advantages, batch.policy_logprobs, batch.reference_logprobs, everything)
+        return self._measure_each(TokenRows.from_rollout(rollout), loss, temperature)
 
     def _loss(
-        self, batch: ScoredBatch, advantages: torch.Tensor, old: torch.Tensor | None, selected: Sequence[int]
-    ) -> TokenLoss:
-        """PPO's loss of a mini-batch."""
+        self,
+        batch: RolloutBatch,
+        advantages: torch.Tensor,
+        old: torch.Tensor | None,
+        reference: torch.Tensor | None,
+        selected: Sequence[int],
+    ) -> PolicyTokenLoss:
+        """The loss of a mini-batch."""
         selected, weights = list(selected), torch.zeros_like(advantages)
-        weights[selected] = loss_weights(batch.rollout.mask[selected], self.section.loss_normalization).float()
-        return _ppo_loss(self.options, weights, advantages, old, batch.reference_logprobs)
-
-
-def _ppo_loss(
-    options: PolicyLossOptions,
-    weights: torch.Tensor,
-    advantages: torch.Tensor,
-    old: torch.Tensor | None,
-    reference: torch.Tensor | None,
-) -> TokenLoss:
-    """PPO's loss on whole-batch tensors [B, R]; without old log-probs the policy is the old one."""
-
-    def loss(
-        logprobs: torch.Tensor, entropy: torch.Tensor | None, tokens: ResponseTokens
-    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        assert entropy is not None
-        device = logprobs.device
-        weight = tokens.take(weights).to(device)
-        value, metrics = ppo_clip_loss(
-            logprobs,
-            logprobs.detach() if old is None else tokens.take(old).to(device),
-            tokens.take(advantages).to(device),
-            weight,
-            options,
-            reference_logprobs=None if reference is None else tokens.take(reference).to(device),
+        weights[selected] = loss_weights(batch.mask[selected], self.section.loss_normalization).float()
+        return PolicyTokenLoss(
+            section=self.section,
+            surrogate=self._surrogate,
+            weights=weights,
+            advantages=advantages,
+            old_logprobs=old,
+            reference_logprobs=reference,
         )
-        return value, {
-            "clip_fraction": metrics.clip_fraction,
-            "kl": metrics.approx_kl,
-            "reference_kl": metrics.reference_kl,
-            "max_ratio": metrics.max_ratio,
-            "entropy": (entropy * weight).sum(),
-        }
-
-    return loss
 
 
 class PrmRole(TrainableRole):
@@ -189,90 +158,93 @@ class PrmRole(TrainableRole):
             num_optimizer_steps=num_steps * section.num_minibatches * section.num_window_batches,
         )
         self.section = section
+        self._loss_function = resolve("prm.loss", section.loss)
+        self._needs_scores: bool = getattr(self._loss_function, "needs_scores", False)
+
+    @property
+    def scores_in_update(self) -> bool:
+        """Whether `update` can do without scores: it sees the whole batch before any weight changes."""
+        return self.section.num_minibatches * self.section.num_window_batches == 1 and not self._needs_scores
 
     def score(self, batch: RolloutBatch) -> torch.Tensor:
         """Log-probs of the response tokens without temperature, float32 [B, R]; never trains."""
         return self.logprobs(TokenRows.from_rollout(batch))
 
-    def update(self, batches: Sequence[ScoredBatch], *, seed: int) -> UpdateResult:
-        """One pass over the window of batches, oldest first.
+    def update(
+        self,
+        batch: RolloutBatch,
+        *,
+        reference_logprobs: torch.Tensor,
+        prm_logprobs: torch.Tensor | None,
+        window: Sequence[PrmBatch],
+        seed: int,
+    ) -> UpdateResult:
+        """One pass over the window of older batches, oldest first, and then over a new one.
 
         Args:
-            batches: scored batches; their reference log-probs are used, not their PRM ones
-                (those only say which opponents the pairwise loss has).
+            batch: the new one.
+            reference_logprobs: [B, R], of the new one.
+            prm_logprobs: [B, R], of this PRM as it is now; None, where `scores_in_update`: the update's own forward
+                pass supplies them.
+            window: older batches.
             seed: of the mini-batch order.
 
         Returns:
-            Loss, gradient norm and learning rate; where the newest batch came without PRM log-probs, those that
-            this PRM had before the update, which needs a window of one batch and one mini-batch.
+            Loss, gradient norm and learning rate; the log-probs that this PRM had of the new batch before the update.
+
+        Raises:
+            NonFiniteError: see `TrainableRole.optimizer_step`; with these log-probs.
         """
-        results = [
-            self._minibatch(batch, selected)
-            for number, batch in enumerate(batches)
-            for selected in split_minibatches(batch.rollout.group_index, self.section.num_minibatches, seed + number)
-        ]
-        assert batches[-1].prm_logprobs is not None or len(results) == 1
+        reports: list[Metrics] = []
+        before = prm_logprobs
+        parts = [(older.rollout, older.reference_logprobs, older.prm_logprobs) for older in window]
+        try:
+            for number, part in enumerate([*parts, (batch, reference_logprobs, prm_logprobs)]):
+                rows, group_index = TokenRows.from_rollout(part[0]), part[0].group_index
+                for selected in split_minibatches(group_index, self.section.num_minibatches, seed + number):
+                    loss = self._loss(*part, num_responses=len(selected))
+                    result = self.optimizer_step(rows, selected, loss, keep_logprobs=before is None)
+                    reports.append(result.metrics)
+                    before = result.logprobs if before is None else before
+        except NonFiniteError as error:
+            raise NonFiniteError(str(error), error.logprobs if before is None else before) from error
         self.settle()
-        return UpdateResult(metrics=_mean([r.metrics for r in results]), logprobs=results[-1].logprobs)
+        assert before is not None  # there is at least one mini-batch
+        return UpdateResult(metrics=_mean(reports), logprobs=before)
 
-    def _minibatch(self, batch: ScoredBatch, selected: Sequence[int]) -> UpdateResult:
-        return self.optimizer_step(
-            TokenRows.from_rollout(batch.rollout),
-            selected,
-            self._loss(batch, len(selected)),
-            whole_sequences=True,
-            keep_logprobs=batch.prm_logprobs is None,
-        )
-
-    def measure_rows(self, batch: ScoredBatch) -> list[Metrics]:
+    def measure_rows(self, batch: PrmBatch) -> list[Metrics]:
         """Each response's part of the loss over the whole batch and of its gradient; nothing changes.
 
         Returns:
             Metrics of `TrainableRole.measure` per response.
         """
-        loss = self._loss(batch, batch.rollout.num_responses)
-        return self._measure_each(TokenRows.from_rollout(batch.rollout), loss, whole_sequences=True)
+        rollout = batch.rollout
+        loss = self._loss(rollout, batch.reference_logprobs, batch.prm_logprobs, num_responses=rollout.num_responses)
+        return self._measure_each(TokenRows.from_rollout(rollout), loss)
 
-    def _loss(self, batch: ScoredBatch, num_responses: int) -> TokenLoss:
+    def _loss(
+        self, batch: RolloutBatch, reference: torch.Tensor, scores: torch.Tensor | None, *, num_responses: int
+    ) -> PrmTokenLoss:
         """The loss of a mini-batch of so many responses."""
-        section, rollout, reference = self.section, batch.rollout, batch.reference_logprobs
-        assert reference is not None
-        width = rollout.mask.shape[1]
-        labels = outcome_labels(rollout.outcomes, soft_labels=section.soft_labels)
-        opponents = self._opponents(batch, labels) if section.loss == "pairwise" else None
-
-        def loss(
-            logprobs: torch.Tensor, entropy: torch.Tensor | None, tokens: ResponseTokens
-        ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-            device = logprobs.device
-            mine = tokens.unique_rows()
+        labels = outcome_labels(batch.outcomes, soft_labels=self.section.soft_labels)
+        sizes = group_sum(torch.ones_like(labels), batch.group_index)
+        opponents = None
+        if self._needs_scores:
+            assert scores is not None
             logits = sequence_logits(
-                tokens.to_rows(logprobs, width),
-                reference[mine].to(device),
-                rollout.mask[mine].to(device),
-                beta=section.beta,
-                aggregation=section.aggregation,
+                scores, reference, batch.mask, beta=self.section.beta, aggregation=self.section.aggregation
             )
-            label = labels[mine].to(device)
-            if opponents is not None:
-                value = pairwise_loss(logits, label, opponents[mine].to(device), num_responses=num_responses)
-            else:
-                value = cross_entropy_loss(logits, label, num_responses=num_responses)
-            correct = ((logits > 0) == (label > 0.5)).float().sum() / num_responses
-            return value, {"train_accuracy": correct}
-
-        return loss
-
-    def _opponents(self, batch: ScoredBatch, labels: torch.Tensor) -> torch.Tensor:
-        assert batch.prm_logprobs is not None and batch.reference_logprobs is not None
-        logits = sequence_logits(
-            batch.prm_logprobs,
-            batch.reference_logprobs,
-            batch.rollout.mask,
-            beta=self.section.beta,
-            aggregation=self.section.aggregation,
+            opponents = opponent_logits(logits, labels, batch.group_index)
+        return PrmTokenLoss(
+            section=self.section,
+            loss=self._loss_function,
+            reference_logprobs=reference,
+            mask=batch.mask,
+            labels=labels,
+            group_accuracy=group_sum(labels, batch.group_index) / sizes,
+            opponents=opponents,
+            num_responses=num_responses,
         )
-        return opponent_logits(logits, labels, batch.rollout.group_index)
 
 
 class SftRole(TrainableRole):
@@ -281,14 +253,7 @@ class SftRole(TrainableRole):
     def update(self, examples: Sequence[SftExample]) -> Metrics:
         """One optimizer step on the token-mean negative log-likelihood of the answers."""
         rows = TokenRows.from_examples(examples)
-        num_tokens = int(rows.mask.sum())
-
-        def loss(
-            logprobs: torch.Tensor, entropy: torch.Tensor | None, tokens: ResponseTokens
-        ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-            assert entropy is not None
-            return -logprobs.sum() / num_tokens, {"entropy": entropy.sum() / num_tokens}
-
-        metrics = self.optimizer_step(rows, range(len(examples)), loss, with_entropy=True).metrics
+        loss = SftTokenLoss(num_tokens=int(rows.mask.sum()))
+        metrics = self.optimizer_step(rows, range(len(examples)), loss).metrics
         self.settle()
         return metrics

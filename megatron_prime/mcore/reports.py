@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megatron_prime.mcore.packing import MicroBatch, ResponseTokens
+from megatron_prime.mcore.losses import TokenLoss
+from megatron_prime.mcore.packing import MicroBatch
 from megatron_prime.mcore.parallel import Layout
-
-TokenLoss = Callable[
-    [torch.Tensor, torch.Tensor | None, ResponseTokens], tuple[torch.Tensor, Mapping[str, torch.Tensor]]
-]
-"""(log-probs [n], entropies [n], their tokens) -> (loss that sums over the parts of a mini-batch, metrics that sum)."""
 
 
 def reduce_metrics(layout: Layout, reports: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
@@ -49,23 +46,25 @@ def reduce_metrics(layout: Layout, reports: Sequence[Mapping[str, torch.Tensor]]
     return result
 
 
-def chunk_loss(
-    loss: TokenLoss,
-    micro_batch: MicroBatch,
-    reports: list[Mapping[str, torch.Tensor]],
-    kept: torch.Tensor | None,
-) -> Callable[[torch.Tensor, torch.Tensor | None, slice], torch.Tensor]:
-    """The loss as the head calls it; metrics go into `reports` and log-probs [B, R] into `kept`."""
+@dataclass(frozen=True, slots=True)
+class ReportingLoss:
+    """A token loss as the head calls it for each of its chunks."""
 
-    def evaluate(logprobs: torch.Tensor, entropy: torch.Tensor | None, chunk: slice) -> torch.Tensor:
-        tokens = micro_batch.part(chunk)
-        value, metrics = loss(logprobs, entropy, tokens)
-        reports.append({"loss": value.detach(), **metrics})
-        if kept is not None:
-            kept[tokens.rows, tokens.columns] = logprobs.detach().float().cpu()
+    loss: TokenLoss
+    micro_batch: MicroBatch
+    reports: list[Mapping[str, torch.Tensor]]
+    """Where loss and metrics of each chunk go."""
+    kept: torch.Tensor | None
+    """[B, R], where log-probs go; None: nowhere."""
+
+    def __call__(self, logprobs: torch.Tensor, entropy: torch.Tensor | None, chunk: slice) -> torch.Tensor:
+        """Loss of a chunk of the micro-batch's response tokens."""
+        tokens = self.micro_batch.part(chunk)
+        value, metrics = self.loss(logprobs, entropy, tokens)
+        self.reports.append({"loss": value.detach(), **metrics})
+        if self.kept is not None:
+            self.kept[tokens.rows, tokens.columns] = logprobs.detach().float().cpu()
         return value
-
-    return evaluate
 
 
 def combined(reports: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

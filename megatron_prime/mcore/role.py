@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from megatron_prime import collectives
-from megatron_prime.batch import UpdateResult
 from megatron_prime.config.schema import MicroBatchSection, ModelSection, OptimizerSection, ParallelSection
 from megatron_prime.errors import NonFiniteError, TrainingError
 from megatron_prime.kernels import HeadOptions
 from megatron_prime.mcore.cpu import megatron_platform, on_megatron_platform
+from megatron_prime.mcore.losses import TokenLoss
 from megatron_prime.mcore.packing import (
     MicroBatch,
     TokenRows,
@@ -27,7 +27,7 @@ from megatron_prime.mcore.packing import (
     shard_rows,
 )
 from megatron_prime.mcore.parallel import Layout
-from megatron_prime.mcore.reports import TokenLoss, chunk_loss, combined, reduce_metrics
+from megatron_prime.mcore.reports import ReportingLoss, combined, reduce_metrics
 from megatron_prime.mcore.residency import Residency
 from megatron_prime.mcore.skips import Skips
 from megatron_prime.weights.architecture import ModelArchitecture
@@ -46,6 +46,16 @@ class RoleSetup:
     micro_batch: MicroBatchSection
     layout: Layout
     head: HeadOptions = field(default_factory=HeadOptions)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What one optimizer step has shown, the same on every rank."""
+
+    metrics: dict[str, float]
+    """Of the loss, with ``grad_norm``, ``lr`` and ``max_imbalance`` (of data-parallel ranks)."""
+    logprobs: torch.Tensor | None
+    """float32 [B, R] of the selected rows from before the step, 0 elsewhere; None unless asked for."""
 
 
 class ModelRole:
@@ -287,37 +297,40 @@ class TrainableRole(ModelRole):
         selected: Sequence[int],
         loss: TokenLoss,
         *,
-        check: Callable[[torch.Tensor], None] | None = None,
-        **options: Any,
-    ) -> UpdateResult:
+        temperature: float = 1.0,
+        keep_logprobs: bool = False,
+    ) -> StepResult:
         """One optimizer step on the selected rows of the batch.
 
         Args:
-            rows: as for `measure`, like everything that is not named here.
-            selected: the same.
-            loss: the same.
-            check: sees the log-probs [B, R] that the step began with before any weight changes, and may raise.
-            options: the same.
+            rows: the whole batch.
+            selected: rows of the mini-batch.
+            loss: as for `measure`.
+            temperature: divides the logits.
+            keep_logprobs: return the log-probs from before the step.
 
         Returns:
             As `measure`, with ``skipped``: 1 where the step was left out because it was not finite.
 
         Raises:
             NonFiniteError: loss, metrics or gradient norm are not finite (nothing has changed then), or the weights
-                are not after the step; go on from the last checkpoint.
+                are not after the step; go on from the last checkpoint. It carries the log-probs.
         """
         from megatron_prime.mcore.optimizer import step_with_norm, stepped_parameters_are_finite
 
-        found = self.measure(rows, selected, loss, **options)
-        if check is not None and found.logprobs is not None:
-            check(found.logprobs)
-        if self._skips.skip(found.metrics):
+        found = self.measure(rows, selected, loss, temperature=temperature, keep_logprobs=keep_logprobs)
+        try:
+            is_skipped = self._skips.skip(found.metrics)
+        except NonFiniteError as error:
+            raise NonFiniteError(str(error), found.logprobs) from error
+        if is_skipped:
             return replace(found, metrics=found.metrics | {"skipped": 1.0})
         step_with_norm(self.optimizer, found.metrics["grad_norm"])
         if collectives.any_process(not stepped_parameters_are_finite(self.optimizer)):
             raise NonFiniteError(
-                f"weights are infinite or no numbers after the step (learning rate {found.metrics['lr']:g}); lower it "
-                "and go on from the last checkpoint"
+                f"weights are NaN or Inf after the step (learning rate {found.metrics['lr']:g}); lower it "
+                "and go on from the last checkpoint",
+                found.logprobs,
             )
         self.scheduler.step(increment=1)
         return replace(found, metrics=found.metrics | {"skipped": 0.0})
@@ -330,10 +343,8 @@ class TrainableRole(ModelRole):
         loss: TokenLoss,
         *,
         temperature: float = 1.0,
-        whole_sequences: bool = False,
-        with_entropy: bool = False,
         keep_logprobs: bool = False,
-    ) -> UpdateResult:
+    ) -> StepResult:
         """Loss and gradients of the selected rows of the batch; the gradients stay until the next call.
 
         Args:
@@ -342,13 +353,10 @@ class TrainableRole(ModelRole):
             loss: called on the last stage for chunks of response tokens; losses and metrics sum over chunks,
                 micro-batches and ranks, so both must be normalised by the whole mini-batch.
             temperature: divides the logits.
-            whole_sequences: the loss needs all tokens of a response at once.
-            with_entropy: the loss is given entropies.
             keep_logprobs: return the log-probs.
 
         Returns:
-            The summed metrics (a key starting with ``max_`` is maximised), ``grad_norm``, ``lr``, ``max_imbalance``
-            (of data-parallel ranks); log-probs of the selected rows, 0 elsewhere; the same on every rank.
+            The summed metrics (a key starting with ``max_`` is maximised), and log-probs where asked for.
         """
         from megatron_prime.mcore.model import HeadLoss
         from megatron_prime.mcore.optimizer import gradient_norm
@@ -364,9 +372,9 @@ class TrainableRole(ModelRole):
         def step(module: Any, micro_batch: MicroBatch) -> tuple[torch.Tensor, Callable[..., Any]]:
             reports: list[Mapping[str, torch.Tensor]] = []
             head_loss = HeadLoss(
-                evaluate=chunk_loss(loss, micro_batch, reports, kept),
-                sequence_lengths=micro_batch.response_lengths() if whole_sequences else None,
-                with_entropy=with_entropy,
+                evaluate=ReportingLoss(loss, micro_batch, reports, kept),
+                sequence_lengths=micro_batch.response_lengths() if loss.whole_sequences else None,
+                with_entropy=loss.with_entropy,
             )
             # Megatron's token count (the second value) is unused because the loss is normalised already.
             return self._forward(module, micro_batch, head_loss), lambda output: (
@@ -381,7 +389,7 @@ class TrainableRole(ModelRole):
         norm = gradient_norm(self.optimizer)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         metrics |= {"grad_norm": norm, "lr": learning_rate, "max_imbalance": self.imbalance}
-        return UpdateResult(metrics=metrics, logprobs=logprobs)
+        return StepResult(metrics=metrics, logprobs=logprobs)
 
     def sleep(self) -> None:
         """See `ModelRole.sleep`."""
@@ -394,6 +402,6 @@ class TrainableRole(ModelRole):
                 for wrapped in self.wrapped:
                     wrapped.start_param_sync(force_sync=True)
 
-    def _measure_each(self, rows: TokenRows, loss: TokenLoss, **options: Any) -> list[dict[str, float]]:
+    def _measure_each(self, rows: TokenRows, loss: TokenLoss, temperature: float = 1.0) -> list[dict[str, float]]:
         """`measure` of every row by itself; without data parallelism, which would need rows for each rank."""
-        return [self.measure(rows, [row], loss, **options).metrics for row in range(rows.mask.shape[0])]
+        return [self.measure(rows, [row], loss, temperature=temperature).metrics for row in range(rows.mask.shape[0])]

@@ -1,4 +1,4 @@
-"""Updates that were not finite, as files of the run folder that `megatron-prime replay` reads."""
+"""Updates that were NaN or Inf, as files of the run folder that `megatron-prime replay` reads."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from megatron_prime import collectives
-from megatron_prime.batch import ModelUpdate, RolloutBatch, ScoredBatch
+from megatron_prime.batch import ModelUpdate, PolicyUpdate, PrmBatch, PrmUpdate, RolloutBatch, ScoredBatch
 from megatron_prime.config import PrimeConfig, to_dict
 from megatron_prime.config.decode import decode
 from megatron_prime.errors import DataError
 
-_VERSION = 1
+_VERSION = 2
 _MAX_FILES = 5
 """Of one run: a file has a whole batch, or a window of them."""
 _WHERE = "those are runs/NAME/failures/step_*.pt"
@@ -47,7 +47,8 @@ class FailedUpdateFiles:
         path = self._folder / f"step_{update.step:08}_{update.role}.pt"
         if collectives.is_main():
             self._folder.mkdir(parents=True, exist_ok=True)
-            content = {"version": _VERSION, "update": asdict(update), "reason": reason, "config": self._config}
+            fields = asdict(update) | {"role": update.role}
+            content = {"version": _VERSION, "update": fields, "reason": reason, "config": self._config}
             torch.save(content, path)
             for old in sorted(self._folder.glob("step_*.pt"))[:-_MAX_FILES]:
                 old.unlink()
@@ -64,9 +65,7 @@ def read_failed_update(path: Path) -> FailedUpdate:
         content = torch.load(path, weights_only=True)
         if content["version"] != _VERSION:
             raise DataError(f"{path}: written by another version; use the one that made it")
-        fields = content["update"]
-        batches = tuple(_scored_batch(batch) for batch in fields["batches"])
-        update = ModelUpdate(**{**fields, "batches": batches})
+        update = _update(content["update"])
         problems: list[str] = []
         config = decode(PrimeConfig, content["config"], problems)
         if problems:
@@ -81,5 +80,13 @@ def read_failed_update(path: Path) -> FailedUpdate:
         raise DataError(f"{path}: is no failed update of a run, or damaged; {_WHERE}") from error
 
 
-def _scored_batch(fields: dict[str, Any]) -> ScoredBatch:
-    return ScoredBatch(**{**fields, "rollout": RolloutBatch(**fields["rollout"])})
+def _update(fields: dict[str, Any]) -> ModelUpdate:
+    step, seed = fields["step"], fields["seed"]
+    if fields["role"] == "policy":
+        batch = ScoredBatch(**_batch(fields["batch"]))
+        return PolicyUpdate(step=step, batch=batch, advantages=fields["advantages"], seed=seed)
+    return PrmUpdate(step=step, batches=tuple(PrmBatch(**_batch(batch)) for batch in fields["batches"]), seed=seed)
+
+
+def _batch(fields: dict[str, Any]) -> dict[str, Any]:
+    return {**fields, "rollout": RolloutBatch(**fields["rollout"])}

@@ -10,7 +10,7 @@ import torch
 
 from megatron_prime.algorithm.evidence import auc, auc_gate, grouped_auc, step_scores
 from megatron_prime.algorithm.prm_loss import cross_entropy_loss, outcome_labels, sequence_logits
-from megatron_prime.batch import Group, Prompt, Response, ScoredBatch, StepSpan
+from megatron_prime.batch import ProcessInputs, Prompt, Response, StepSpan
 from megatron_prime.config.schema import PrmSection
 
 
@@ -49,35 +49,36 @@ def recent_step_auc(history: Sequence[Evidence]) -> float:
 
 
 def measure_evidence(
-    groups: Sequence[Group],
-    batch: ScoredBatch,
+    inputs: ProcessInputs,
     rewards: torch.Tensor,
     section: PrmSection,
     step_spans: Callable[[Prompt, Response], tuple[StepSpan, ...] | None],
 ) -> Evidence:
-    """Judges the PRM snapshot that scored the batch.
+    """Judges process rewards, by a PRM that has not yet trained on the batch or by any other source.
 
     Args:
-        groups: the batch's groups, in its order.
-        batch: the scored batch.
-        rewards: process rewards [B, R] of that snapshot.
+        inputs: the batch, with the PRM's log-probs where there is one. Without a PRM the sum of a response's rewards
+            takes the place of its logit.
+        rewards: process rewards [B, R] of that PRM or source.
         section: PRM settings.
         step_spans: the true steps of a response, or None.
     """
-    rollout = batch.rollout
-    assert batch.prm_logprobs is not None and batch.reference_logprobs is not None
-    logits = sequence_logits(
-        batch.prm_logprobs,
-        batch.reference_logprobs,
-        rollout.mask,
-        beta=section.beta,
-        aggregation=section.aggregation,
-    )
+    rollout, prm = inputs.rollout, inputs.prm
+    if prm is None:
+        logits = rewards.sum(dim=1)
+    else:
+        logits = sequence_logits(
+            prm.prm_logprobs,
+            prm.reference_logprobs,
+            rollout.mask,
+            beta=section.beta,
+            aggregation=section.aggregation,
+        )
     labels = outcome_labels(rollout.outcomes, soft_labels=False)
     pair_auc, num_pairs = grouped_auc(logits, labels, rollout.group_index)
     scores: list[torch.Tensor] = []
     correct: list[bool] = []
-    responses = [(group.prompt, response) for group in groups for response in group.responses]
+    responses = [(group.prompt, response) for group in inputs.groups for response in group.responses]
     for row, (prompt, response) in enumerate(responses):
         spans = step_spans(prompt, response)
         if spans:

@@ -9,12 +9,11 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_prime.algorithm.filtering import GroupCollector
-from megatron_prime.batch import Group, Verdict
-from megatron_prime.config.schema import PrimeConfig
+from megatron_prime.batch import Group, SamplingParams, Verdict
+from megatron_prime.config.schema import PrimeConfig, RolloutSection
 from megatron_prime.errors import TrainingError
 from megatron_prime.interfaces import Engine, PromptSource, Verifier
 from megatron_prime.trainer.evaluation import derive_seed, sample_and_verify
-from megatron_prime.trainer.settings import sampling_params
 from megatron_prime.trainer.stages import Stages
 from megatron_prime.trainer.verdicts import rollout_metrics, verdict_metrics
 
@@ -23,6 +22,18 @@ _MIN_ACCEPTANCE = 0.05
 """Share of groups that the filter is expected to keep at least, when the number of prompts to sample is chosen."""
 
 logger = logging.getLogger(__name__)
+
+
+def sampling_params(section: RolloutSection, seed: int) -> SamplingParams:
+    """How a step's answers are sampled."""
+    return SamplingParams(
+        num_responses=section.num_responses,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        max_response_tokens=section.max_response_tokens,
+        seed=seed,
+        stop_token_ids=tuple(section.stop_token_ids),
+    )
 
 
 class GroupSampler:

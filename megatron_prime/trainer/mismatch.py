@@ -5,32 +5,33 @@ from __future__ import annotations
 import torch
 
 from megatron_prime.algorithm.mismatch import importance_weights, measure_mismatch
-from megatron_prime.batch import ScoredBatch
+from megatron_prime.batch import RolloutBatch
 from megatron_prime.config.schema import PolicySection, RolloutSection
 from megatron_prime.errors import TrainingError
 
 
-def compare_logprobs(batch: ScoredBatch, weight_version: int, section: RolloutSection) -> dict[str, float]:
+def compare_logprobs(
+    batch: RolloutBatch, policy_logprobs: torch.Tensor, weight_version: int, section: RolloutSection
+) -> dict[str, float]:
     """How far the engine's log-probs of the sampled tokens are from the trainer's, in nats.
 
     Every batch is thus a canary for the refit before it, with all of its tokens and at no cost. Answers of older
     weights (`rollout/stale`) are expected to differ and are left out.
 
     Args:
-        batch: with log-probs of the policy before its update.
+        batch: rollouts.
+        policy_logprobs: [B, R], of the policy before its update, at the sampling temperature.
         weight_version: of that policy.
         section: rollout settings.
 
     Raises:
         TrainingError: they are so far apart that the engine cannot be sampling from the trainer's weights.
     """
-    rollout = batch.rollout
-    assert batch.policy_logprobs is not None
-    is_fresh = rollout.weight_versions == weight_version
+    is_fresh = batch.weight_versions == weight_version
     metrics = {"rollout/stale": 1.0 - float(is_fresh.double().mean())}
     if not bool(is_fresh.any()):
         return metrics
-    found = measure_mismatch(batch.policy_logprobs, rollout.rollout_logprobs, rollout.mask & is_fresh[:, None])
+    found = measure_mismatch(policy_logprobs, batch.rollout_logprobs, batch.mask & is_fresh[:, None])
     # Top-p below 1 rescales the engine's log-probs.
     if found.mean > section.max_logprob_gap and section.top_p == 1.0:
         raise TrainingError(
@@ -45,15 +46,24 @@ def compare_logprobs(batch: ScoredBatch, weight_version: int, section: RolloutSe
     }
 
 
-def advantage_weights(batch: ScoredBatch, section: PolicySection) -> torch.Tensor:
-    """Factors [B, R] for advantages that correct for the engine's distribution; all 1 unless switched on."""
+def advantage_weights(
+    batch: RolloutBatch, policy_logprobs: torch.Tensor | None, section: PolicySection
+) -> torch.Tensor:
+    """Factors [B, R] for advantages that correct for the engine's distribution; all 1 unless switched on.
+
+    Args:
+        batch: rollouts.
+        policy_logprobs: as for `compare_logprobs`; not needed where nothing is switched on.
+        section: `importance_cap` and `max_sequence_ratio`.
+    """
     if section.importance_cap is None and section.max_sequence_ratio is None:
-        return torch.ones_like(batch.rollout.rollout_logprobs)
-    assert batch.policy_logprobs is not None
+        return torch.ones_like(batch.rollout_logprobs)
+    if policy_logprobs is None:
+        raise ValueError("policy.importance_cap and policy.max_sequence_ratio need the policy's log-probs")
     return importance_weights(
-        batch.policy_logprobs,
-        batch.rollout.rollout_logprobs,
-        batch.rollout.mask,
+        policy_logprobs,
+        batch.rollout_logprobs,
+        batch.mask,
         cap=section.importance_cap,
         max_sequence_ratio=section.max_sequence_ratio,
     )

@@ -1,38 +1,35 @@
-"""Keeping what an update was made of that is infinite or no number."""
+"""Keeping what an update was made of that is NaN or Inf."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from megatron_prime.batch import ModelUpdate, UpdateResult
 from megatron_prime.errors import NonFiniteError
 from megatron_prime.interfaces import FailedUpdates
 
 
-@contextmanager
-def kept_if_nonfinite(update: ModelUpdate, files: FailedUpdates) -> Iterator[Callable[[UpdateResult], None]]:
-    """Keeps an update whose steps, in the ``with`` block, are left out or end the run.
+def update_or_keep(
+    train: Callable[[], UpdateResult], record: Callable[[object], ModelUpdate], files: FailedUpdates
+) -> UpdateResult:
+    """Trains a model, and keeps what it trained on where a step is left out or ends the run.
 
     Args:
-        update: what the block trains on.
-        files: where it goes.
-
-    Yields:
-        To be called with what the update has shown.
+        train: updates the model.
+        record: what it trains on, given the model's log-probs [B, R] from before the update.
+        files: where that goes.
 
     Raises:
-        NonFiniteError: the block's own, with the role, the step and the file.
+        NonFiniteError: the update's own, with the role, the step and the file.
     """
-
-    def report(result: UpdateResult) -> None:
-        if result.metrics.get("skipped", 0.0) > 0:
-            files.keep(update, "optimizer steps were left out and the run went on")
-
     try:
-        yield report
+        result = train()
     except NonFiniteError as error:
+        update = record(error.logprobs)
         path = files.keep(update, str(error))
         raise NonFiniteError(
             f"{update.role} update of step {update.step}: {error}\nwhich response it was: megatron-prime replay {path}"
         ) from error
+    if result.metrics.get("skipped", 0.0) > 0:
+        files.keep(record(result.logprobs), "optimizer steps were left out and the run went on")
+    return result

@@ -9,15 +9,28 @@ import pytest
 import megatron_prime
 from megatron_prime import algorithm, batch
 
-PACKAGE = ["PrimeConfig", "PrimeError", "SftConfig", "algorithm", "load_config"]
+PACKAGE = [
+    "AdvantageSection",
+    "PolicySection",
+    "PolicyTokens",
+    "PrimeConfig",
+    "PrimeError",
+    "PrmResponses",
+    "PrmSection",
+    "ProcessInputs",
+    "SftConfig",
+    "StepReward",
+    "algorithm",
+    "load_config",
+]
 ALGORITHM = [
-    "AdvantageOptions",
     "AdvantageResult",
     "FilterCounts",
     "GroupCollector",
     "GroupedAuc",
     "PolicyLossMetrics",
-    "PolicyLossOptions",
+    "PolicyTokens",
+    "PrmResponses",
     "auc",
     "auc_gate",
     "compute_advantages",
@@ -32,10 +45,12 @@ ALGORITHM = [
     "opponent_logits",
     "outcome_labels",
     "pairwise_loss",
-    "ppo_clip_loss",
+    "policy_loss",
+    "ppo_clip",
     "rloo_process",
     "scale_process",
     "sequence_logits",
+    "step_rewards",
     "step_scores",
     "whiten",
 ]
@@ -49,7 +64,11 @@ BATCH = {
     "Group": "prompt responses rewards",
     "RolloutBatch": "prompt_token_ids response_ids mask rollout_logprobs outcomes group_index weight_versions",
     "ScoredBatch": "rollout policy_logprobs reference_logprobs prm_logprobs",
-    "ModelUpdate": "role step batches advantages seed",
+    "PrmBatch": "rollout reference_logprobs prm_logprobs",
+    "StepReward": "start stop reward",
+    "ProcessInputs": "groups rollout prm beta",
+    "PrmUpdate": "step batches seed",
+    "PolicyUpdate": "step batch advantages seed",
     "UpdateResult": "metrics logprobs",
 }
 
@@ -84,7 +103,7 @@ def test_an_unknown_name_is_an_attribute_error():
     [
         ("import megatron_prime", {"torch", "numpy", "omegaconf", "yaml"}),
         ("from megatron_prime import PrimeError, load_config", {"torch", "numpy", "transformers"}),
-        ("from megatron_prime import algorithm; algorithm.auc", {"megatron", "transformers", "omegaconf"}),
+        ("from megatron_prime import algorithm; algorithm.auc", {"megatron", "transformers"}),
     ],
 )
 def test_a_name_loads_only_what_it_needs(program, absent):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,10 +41,15 @@ def expected_logprobs(folder: Path, rows: TokenRows) -> torch.Tensor:
     return result
 
 
-def scaled(scale: float) -> Callable[..., tuple[torch.Tensor, Mapping[str, torch.Tensor]]]:
-    def loss(
-        logprobs: torch.Tensor, entropy: torch.Tensor | None, tokens: ResponseTokens
-    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        return logprobs.sum() * scale, {"mean": logprobs.mean()}
+@dataclass(frozen=True)
+class ScaledLoss:
+    """The sum of log-probs times a factor."""
 
-    return loss
+    scale: float
+    whole_sequences: bool = False
+    with_entropy: bool = False
+
+    def __call__(
+        self, logprobs: torch.Tensor, entropy: torch.Tensor | None, tokens: ResponseTokens
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        return logprobs.sum() * self.scale, {"mean": logprobs.mean()}

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_prime.algorithm.advantage import AdvantageOptions, compute_advantages
+from megatron_prime.algorithm.advantage import compute_advantages
 from megatron_prime.batch import RolloutBatch
-from megatron_prime.config.schema import OptimizerSection, PolicySection, PrmSection
+from megatron_prime.config.schema import AdvantageSection, OptimizerSection, PolicySection, PrmSection
 from megatron_prime.mcore.packing import split_minibatches
 
 NUM_STEPS = 3
@@ -20,16 +20,7 @@ TEMPERATURE = 0.8
 OPTIMIZER = OptimizerSection(lr=1e-2, adam_eps=1e-2, clip_grad=0.5, weight_decay=0.0)
 POLICY = PolicySection(num_minibatches=2, optimizer=OPTIMIZER)
 PRM = PrmSection(beta=0.5, optimizer=OPTIMIZER)
-ADVANTAGE = AdvantageOptions(
-    estimator="rloo",
-    process_baseline="strict",
-    outcome_coef=1.0,
-    process_coef=1.0,
-    outcome_gamma=1.0,
-    process_gamma=0.9,
-    process_scale="max",
-    whiten=True,
-)
+ADVANTAGE = AdvantageSection(process_gamma=0.9)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from megatron_files import megatron_loads
-from parity_rows import make_rows
+from parity_rows import ScaledLoss, make_rows
 from safetensors.torch import load_file
 from tiny_models import role_setup, save_tiny_model
 
@@ -24,7 +24,6 @@ from megatron_prime.errors import CheckpointError
 from megatron_prime.mcore.checkpoint.checkpointer import Checkpointer
 from megatron_prime.mcore.checkpoint.resume import find_checkpoint, identity_of
 from megatron_prime.mcore.cpu import megatron_platform
-from megatron_prime.mcore.packing import ResponseTokens
 from megatron_prime.mcore.parallel import Layout, parallel_layout
 from megatron_prime.mcore.role import TrainableRole
 from megatron_prime.weights.convert import to_hf
@@ -49,12 +48,6 @@ def parallel_of(name: str) -> ParallelSection:
     return ParallelSection(**sizes)
 
 
-def token_loss(
-    logprobs: torch.Tensor, entropy: torch.Tensor | None, tokens: ResponseTokens
-) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-    return -logprobs.sum() / 20, {"mean": logprobs.detach().mean()}
-
-
 def build_role(folder: Path, dtype: Any, parallel: ParallelSection, layout: Layout) -> TrainableRole:
     setup = role_setup(folder, dtype, parallel, layout)
     optimizer = OptimizerSection(lr=1e-3, weight_decay=0.01, adam_eps=1e-5, lr_decay_style="linear", lr_warmup_steps=1)
@@ -63,7 +56,7 @@ def build_role(folder: Path, dtype: Any, parallel: ParallelSection, layout: Layo
 
 def train(role: TrainableRole) -> float:
     rows = make_rows()
-    return role.optimizer_step(rows, range(7), token_loss, temperature=0.9).metrics["loss"]
+    return role.optimizer_step(rows, range(7), ScaledLoss(-1 / 20), temperature=0.9).metrics["loss"]
 
 
 def whole_state(role: TrainableRole) -> dict[str, torch.Tensor]:

@@ -17,7 +17,6 @@ from slow_prime import ADVANTAGE, NUM_STEPS, POLICY, PRM, TEMPERATURE, Trace, ma
 from tiny_models import save_tiny_model
 
 from megatron_prime.algorithm.advantage import compute_advantages
-from megatron_prime.batch import ScoredBatch
 from megatron_prime.config.schema import MicroBatchSection, ModelSection, ParallelSection
 from megatron_prime.kernels import HeadOptions
 from megatron_prime.mcore.parallel import parallel_layout
@@ -146,12 +145,18 @@ def run_prime(folder: Path, case: Case) -> Trace:
             old = policy.score(rollout, temperature=TEMPERATURE)
             start, before = reference.score(rollout), prm.score(rollout)
             logprobs += [old, start, before]
-            batch = ScoredBatch(rollout=rollout, policy_logprobs=old, reference_logprobs=start, prm_logprobs=before)
-            trained = prm.update([batch], seed=step)
+            trained = prm.update(rollout, reference_logprobs=start, prm_logprobs=before, window=(), seed=step)
             numbers += [trained.metrics["loss"], trained.metrics["grad_norm"]]
             rewards = PRM.beta * (before - start)
             result = compute_advantages(rollout.outcomes, rewards, rollout.mask, rollout.group_index, ADVANTAGE)
-            updated = policy.update(batch, result.advantages, temperature=TEMPERATURE, seed=step)
+            updated = policy.update(
+                rollout,
+                result.advantages,
+                old_logprobs=old,
+                reference_logprobs=start,
+                temperature=TEMPERATURE,
+                seed=step,
+            )
             numbers += [updated.metrics["loss"], updated.metrics["grad_norm"]]
         weights = {
             f"{name}/{key}": tensor.clone()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from parity_rows import ScaledLoss
 
 from megatron_prime.batch import SftExample
 from megatron_prime.config.schema import MicroBatchSection, ModelSection, OptimizerSection, ParallelSection
@@ -106,7 +107,7 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
                 result["activations"] = saved_bytes(role, role._micro_batches(rows, range(8))[0])
 
         def step() -> None:
-            role.optimizer_step(rows, range(8), lambda logprobs, entropy, micro: (-logprobs.sum(), {}))
+            role.optimizer_step(rows, range(8), ScaledLoss(-1.0))
 
         step()
         result["update"] = peak_bytes(step)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity_rows import make_rows, scaled
+from parity_rows import ScaledLoss, make_rows
 from tiny_models import role_setup, save_tiny_model
 
 from megatron_prime.checkpoint.manifest import step_folder
@@ -48,7 +48,7 @@ def trained_weights(folder: Path, dtype: Any, distributed: bool, offload: Any) -
             weights, gradients = resident_bytes(role)
             assert (weights == 0, gradients == 0) == (offload == "all", offload != "none")
             role.wake(training=True)
-            role.optimizer_step(rows, range(7), scaled(0.1))
+            role.optimizer_step(rows, range(7), ScaledLoss(0.1))
             role.sleep()
             role.sleep()
             role.wake()
@@ -109,7 +109,7 @@ def most_awake(folder: Path, root: Path) -> tuple[int, dict[str, bool]]:
         roles, starts = build(layout), {"policy": str(folder), "prm": str(folder)}
         for number, role in enumerate(roles.values(), start=1):
             with awake(role):
-                role.optimizer_step(make_rows(), range(7), scaled(0.1 * number))
+                role.optimizer_step(make_rows(), range(7), ScaledLoss(0.1 * number))
         expected = weights(roles)
         section = CheckpointSection()
         saver = Checkpointer(root / "checkpoints", roles, section, starts, None)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity_rows import make_rows, scaled
+from parity_rows import ScaledLoss, make_rows
 from tiny_models import role_setup, save_tiny_model
 
 from megatron_prime.config.schema import OptimizerSection, ParallelSection
@@ -30,7 +30,7 @@ def errors(folder: Path, dtype: Any, distributed: bool) -> list[str]:
         before = {name: weight.clone() for name, weight in role.local_weights().items()}
         for selected, scale in ((range(1), 1.0), (range(7), torch.nan), (range(7), 1e30)):
             with pytest.raises(TrainingError) as caught:
-                role.optimizer_step(rows, selected, scaled(scale))
+                role.optimizer_step(rows, selected, ScaledLoss(scale))
             messages.append(str(caught.value))
         # All of it was seen before the optimizer changed anything.
         assert all(torch.equal(weight, before[name]) for name, weight in role.local_weights().items())

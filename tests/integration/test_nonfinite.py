@@ -55,8 +55,9 @@ def test_an_infinite_coefficient_stops_before_anything_changes(tmp_path, random_
     file = tmp_path / "run" / "failures" / "step_00000001_policy.pt"
     assert str(caught.value).endswith(f"megatron-prime replay {file}")
     failed = read_failed_update(file)
-    assert failed.update.batches[0].rollout.num_responses == 4
-    assert failed.update.advantages is not None and not failed.update.advantages.isfinite().all()
+    assert failed.update.batch.rollout.num_responses == 4
+    assert failed.update.batch.policy_logprobs.isfinite().all()
+    assert not failed.update.advantages.isfinite().all()
     assert failed.config.advantage.outcome_coef == 1e39
     capsys.readouterr()
     assert main(["replay", str(file)]) == 0

@@ -38,6 +38,7 @@ from megatron_prime.config.schema import (
 from megatron_prime.mcore.checkpoint.checkpointer import Checkpointer
 from megatron_prime.mcore.checkpoint.resume import find_checkpoint, identity_of
 from megatron_prime.mcore.cpu import megatron_platform
+from megatron_prime.mcore.losses import SftTokenLoss
 from megatron_prime.mcore.packing import TokenRows
 from megatron_prime.mcore.parallel import Layout, parallel_layout
 from megatron_prime.mcore.role import RoleSetup, TrainableRole
@@ -80,7 +81,7 @@ def build_role(folder: Path, layout: Layout) -> TrainableRole:
     role = TrainableRole(setup, OptimizerSection(lr=1e-4), num_optimizer_steps=10)
     examples = [SftExample(prompt_token_ids=(5, 6), response_token_ids=(7, 8, 9))] * 2
     rows = TokenRows.from_examples(examples)
-    role.optimizer_step(rows, range(2), lambda logprobs, entropy, tokens: (-logprobs.sum(), {}))
+    role.optimizer_step(rows, range(2), SftTokenLoss(num_tokens=1))
     return role
 
 

@@ -143,17 +143,13 @@ def roles(folder: str, sizes: dict[str, Any], world_size: int) -> Iterator[tuple
 
 def one_step(models: tuple[Any, Any, Any], rollout: Any) -> Iterator[str]:
     """A PRIME step on given answers, stopping after each phase."""
-    from megatron_prime.batch import ScoredBatch
-
     policy, reference, prm = models
-    scores = policy.score(rollout, temperature=1.0), reference.score(rollout), prm.score(rollout)
-    batch = ScoredBatch(
-        rollout=rollout, policy_logprobs=scores[0], reference_logprobs=scores[1], prm_logprobs=scores[2]
-    )
+    old, start, before = policy.score(rollout, temperature=1.0), reference.score(rollout), prm.score(rollout)
     yield "score"
-    prm.update([batch], seed=1)
+    prm.update(rollout, reference_logprobs=start, prm_logprobs=before, window=(), seed=1)
     yield "PRM update"
-    policy.update(batch, torch.randn(rollout.mask.shape), temperature=1.0, seed=1)
+    advantages = torch.randn(rollout.mask.shape)
+    policy.update(rollout, advantages, old_logprobs=old, reference_logprobs=start, temperature=1.0, seed=1)
     yield "policy update"
     for _ in policy.export_weights():
         pass

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 
 from megatron_prime.algorithm import (
-    AdvantageOptions,
     compute_advantages,
     discounted_returns,
     grpo_process,
@@ -20,22 +19,14 @@ from megatron_prime.algorithm import (
     scale_process,
     whiten,
 )
+from megatron_prime.config.schema import AdvantageSection
 
-OPTIONS = AdvantageOptions(
-    estimator="rloo",
-    process_baseline="strict",
-    outcome_coef=1.0,
-    process_coef=1.0,
-    outcome_gamma=1.0,
-    process_gamma=1.0,
-    process_scale="none",
-    whiten=False,
-)
+OPTIONS = AdvantageSection(process_scale="none", whiten=False)
 ESTIMATORS = ("rloo", "grpo", "reinforce")
 SCALES = ("none", "max", "rms")
 
 
-def options(**changes) -> AdvantageOptions:
+def options(**changes) -> AdvantageSection:
     return dataclasses.replace(OPTIONS, **changes)
 
 
@@ -188,8 +179,8 @@ def test_outcome_stands_on_the_last_token_and_is_discounted_from_there():
 def test_coefficients_and_gate_take_effect_and_are_reported():
     mask = torch.tensor([[True], [True]])
     outcomes, process, group_index = torch.tensor([1.0, 0.0]), torch.tensor([[0.0], [2.0]]), torch.tensor([0, 0])
-    chosen = options(outcome_coef=2.0, process_coef=3.0, process_gate=0.5)
-    result = compute_advantages(outcomes, process, mask, group_index, chosen)
+    chosen = options(outcome_coef=2.0, process_coef=3.0)
+    result = compute_advantages(outcomes, process, mask, group_index, chosen, gate=0.5)
     assert result.advantages.tolist() == [[2.0 * 1.0 + 1.5 * -2.0], [2.0 * -1.0 + 1.5 * 2.0]]
     assert result.metrics["outcome_share"] == pytest.approx(2 / 5)
     assert result.metrics["process_share"] == pytest.approx(3 / 5)
@@ -224,7 +215,7 @@ def test_unknown_options_and_shapes_are_refused():
 )
 def test_matches_the_slow_reference(batch, estimator, baseline, scale, coefs, gammas, whitened):
     outcomes, process, mask, group_index = batch
-    chosen = AdvantageOptions(
+    chosen = AdvantageSection(
         estimator=estimator,
         process_baseline=baseline,
         outcome_coef=coefs[0],

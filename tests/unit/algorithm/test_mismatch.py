@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_prime.algorithm.mismatch import importance_weights, measure_mismatch
-from megatron_prime.algorithm.policy_loss import PolicyLossOptions, loss_weights, ppo_clip_loss
+from megatron_prime.algorithm.policy_loss import PolicyTokens, loss_weights, policy_loss
+from megatron_prime.config.schema import PolicySection
 
 MASK = torch.tensor([[True, True, False], [True, True, True]])
 ROLLOUT = torch.tensor([[-1.0, -2.0, 9.0], [-0.5, -0.25, -3.0]])
@@ -53,20 +54,23 @@ def test_weighted_advantages_are_a_weighted_loss(dual_clip: float | None) -> Non
     generator = torch.Generator().manual_seed(1)
     train, rollout, now, advantages = (torch.randn(4, 5, generator=generator) for _ in range(4))
     mask = torch.rand(4, 5, generator=generator) < 0.7
-    options = PolicyLossOptions(
-        clip_ratio_low=0.2, clip_ratio_high=0.3, dual_clip=dual_clip, loss_normalization="token", kl_coef=0.0
-    )
+    section = PolicySection(clip_ratio_high=0.3, dual_clip=dual_clip)
+
+    def loss_of(logprobs, old, advantages, weights) -> float:
+        tokens = PolicyTokens(logprobs=logprobs, old_logprobs=old, advantages=advantages, weights=weights)
+        return float(policy_loss(tokens, section)[0])
+
     factors = importance_weights(train, rollout, mask, cap=1.5, max_sequence_ratio=4.0)
-    loss, _ = ppo_clip_loss(now, train, advantages * factors, loss_weights(mask, "token"), options)
+    loss = loss_of(now, train, advantages * factors, loss_weights(mask, "token"))
     total, num_tokens = 0.0, int(mask.sum())
     for row in range(4):
         for column in range(5):
             if not mask[row, column]:
                 continue
             one = (slice(row, row + 1), slice(column, column + 1))
-            value, _ = ppo_clip_loss(now[one], train[one], advantages[one], torch.ones(1, 1), options)
-            total += float(value) * float(factors[one]) / num_tokens
-    assert float(loss) == pytest.approx(total, rel=1e-5)
+            value = loss_of(now[one], train[one], advantages[one], torch.ones(1, 1))
+            total += value * float(factors[one]) / num_tokens
+    assert loss == pytest.approx(total, rel=1e-5)
 
 
 def test_huge_differences_stay_finite() -> None:

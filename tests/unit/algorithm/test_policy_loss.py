@@ -11,11 +11,28 @@ import slow_reference as slow
 import torch
 from hypothesis import given, settings
 
-from megatron_prime.algorithm import PolicyLossMetrics, PolicyLossOptions, loss_weights, ppo_clip_loss
+from megatron_prime.algorithm import PolicyLossMetrics, PolicyTokens, loss_weights, policy_loss
+from megatron_prime.config.schema import PolicySection
 
-OPTIONS = PolicyLossOptions(
-    clip_ratio_low=0.2, clip_ratio_high=0.2, dual_clip=None, loss_normalization="token", kl_coef=0.0
-)
+OPTIONS = PolicySection()
+
+
+def ppo_clip_loss(
+    logprobs: torch.Tensor,
+    old: torch.Tensor,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    section: PolicySection,
+    reference: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, PolicyLossMetrics]:
+    tokens = PolicyTokens(
+        logprobs=logprobs,
+        old_logprobs=old,
+        advantages=advantages,
+        weights=weights,
+        reference_logprobs=reference,
+    )
+    return policy_loss(tokens, section)
 
 
 def one_token(ratio: float, advantage: float, **changes) -> tuple[float, float, float]:
@@ -72,7 +89,7 @@ def test_kl_to_the_reference_pulls_towards_it():
     reference, zeros = torch.tensor([-2.0, -0.5], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     chosen = dataclasses.replace(OPTIONS, kl_coef=0.1)
     loss, metrics = ppo_clip_loss(
-        logprobs, logprobs.detach(), zeros, torch.full((2,), 0.5), chosen, reference_logprobs=reference
+        logprobs, logprobs.detach(), zeros, torch.full((2,), 0.5), chosen, reference=reference
     )
     expected = (math.exp(-1.0) - 1 + 1.0 + math.exp(0.5) - 1 - 0.5) / 2
     assert float(metrics.reference_kl) == pytest.approx(expected)
@@ -85,7 +102,7 @@ def test_kl_is_reported_without_gradient_where_it_is_no_loss():
     logprobs = torch.tensor([-1.0], requires_grad=True)
     zeros = torch.zeros(1)
     loss, metrics = ppo_clip_loss(
-        logprobs, logprobs.detach(), zeros, torch.ones(1), OPTIONS, reference_logprobs=torch.tensor([-2.0])
+        logprobs, logprobs.detach(), zeros, torch.ones(1), OPTIONS, reference=torch.tensor([-2.0])
     )
     loss.backward()
     assert float(metrics.reference_kl) > 0 and logprobs.grad is not None and float(logprobs.grad) == 0.0
@@ -99,7 +116,7 @@ def test_runaway_ratio_and_empty_part_stay_finite():
     loss.backward()
     assert loss.isfinite() and metrics.approx_kl.isfinite()
     empty = torch.zeros(0, requires_grad=True)
-    loss, metrics = ppo_clip_loss(empty, empty, empty, empty, OPTIONS, reference_logprobs=empty)
+    loss, metrics = ppo_clip_loss(empty, empty, empty, empty, OPTIONS, reference=empty)
     loss.backward()
     assert loss.item() == 0.0 and [value.item() for value in metrics.as_dict().values()] == [0.0] * 4
 
@@ -110,11 +127,11 @@ def test_matches_the_slow_reference(normalization, dual):
     for seed in range(5):
         mask, *tensors = random_batch(seed)
         logprobs, old, advantages, reference = (torch.where(mask, t, torch.nan) for t in tensors)
-        chosen = PolicyLossOptions(
+        chosen = PolicySection(
             clip_ratio_low=0.1, clip_ratio_high=0.25, dual_clip=dual, loss_normalization=normalization, kl_coef=0.2
         )
         weights = loss_weights(mask, normalization)
-        loss, metrics = ppo_clip_loss(logprobs, old, advantages, weights, chosen, reference_logprobs=reference)
+        loss, metrics = ppo_clip_loss(logprobs, old, advantages, weights, chosen, reference=reference)
         rows = [slow.to_rows(t, mask) for t in tensors]
         expected = slow.policy_loss(*rows, low=0.1, high=0.25, dual=dual, normalization=normalization, kl_coef=0.2)
         assert loss.item() == pytest.approx(expected.pop("loss"), rel=1e-6)
@@ -138,7 +155,7 @@ def test_parts_of_a_mini_batch_add_up(seed, assignment, normalization, packed):
         part = [t[rows] for t in (parameter, old, advantages, weights, reference)]
         if packed:
             part = [t[mask[rows]] for t in part]
-        return ppo_clip_loss(*part[:4], chosen, reference_logprobs=part[4])
+        return ppo_clip_loss(*part[:4], chosen, reference=part[4])
 
     whole = values.clone().requires_grad_()
     expected, expected_metrics = run(whole, torch.arange(6))

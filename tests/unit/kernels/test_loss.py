@@ -8,19 +8,18 @@ from slow_logprob import LargestTensor, random_inputs, reference, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_prime.algorithm import (
-    PolicyLossOptions,
+    PolicyTokens,
     cross_entropy_loss,
     implicit_rewards,
-    ppo_clip_loss,
+    policy_loss,
 )
+from megatron_prime.config.schema import PolicySection
 from megatron_prime.errors import TrainingError
 from megatron_prime.kernels import HeadOptions, fused_linear_logprob, fused_linear_logprob_loss
 from megatron_prime.kernels.loss import cut_chunks
 
 LENGTHS = (5, 1, 14, 8, 9)
-OPTIONS = PolicyLossOptions(
-    clip_ratio_low=0.2, clip_ratio_high=0.3, dual_clip=3.0, loss_normalization="token", kl_coef=0.1
-)
+OPTIONS = PolicySection(clip_ratio_low=0.2, clip_ratio_high=0.3, dual_clip=3.0, kl_coef=0.1)
 # Everything at once; a few tokens at a time; nothing kept, so that logits are computed twice.
 WORKSPACES = [2**20, 12 * 29 * 4, 1]
 
@@ -36,7 +35,14 @@ def token_data(dtype=torch.float32) -> tuple[torch.Tensor, ...]:
 
 def ppo(logprobs: torch.Tensor, chunk: slice) -> torch.Tensor:
     old, advantages, weights, references, _ = (t[chunk] for t in token_data(logprobs.dtype))
-    return ppo_clip_loss(logprobs, old, advantages, weights, OPTIONS, reference_logprobs=references)[0]
+    tokens = PolicyTokens(
+        logprobs=logprobs,
+        old_logprobs=old,
+        advantages=advantages,
+        weights=weights,
+        reference_logprobs=references,
+    )
+    return policy_loss(tokens, OPTIONS)[0]
 
 
 def prm(logprobs: torch.Tensor, chunk: slice) -> torch.Tensor:

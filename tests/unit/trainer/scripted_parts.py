@@ -16,11 +16,11 @@ import torch
 
 from megatron_prime.batch import (
     ModelUpdate,
+    PrmBatch,
     Prompt,
     Response,
     RolloutBatch,
     SamplingParams,
-    ScoredBatch,
     StepSpan,
     UpdateResult,
     Verdict,
@@ -37,7 +37,9 @@ from megatron_prime.config.schema import (
     RolloutSection,
     RunSection,
 )
-from megatron_prime.trainer.prime import PrimeParts, PrimeTrainer
+from megatron_prime.errors import NonFiniteError
+from megatron_prime.trainer.parts import PrimeParts
+from megatron_prime.trainer.prime import PrimeTrainer
 from megatron_prime.weights.checksum import WeightChecksum
 
 VERDICTS = {"1": Verdict(status="correct", reward=1.0), "0": Verdict(status="wrong", reward=0.0)}
@@ -148,7 +150,9 @@ class CountingPolicy(Sleeper):
     def __init__(self, events: list[str]) -> None:
         self.events = events
         self.weight = torch.zeros(1)
-        self.batches: list[tuple[ScoredBatch, torch.Tensor]] = []
+        self.fails = False
+        """Whether its updates are not finite."""
+        self.batches: list[tuple[RolloutBatch, torch.Tensor]] = []
 
     def score(self, batch: RolloutBatch, *, temperature: float) -> torch.Tensor:
         assert self.is_awake
@@ -160,19 +164,18 @@ class CountingPolicy(Sleeper):
 
     def update(
         self,
-        batch: ScoredBatch,
+        batch: RolloutBatch,
         advantages: torch.Tensor,
         *,
+        old_logprobs: torch.Tensor | None,
+        reference_logprobs: torch.Tensor | None,
         temperature: float,
         seed: int,
-        check: Callable[[torch.Tensor], None] | None = None,
     ) -> UpdateResult:
-        before = None
-        if batch.policy_logprobs is None:
-            before = self.logprobs(batch.rollout, temperature)
-            assert check is not None
-            check(before)
         assert self.trains
+        before = self.logprobs(batch, temperature) if old_logprobs is None else old_logprobs
+        if self.fails:
+            raise NonFiniteError("loss nan", before)
         self.events.append("policy trains")
         self.batches.append((batch, advantages))
         self.weight += 1
@@ -197,10 +200,11 @@ class CountingReference(Sleeper):
 class CountingPrm(Sleeper):
     """A PRM that gives right answers 1 + its number of updates more than the reference, and wrong ones as much less."""
 
-    def __init__(self, events: list[str]) -> None:
+    def __init__(self, events: list[str], scores_in_update: bool) -> None:
         self.events = events
+        self.scores_in_update = scores_in_update
         self.num_updates = 0
-        self.windows: list[list[ScoredBatch]] = []
+        self.windows: list[list[RolloutBatch]] = []
 
     def score(self, batch: RolloutBatch) -> torch.Tensor:
         assert self.is_awake
@@ -211,11 +215,19 @@ class CountingPrm(Sleeper):
         sign = (2 * batch.outcomes - 1)[:, None]
         return batch.mask * (-1 + sign * (1 + self.num_updates))
 
-    def update(self, batches: Sequence[ScoredBatch], *, seed: int) -> UpdateResult:
+    def update(
+        self,
+        batch: RolloutBatch,
+        *,
+        reference_logprobs: torch.Tensor,
+        prm_logprobs: torch.Tensor | None,
+        window: Sequence[PrmBatch],
+        seed: int,
+    ) -> UpdateResult:
         assert self.trains
         self.events.append("prm trains")
-        self.windows.append(list(batches))
-        before = self.logprobs(batches[-1].rollout) if batches[-1].prm_logprobs is None else None
+        self.windows.append([*(older.rollout for older in window), batch])
+        before = self.logprobs(batch) if prm_logprobs is None else prm_logprobs
         self.num_updates += 1
         return UpdateResult(metrics={"loss": 0.0}, logprobs=before)
 
@@ -299,6 +311,7 @@ def make_trainer(
     *,
     reference: bool = True,
     prm: bool = True,
+    scores_in_update: bool = True,
     min_groups: int = 2,
     checkpoints: MemoryCheckpoints | None = None,
 ) -> tuple[PrimeTrainer, list[str]]:
@@ -307,7 +320,7 @@ def make_trainer(
     parts = PrimeParts(
         policy=CountingPolicy(events),
         reference=CountingReference(events) if reference else None,
-        prm=CountingPrm(events) if prm else None,
+        prm=CountingPrm(events, scores_in_update) if prm else None,
         engine=engine,
         verifier=ScriptVerifier(),
         prompts=NumberedPrompts(),

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from scripted_parts import NumberedPrompts, ScriptedEngine, ScriptVerifier
 
-from megatron_prime.batch import Group, Prompt, Response, RolloutBatch, SamplingParams, ScoredBatch, StepSpan, Verdict
+from megatron_prime.batch import (
+    Group,
+    PrmBatch,
+    ProcessInputs,
+    Prompt,
+    Response,
+    RolloutBatch,
+    SamplingParams,
+    StepSpan,
+    Verdict,
+)
 from megatron_prime.config.schema import PrmSection
 from megatron_prime.rollout.randomness import answer_key
 from megatron_prime.trainer.evaluation import accuracy, derive_seed, sample_and_verify, wilson_interval
@@ -96,7 +107,7 @@ BETA = 0.5
 ANSWERS = [[(1.0, (2.0, 1.0)), (0.0, (1.0, -1.0, -2.0))], [(0.0, (1.0,)), (1.0, (0.5, 0.0))]]
 
 
-def hand_made() -> tuple[list[Group], ScoredBatch, torch.Tensor]:
+def hand_made() -> tuple[ProcessInputs, torch.Tensor]:
     groups = []
     for number, answers in enumerate(ANSWERS):
         prompt = Prompt(prompt_id=str(number), text="", token_ids=(1,), ground_truth="")
@@ -116,13 +127,8 @@ def hand_made() -> tuple[list[Group], ScoredBatch, torch.Tensor]:
     for row, (_, values) in enumerate(answer for answers in ANSWERS for answer in answers):
         ratios[row, : len(values)] = torch.tensor(values)
     reference = torch.full_like(ratios, -3.0) * rollout.mask
-    batch = ScoredBatch(
-        rollout=rollout,
-        policy_logprobs=torch.zeros_like(ratios),
-        reference_logprobs=reference,
-        prm_logprobs=reference + ratios,
-    )
-    return groups, batch, BETA * ratios
+    prm = PrmBatch(rollout=rollout, reference_logprobs=reference, prm_logprobs=reference + ratios)
+    return ProcessInputs(groups=tuple(groups), rollout=rollout, prm=prm, beta=BETA), BETA * ratios
 
 
 def no_steps(prompt: Prompt, response: Response) -> None:
@@ -139,8 +145,8 @@ def test_recent_step_auc_weighs_batches_by_their_pairs() -> None:
 
 
 def test_evidence_by_hand() -> None:
-    groups, batch, rewards = hand_made()
-    evidence = measure_evidence(groups, batch, rewards, PrmSection(beta=BETA), no_steps)
+    inputs, rewards = hand_made()
+    evidence = measure_evidence(inputs, rewards, PrmSection(beta=BETA), no_steps)
     # Sequence logits 1.5, -1.0, 0.5, 0.25 with labels 1, 0, 0, 1.
     losses = [math.log1p(math.exp(-1.5)), math.log1p(math.exp(-1.0)), math.log1p(math.exp(0.5))]
     losses.append(math.log1p(math.exp(-0.25)))
@@ -153,9 +159,9 @@ def test_evidence_by_hand() -> None:
 
 
 def test_mean_aggregation_reorders() -> None:
-    groups, batch, rewards = hand_made()
+    inputs, rewards = hand_made()
     section = PrmSection(beta=BETA, aggregation="mean")
-    evidence = measure_evidence(groups, batch, rewards, section, no_steps)
+    evidence = measure_evidence(inputs, rewards, section, no_steps)
     logits = [0.75, -1 / 3, 0.5, 0.125]
     signs = [1, -1, -1, 1]
     expected = sum(math.log1p(math.exp(-s * x)) for s, x in zip(signs, logits, strict=True)) / 4
@@ -163,33 +169,29 @@ def test_mean_aggregation_reorders() -> None:
 
 
 def test_step_auc_by_hand() -> None:
-    groups, batch, rewards = hand_made()
+    inputs, rewards = hand_made()
     steps = {
         "00": (StepSpan(start=0, stop=1, correct=True), StepSpan(start=1, stop=2, correct=True)),
         "01": (StepSpan(start=0, stop=1, correct=True), StepSpan(start=1, stop=3, correct=False)),
         "11": (StepSpan(start=0, stop=2, correct=False),),
     }
     evidence = measure_evidence(
-        groups, batch, rewards, PrmSection(beta=BETA), lambda prompt, response: steps.get(response.text)
+        inputs, rewards, PrmSection(beta=BETA), lambda prompt, response: steps.get(response.text)
     )
     # Step means 1.0, 0.5, 0.5 (right) and -0.75, 0.125 (wrong): all six pairs are in order.
     assert evidence.step_auc == 1.0
     steps["10"] = (StepSpan(start=0, stop=1, correct=False),)  # 0.5 wrong: one pair in order, two ties
     evidence = measure_evidence(
-        groups, batch, rewards, PrmSection(beta=BETA), lambda prompt, response: steps.get(response.text)
+        inputs, rewards, PrmSection(beta=BETA), lambda prompt, response: steps.get(response.text)
     )
     assert evidence.step_auc == pytest.approx((6 + 1 + 0.5 + 0.5) / 9)
 
 
 def test_one_kind_of_outcome_earns_nothing() -> None:
-    groups, _, rewards = hand_made()
-    right = [Group(prompt=g.prompt, responses=g.responses, rewards=(1.0, 1.0)) for g in groups]
-    _, batch, _ = hand_made()
-    scored = ScoredBatch(
-        rollout=RolloutBatch.from_groups(right),
-        policy_logprobs=batch.policy_logprobs,
-        reference_logprobs=batch.reference_logprobs,
-        prm_logprobs=batch.prm_logprobs,
+    inputs, rewards = hand_made()
+    right = tuple(Group(prompt=g.prompt, responses=g.responses, rewards=(1.0, 1.0)) for g in inputs.groups)
+    rollout = RolloutBatch.from_groups(right)
+    evidence = measure_evidence(
+        replace(inputs, groups=right, rollout=rollout), rewards, PrmSection(beta=BETA), no_steps
     )
-    evidence = measure_evidence(right, scored, rewards, PrmSection(beta=BETA), no_steps)
     assert math.isnan(evidence.auc) and evidence.gate == 0.0 and evidence.accuracy == 0.75

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scripted_parts import ScriptedEngine, make_config, make_trainer
+from scripted_parts import MemoryCheckpoints, ScriptedEngine, make_config, make_trainer
 
 from megatron_prime.config.schema import PolicySection, RolloutSection
 from megatron_prime.errors import TrainingError
@@ -12,16 +12,19 @@ from megatron_prime.errors import TrainingError
 KEPT = "1100"
 
 
-@pytest.mark.parametrize(("policy", "trained"), [(PolicySection(num_minibatches=2), []), (PolicySection(), ["prm"])])
-def test_an_engine_with_other_weights_stops_the_run_before_the_policy_trains(policy, trained) -> None:
-    """Where the policy's own update computes its log-probs, the PRM has trained by then, for nothing."""
-    engine = ScriptedEngine([KEPT])
-    trainer, events = make_trainer(make_config(policy=policy), engine)
+@pytest.mark.parametrize(
+    ("policy", "trained"), [(PolicySection(num_minibatches=2), []), (PolicySection(), ["prm", "policy"])]
+)
+def test_an_engine_with_other_weights_stops_the_run_before_anybody_gets_the_policy(policy, trained) -> None:
+    """Where the policy's own update computes its log-probs, models have trained by then, for nothing."""
+    engine, checkpoints = ScriptedEngine([KEPT]), MemoryCheckpoints()
+    trainer, events = make_trainer(make_config(policy=policy), engine, checkpoints=checkpoints)
     trainer.refit(0)
     engine.weights["w"] += 0.5
     with pytest.raises(TrainingError, match=r"rollout.max_logprob_gap: the engine's log-probs are 0.5 nats"):
         trainer.step()
     assert [event for event in events if event.endswith("trains")] == [f"{name} trains" for name in trained]
+    assert engine.weight_version == 0 and not checkpoints.saved
 
 
 def test_answers_of_older_weights_are_counted_and_not_compared() -> None:

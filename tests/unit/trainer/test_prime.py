@@ -10,6 +10,7 @@ import pytest
 import torch
 from scripted_parts import MemoryCheckpoints, ScriptedEngine, make_config, make_trainer
 
+from megatron_prime.batch import Group, RolloutBatch
 from megatron_prime.config.schema import (
     AdvantageSection,
     CheckpointSection,
@@ -21,10 +22,15 @@ from megatron_prime.config.schema import (
     RolloutSection,
     RunSection,
 )
-from megatron_prime.errors import RunInterrupted, TrainingError
+from megatron_prime.errors import NonFiniteError, RunInterrupted, TrainingError
 from megatron_prime.trainer.evaluation import derive_seed
 
 KEPT, EASY, HARD = "1100", "1111", "0000"
+
+
+def collected(trainer: Any) -> tuple[list[Group], RolloutBatch]:
+    groups = trainer.collect()
+    return groups, RolloutBatch.from_groups(groups)
 
 
 def ids(groups: Any) -> list[str]:
@@ -96,7 +102,7 @@ def test_a_smaller_batch_trains_when_every_rank_gets_a_share() -> None:
     trainer, events = make_trainer(make_config(filter=FilterSection(max_attempts=1)), engine, min_groups=2)
     trainer.step()
     assert events[-1] == "policy trains"
-    assert trainer.parts.policy.batches[0][0].rollout.num_responses == 8
+    assert trainer.parts.policy.batches[0][0].num_responses == 8
 
 
 def test_five_empty_steps_end_the_run() -> None:
@@ -137,28 +143,22 @@ def test_every_round_has_its_own_seed_and_prompts() -> None:
 
 # One optimizer step on the whole batch brings along the scores of the model before it.
 AFTER = ["reference scores", "prm trains", "policy trains"]
-BEFORE = ["reference scores", "prm scores", "prm trains", "prm scores", "policy trains"]
+BEFORE = ["reference scores", "prm trains", "prm scores", "policy trains"]
 SEPARATE = ["policy scores at 1", "reference scores", "prm scores", "prm trains", "policy trains"]
 
 
-@pytest.mark.parametrize(
-    ("prm", "order", "margin"),
-    [
-        ({"update": "after"}, AFTER, 1),
-        ({"update": "after", "num_window_batches": 2}, [*BEFORE[:3], "policy trains"], 1),
-        ({"update": "before"}, BEFORE, 2),
-    ],
-)
-def test_rewards_come_from_the_snapshot_that_prm_update_names(prm, order, margin) -> None:
-    trainer, events = make_trainer(make_config(prm=PrmSection(beta=0.1, **prm)), ScriptedEngine([KEPT]), min_groups=1)
-    groups, _ = trainer.groups.collect()
-    batch = trainer.score(groups)
-    rewards, metrics = trainer.process_rewards(groups, batch)
-    sign = (2 * batch.rollout.outcomes - 1)[:, None]
-    assert torch.allclose(rewards, 0.1 * margin * sign * batch.rollout.mask)
+@pytest.mark.parametrize(("update", "order", "margin"), [("after", AFTER, 1), ("before", BEFORE, 2)])
+def test_rewards_come_from_the_snapshot_that_prm_update_names(update, order, margin) -> None:
+    config = make_config(prm=PrmSection(beta=0.1, update=update))
+    trainer, events = make_trainer(config, ScriptedEngine([KEPT]), min_groups=1)
+    groups, batch = collected(trainer)
+    prm = trainer.train_prm(batch, trainer.score(batch))
+    rewards = trainer.judge(groups, batch, prm)
+    sign = (2 * batch.outcomes - 1)[:, None]
+    assert torch.allclose(rewards, 0.1 * margin * sign * batch.mask)
     # The evidence is about the snapshot before the update, whoever pays the rewards.
-    assert metrics["prm/fresh_loss"] == pytest.approx(math.log1p(math.exp(-0.2)), rel=1e-5)
-    assert metrics["prm/fresh_accuracy"] == metrics["prm/fresh_auc"] == 1.0
+    assert trainer.metrics["prm/fresh_loss"] == pytest.approx(math.log1p(math.exp(-0.2)), rel=1e-5)
+    assert trainer.metrics["prm/fresh_accuracy"] == trainer.metrics["prm/fresh_auc"] == 1.0
     assert events == order[:-1]
 
 
@@ -175,15 +175,9 @@ def test_a_step_trains_the_prm_before_the_policy_and_refits_after() -> None:
     assert {"policy/loss", "prm/loss", "prm/gate", "advantage/outcome_share"} <= metrics.keys()
 
 
-@pytest.mark.parametrize(
-    ("prm", "policy"),
-    [
-        (PrmSection(num_minibatches=2), PolicySection(num_minibatches=2)),
-        (PrmSection(loss="pairwise"), PolicySection(num_minibatches=2, num_epochs=2)),
-    ],
-)
-def test_models_are_scored_apart_where_an_update_does_not_see_the_batch_as_it_was(prm, policy) -> None:
-    trainer, events = make_trainer(make_config(prm=prm, policy=policy), ScriptedEngine([KEPT]))
+@pytest.mark.parametrize("policy", [PolicySection(num_minibatches=2), PolicySection(num_minibatches=2, num_epochs=2)])
+def test_models_are_scored_apart_where_an_update_does_not_see_the_batch_as_it_was(policy) -> None:
+    trainer, events = make_trainer(make_config(policy=policy), ScriptedEngine([KEPT]), scores_in_update=False)
     trainer.refit(0)
     metrics = trainer.step()
     assert events == SEPARATE
@@ -191,11 +185,25 @@ def test_models_are_scored_apart_where_an_update_does_not_see_the_batch_as_it_wa
 
 
 def test_scores_that_an_update_brought_along_are_in_the_window() -> None:
-    trainer, _ = make_trainer(make_config(), ScriptedEngine([KEPT]))
+    trainer, _ = make_trainer(make_config(prm=PrmSection(num_window_batches=2)), ScriptedEngine([KEPT]))
     trainer.step()
     (batch,) = trainer.window
     sign = (2 * batch.rollout.outcomes - 1)[:, None]
     assert torch.equal(batch.prm_logprobs, batch.rollout.mask * (-1 + sign))
+
+
+def test_the_record_of_a_failed_policy_update_has_the_logprobs_of_all_models() -> None:
+    trainer, _ = make_trainer(make_config(), ScriptedEngine([KEPT]))
+    trainer.parts.policy.fails = True
+    with pytest.raises(NonFiniteError, match=r"policy update of step 1: loss nan\n.*replay policy_1\.pt"):
+        trainer.step()
+    ((update, reason),) = trainer.parts.failed_updates.kept
+    batch, mask = update.batch, update.batch.rollout.mask
+    assert reason == "loss nan" and update.role == "policy"
+    assert torch.equal(batch.policy_logprobs, -1.0 * mask)
+    assert torch.equal(batch.reference_logprobs, -1.0 * mask)
+    assert torch.equal(batch.prm_logprobs, mask * (2 * batch.rollout.outcomes - 2)[:, None])
+    assert update.advantages.abs().sum() > 0
 
 
 def test_the_prm_trains_on_the_latest_batches() -> None:
@@ -205,7 +213,7 @@ def test_the_prm_trains_on_the_latest_batches() -> None:
     first, second, third = trainer.parts.prm.windows
     assert [len(first), len(second), len(third)] == [1, 2, 2]
     assert second[0] is first[0] and third[0] is second[1]
-    assert third[1].rollout.prompt_token_ids[0] == (9,)
+    assert third[1].prompt_token_ids[0] == (9,)
 
 
 def test_only_the_prm_trains_while_it_warms_up() -> None:
@@ -231,12 +239,14 @@ def test_without_the_gate_process_rewards_count_in_full() -> None:
 
 
 def test_the_frozen_reference_is_scored_when_there_is_one() -> None:
-    trainer, events = make_trainer(make_config(), ScriptedEngine([KEPT]), prm=False)
+    config = make_config(advantage=AdvantageSection(process_coef=0.0))
+    trainer, events = make_trainer(config, ScriptedEngine([KEPT]), prm=False)
     trainer.step()
-    batch = trainer.score(trainer.groups.collect()[0])  # after an update: the policy has moved away
+    _, batch = collected(trainer)
+    scores = trainer.score(batch)  # after an update: the policy has moved away
     assert events[-1] == "reference scores"
-    assert torch.equal(batch.reference_logprobs, -batch.rollout.mask.float())
-    assert batch.policy_logprobs is None and batch.prm_logprobs is None
+    assert torch.equal(scores.reference, -batch.mask.float())
+    assert scores.policy is None and scores.prm is None
 
 
 @pytest.mark.parametrize(
@@ -247,10 +257,12 @@ def test_without_a_reference_the_policy_before_its_update_is_it(temperature, exp
     rollout = RolloutSection(num_prompts=4, num_responses=4, temperature=temperature)
     config = make_config(rollout=rollout, reference=ReferenceSection(source="policy"))
     trainer, events = make_trainer(config, ScriptedEngine([KEPT]), reference=False, prm=False)
-    batch = trainer.score(trainer.groups.collect()[0])
+    trainer.refit(0)
+    _, batch = collected(trainer)
+    scores = trainer.score(batch)
     assert events == expected
-    assert torch.equal(batch.reference_logprobs, -1.0 * batch.rollout.mask)
-    assert torch.equal(batch.policy_logprobs, -1.0 * batch.rollout.mask / temperature)
+    assert torch.equal(scores.reference, -1.0 * batch.mask)
+    assert torch.equal(scores.policy, -1.0 * batch.mask / temperature)
 
 
 def test_outcomes_alone_decide_without_a_prm() -> None:
@@ -261,8 +273,8 @@ def test_outcomes_alone_decide_without_a_prm() -> None:
     assert not any(name.startswith("prm/") for name in metrics)
     ((batch, advantages),) = trainer.parts.policy.batches
     # Leave-one-out: a right answer beats the 1/3 of its siblings by 2/3.
-    sign = (2 * batch.rollout.outcomes - 1)[:, None]
-    assert torch.allclose(advantages, sign * batch.rollout.mask * 2 / 3)
+    sign = (2 * batch.outcomes - 1)[:, None]
+    assert torch.allclose(advantages, sign * batch.mask * 2 / 3)
 
 
 def run_of(num_steps: int, checkpoints: MemoryCheckpoints, engine: ScriptedEngine) -> Any:
@@ -351,6 +363,7 @@ def test_a_window_that_more_ranks_cannot_share_is_begun_anew() -> None:
     trainer.step()
     trainer.step()
     state = trainer.state_dict()
+    assert len(state["window"]) == 2
     others = [make_trainer(config, ScriptedEngine([KEPT]))[0] for _ in range(2)]
     others[1].parts = replace(others[1].parts, min_groups=8)
     for other in others:
@@ -361,7 +374,7 @@ def test_a_window_that_more_ranks_cannot_share_is_begun_anew() -> None:
 def test_a_request_during_a_save_needs_no_other_step() -> None:
     checkpoints, engine = MemoryCheckpoints(), ScriptedEngine([KEPT])
     trainer = run_of(5, checkpoints, engine)
-    trainer.parts = replace(trainer.parts, should_stop=lambda: bool(checkpoints.saved))
+    trainer._should_stop = lambda: bool(checkpoints.saved)
     with pytest.raises(RunInterrupted, match="saved after step 2"):
         trainer.train()
     assert list(checkpoints.saved) == [2] and list(trainer.parts.logger.rows) == [0, 1, 2]
