@@ -22,7 +22,7 @@ def sampling_params(section: RolloutSection, seed: int) -> SamplingParams:
 def advantage_options(section: AdvantageSection, gate: float) -> AdvantageOptions:
     """How rewards become advantages while the gate stands so."""
     return AdvantageOptions(
-        estimator=section.estimator,
+        estimator=section.estimator,  # type: ignore[arg-type]
         process_baseline=section.process_baseline,
         outcome_coef=section.outcome_coef,
         process_coef=section.process_coef,
