@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_prime.batch import Group, Prompt, Response
-from megatron_prime.config.schema import FilterSection
+
+if TYPE_CHECKING:
+    # The mathematics loads neither YAML nor pydantic.
+    from megatron_prime.config.schema import FilterSection
 
 ACCURACY_TOLERANCE = 1e-6
 """The bounds are inclusive: 1 right answer of 5 is 0.2, however the mean was rounded."""
