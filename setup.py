@@ -18,6 +18,7 @@ setup(
         "protobuf>=5",
         "numpy>=2,<3",
         "omegaconf>=2.4,<3",
+        "pydantic>=2.10,<3",
         "PyYAML>=6,<7",
         "math-verify>=0.9,<0.10",
         "sympy>=1.14,<2",

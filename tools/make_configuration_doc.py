@@ -11,24 +11,26 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from megatron_prime.config import PrimeConfig, SftConfig, schema
-from megatron_prime.config.ranges import RANGES
+from megatron_prime.config.keys import annotations, hints_of, kinds, range_of, sections
+from megatron_prime.config.section import Named
+from megatron_prime.sockets import BUILT_IN
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "configuration.md"
 
 INTRODUCTION = """# Configuration
 
-Generated from `megatron_prime/config/schema.py` by `make docs`; edit the docstrings there.
+Generated from `megatron_prime/config/schema.py` by `make docs`; edit the fields and their docstrings there.
 
 A run is one YAML file. `base: other.yaml` (or a list) starts from other files, relative to the file; later files
 win. `section.key=value` on the command line wins over files, with values in YAML (`null`, `[1, 2]`, `1e-6`).
 `${section.key}` refers to another key. A section whose `kind` changes is replaced, not merged.
 A section given in part keeps the defaults of the rest, as listed here.
 
-`megatron-prime check CONFIG [key=value ...]` reports every unknown key, missing key, wrong type, number out of range
-and contradiction at once. `required` marks keys without a default.
+`megatron-prime check CONFIG [key=value ...]` reports every unknown key, missing key, wrong type and number out of range
+at once; where there is none of these, every contradiction and missing file. `required` marks keys without a default.
 """
 
 TABLE_HEAD = "| Key | Type | Default | Range | Meaning |\n|---|---|---|---|---|"
@@ -48,6 +50,10 @@ def field_docstrings(section: type) -> dict[str, str]:
 def type_text(hint: Any) -> str:
     """A type as a user of YAML would say it."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if named := [found for found in annotations(hint) if isinstance(found, Named)]:
+        return ", ".join(f"`{choice}`" for choice in BUILT_IN[named[0].key]) + " or `package.module:function`"
+    if origin is Annotated:
+        return type_text(arguments[0])
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if origin is list:
@@ -73,22 +79,21 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 def rows(section: type, prefix: str, defaults: Any = None) -> Iterator[str]:
     """Table rows of a section, nested sections inline; ``defaults`` is the instance a partial section starts from."""
-    docstrings, hints = field_docstrings(section), typing.get_type_hints(section)
+    docstrings, hints = field_docstrings(section), hints_of(section)
     for field in dataclasses.fields(section):
         key, hint = f"{prefix}{field.name}", hints[field.name]
         default = getattr(defaults, field.name) if defaults is not None else default_of(field)
-        if dataclasses.is_dataclass(hint):
-            yield from rows(hint, f"{key}.", None if default is dataclasses.MISSING else default)  # type: ignore[arg-type]
+        if inner := sections(hint):
+            yield from rows(inner[0], f"{key}.", None if default is dataclasses.MISSING else default)
             continue
-        limits = f"{RANGES[key]}" if key in RANGES else ""
-        yield f"| `{key}` | {type_text(hint)} | {default_text(default)} | {limits} | {docstrings.get(field.name, '')} |"
+        columns = [f"`{key}`", type_text(hint), default_text(default), range_of(hint), docstrings.get(field.name, "")]
+        yield f"| {' | '.join(columns)} |"
 
 
-def section_text(section: type, field: dataclasses.Field[Any]) -> str:
-    """Heading, sentence and table of one section."""
+def section_text(section: type, field: dataclasses.Field[Any], kind: str | None) -> str:
+    """Heading, sentence and table of one section; ``kind`` is what chooses it."""
     default = default_of(field)
-    kinds = typing.get_args(typing.get_type_hints(section).get("kind")) if field.name == "data" else ()
-    heading = f"### `{field.name}`" + "".join(f" with `kind: {kind}`" for kind in kinds)
+    heading = f"### `{field.name}`" + (f" with `kind: {kind}`" if kind else "")
     table = "\n".join(rows(section, f"{field.name}.", None if default is dataclasses.MISSING else default))
     return f"{heading}\n\n{inspect.getdoc(section)}\n\n{TABLE_HEAD}\n{table}\n"
 
@@ -98,14 +103,16 @@ def document() -> str:
     parts = [INTRODUCTION]
     described: set[Any] = set()
     for root, title in ((PrimeConfig, "PRIME runs (`kind: prime`)"), (SftConfig, "Supervised runs (`kind: sft`)")):
-        hints = typing.get_type_hints(root)
+        hints = hints_of(root)
         names = ", ".join(f"`{name}`" for name in hints if name != "kind")
         parts.append(f"## {title}\n\n{inspect.getdoc(root)} Sections: {names}.\n")
         for field in dataclasses.fields(root):
-            for section in typing.get_args(hints[field.name]) or (hints[field.name],):
-                if dataclasses.is_dataclass(section) and section not in described:
+            found = sections(hints[field.name])
+            names = list(kinds(hints[field.name])) if len(found) > 1 else [None] * len(found)
+            for kind, section in zip(names, found, strict=True):
+                if section not in described:
                     described.add(section)
-                    parts.append(section_text(typing.cast(type, section), field))
+                    parts.append(section_text(section, field, kind))
     return "\n".join(parts)
 
 

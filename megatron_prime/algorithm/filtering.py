@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_prime.batch import Group, Prompt, Response
+
+if TYPE_CHECKING:
+    # The mathematics loads neither YAML nor pydantic.
+    from megatron_prime.config.schema import FilterSection
 
 ACCURACY_TOLERANCE = 1e-6
 """The bounds are inclusive: 1 right answer of 5 is 0.2, however the mean was rounded."""
@@ -51,27 +55,13 @@ class GroupCollector:
     must be.
 
     Args:
+        section: which groups are kept; not enabled, every group of at least two responses is.
         num_groups: groups of a full batch.
-        min_accuracy: inclusive lower bound of a kept group's accuracy.
-        max_accuracy: inclusive upper bound.
-        enabled: False keeps every group of at least two responses.
-        drop_truncated: also drop groups in which a response was cut off.
     """
 
-    def __init__(
-        self,
-        *,
-        num_groups: int,
-        min_accuracy: float,
-        max_accuracy: float,
-        enabled: bool = True,
-        drop_truncated: bool = False,
-    ) -> None:
+    def __init__(self, section: FilterSection, *, num_groups: int) -> None:
+        self.section = section
         self.num_groups = num_groups
-        self.min_accuracy = min_accuracy
-        self.max_accuracy = max_accuracy
-        self.enabled = enabled
-        self.drop_truncated = drop_truncated
         self._groups: list[Group] = []
         self._counts = FilterCounts()
 
@@ -106,13 +96,14 @@ class GroupCollector:
         """The count that the group belongs to."""
         if len(group.responses) < MIN_GROUP_SIZE:
             return "num_missing"
-        if not self.enabled:
+        section = self.section
+        if not section.enabled:
             return "num_kept"
-        if self.drop_truncated and any(response.finish_reason != "stop" for response in group.responses):
+        if section.drop_truncated and any(response.finish_reason != "stop" for response in group.responses):
             return "num_truncated"
-        if keep_group(group.accuracy, min_accuracy=self.min_accuracy, max_accuracy=self.max_accuracy):
+        if keep_group(group.accuracy, min_accuracy=section.min_accuracy, max_accuracy=section.max_accuracy):
             return "num_kept"
-        return "num_too_easy" if group.accuracy > self.max_accuracy else "num_too_hard"
+        return "num_too_easy" if group.accuracy > section.max_accuracy else "num_too_hard"
 
     def take(self, num_groups: int | None = None) -> list[Group]:
         """Takes the oldest waiting groups; the rest stays for the next step.

@@ -10,7 +10,6 @@ from pathlib import Path, PurePath
 
 from megatron_prime.config.engine_checks import check_engine
 from megatron_prime.config.layout_checks import Architecture, check_layout, check_parallel, data_parallel_size
-from megatron_prime.config.ranges import out_of_range
 from megatron_prime.config.schema import (
     AdvantageSection,
     AnyConfig,
@@ -27,12 +26,10 @@ from megatron_prime.errors import ConfigError
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 ABILITIES = ("math", "code")
 """What there is a verifier for."""
-_COUNTS = ("run.num_", "parallel.", "rollout.num_", "policy.num_", "prm.num_", "sft.batch_size")
-"""Where a number is out of range here, the arithmetic of batches and layouts means nothing."""
 
 
 def check_config(config: AnyConfig, architecture: Architecture | None = None, check_files: bool = True) -> list[str]:
-    """Finds contradictions, numbers out of range, arithmetic that does not work out and missing files.
+    """Finds contradictions, arithmetic that does not work out and missing files.
 
     Args:
         config: a configuration from `load_config`.
@@ -42,9 +39,7 @@ def check_config(config: AnyConfig, architecture: Architecture | None = None, ch
     Returns:
         One line ``key: problem; fix`` per problem, empty where the configuration can run.
     """
-    problems = out_of_range(config)
-    countable = not any(problem.startswith(_COUNTS) for problem in problems)
-    problems += _check_run_name(config.run.name)
+    problems = _check_run_name(config.run.name)
     problems += _check_precision(config.model, config.parallel)
     problems += _check_micro_batch(config)
     problems += _check_data(config, check_files)
@@ -53,8 +48,6 @@ def check_config(config: AnyConfig, architecture: Architecture | None = None, ch
         problems += _check_effect(config.advantage)
     if check_files:
         problems += _check_folders(config)
-    if not countable:
-        return problems
     problems += check_parallel(config.parallel)
     if isinstance(config, SftConfig):
         problems += _check_sft(config)

@@ -1,4 +1,4 @@
-"""YAML files to checked types and back: inheritance, overrides, strict decoding."""
+"""YAML files to checked types and back: inheritance, overrides, validation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic.dataclasses import dataclass
 
-from megatron_prime.config.decode import decode
-from megatron_prime.config.ranges import out_of_range
 from megatron_prime.config.schema import AnyConfig
 from megatron_prime.config.schema_verifier import VerifierSection
+from megatron_prime.config.section import Section
+from megatron_prime.config.validation import validate
 from megatron_prime.errors import ConfigError
 
 
@@ -31,7 +32,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
         The configuration with every default filled in.
 
     Raises:
-        ConfigError: with *all* unknown keys, missing keys and wrong types, each by its full key path.
+        ConfigError: with *all* unknown keys, missing keys, wrong types and numbers out of range, each by its full key
+            path.
     """
     merged = _merge(_read(Path(path), ()), _parse_overrides(overrides))
     try:
@@ -39,11 +41,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{error.full_key or path}: {reason}") from error
-    problems: list[str] = []
-    config = decode(AnyConfig, {"kind": "prime", **resolved}, problems)  # type: ignore[dict-item]
-    if problems:
-        raise ConfigError(problems)
-    return config
+    return validate(AnyConfig, {"kind": "prime", **resolved})  # type: ignore[dict-item]
 
 
 def load_verifier_section(path: str | Path | None, overrides: Sequence[str] = ()) -> VerifierSection:
@@ -60,15 +58,11 @@ def load_verifier_section(path: str | Path | None, overrides: Sequence[str] = ()
     if foreign:
         raise ConfigError([f"{item}: only verifier.key=value has an effect here" for item in foreign])
     merged = _merge({} if path is None else _read(Path(path), ()), _parse_overrides(overrides))
-    problems: list[str] = []
-    holder = decode(_VerifierOnly, {"verifier": merged.get("verifier", {})}, problems)
-    if problems or (problems := out_of_range(holder)):
-        raise ConfigError(problems)
-    return holder.verifier
+    return validate(_VerifierOnly, {"verifier": merged.get("verifier", {})}).verifier
 
 
-@dataclasses.dataclass(kw_only=True, slots=True)
-class _VerifierOnly:
+@dataclass(kw_only=True, slots=True)
+class _VerifierOnly(Section):
     verifier: VerifierSection = dataclasses.field(default_factory=VerifierSection)
 
 

@@ -1,79 +1,96 @@
-"""The configuration of a run: plain dataclasses, a docstring under each field, no torch.
+"""The configuration of a run: pydantic dataclasses, ranges in the fields' types, meaning in the docstrings below them.
 
 Defaults live here and nowhere else. Names that go to Megatron keep Megatron's spelling.
 Two kinds of run: `PrimeConfig` (``kind: prime``) and `SftConfig` (``kind: sft``).
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from megatron_prime.config.schema_checkpoint import CheckpointSection
 from megatron_prime.config.schema_model import HeadSection, MicroBatchSection, ModelSection, ParallelSection
 from megatron_prime.config.schema_verifier import VerifierSection
+from megatron_prime.config.section import (
+    MAY_CHANGE,
+    AboveOne,
+    Count,
+    CountOrZero,
+    Fraction,
+    FractionAboveZero,
+    FractionBelowOne,
+    Named,
+    NotNegative,
+    Positive,
+    Section,
+)
 
 
 @dataclass(kw_only=True, slots=True)
-class RunSection:
+class RunSection(Section):
     """Name, place and length of the run."""
 
     name: str
     """Folder of the run below `directory`."""
-    directory: str = "runs"
+    directory: Annotated[str, MAY_CHANGE] = "runs"
     """Where run folders are made."""
-    num_steps: int
+    num_steps: Annotated[Count, MAY_CHANGE]
     """Steps of training (PRIME: rollout-and-update steps; SFT: optimizer steps)."""
-    seed: int = 1
+    # NumPy takes seeds of 32 bits.
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
     """Seed of data order, sampling and random initialisation."""
-    resume: Literal["auto", "never"] = "auto"
+    resume: Annotated[Literal["auto", "never"], MAY_CHANGE] = "auto"
     """`auto` goes on from the newest checkpoint of the run folder; `never` refuses a folder that has one."""
-    num_threads: int = 1
+    num_threads: Annotated[Count, MAY_CHANGE] = 1
     """CPU threads of each process."""
-    plots: bool = True
+    plots: Annotated[bool, MAY_CHANGE] = True
     """PNG plots of the metrics at the end; TensorBoard's files are written in any case."""
 
 
 @dataclass(kw_only=True, slots=True)
-class OptimizerSection:
+class OptimizerSection(Section):
     """Adam with decoupled weight decay."""
 
-    lr: float
-    min_lr: float = 0.0
+    lr: Positive
+    min_lr: NotNegative = 0.0
     """What a decaying schedule ends at."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
-    lr_warmup_steps: int = 0
+    lr_warmup_steps: CountOrZero = 0
     """Optimizer steps of linear warm-up; the first of them has learning rate 0."""
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    weight_decay: float = 0.0
+    adam_beta1: FractionBelowOne = 0.9
+    adam_beta2: FractionBelowOne = 0.999
+    adam_eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.0
     """Of matrices; norms and biases do not decay (Megatron's rule)."""
-    clip_grad: float = 1.0
+    clip_grad: NotNegative = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Annotated[Literal["stop", "skip"], MAY_CHANGE] = "stop"
     """Where loss or gradients are infinite or no numbers: `stop` ends the run, `skip` leaves the optimizer step out. In
     both no weight has changed, and the batch is kept for `megatron-prime replay`."""
-    max_skipped_steps: int = 3
+    max_skipped_steps: Annotated[CountOrZero, MAY_CHANGE] = 3
     """Optimizer steps in a row that `skip` leaves out before the run ends."""
 
 
 @dataclass(kw_only=True, slots=True)
-class ArithmeticData:
+class ArithmeticData(Section):
     """Chains of additions and subtractions, made by a generator that also knows which steps are right."""
 
     kind: Literal["arithmetic"] = "arithmetic"
-    min_operations: int = 2
-    max_operations: int = 4
-    max_operand: int = 9
-    max_start: int = 99
+    min_operations: Count = 2
+    max_operations: Count = 4
+    max_operand: Count = 9
+    max_start: Count = 99
     """The chain starts with a number of 1 .. max_start."""
-    step_error_rate: float = 0.15
+    step_error_rate: FractionBelowOne = 0.15
     """Share of wrong steps in the SFT answers; reinforcement has these to repair."""
-    num_problems: int = 100_000
+    num_problems: Count = 100_000
     """Problems of one epoch."""
 
 
 @dataclass(kw_only=True, slots=True)
-class FileData:
+class FileData(Section):
     """Prompts from files or Hugging Face datasets (Eurus-2-RL-Data, GSM8K and MATH layouts)."""
 
     kind: Literal["files"] = "files"
@@ -89,91 +106,93 @@ class FileData:
     """Append PRIME's math or code suffix to the question (unless it is there)."""
     abilities: list[str] = field(default_factory=lambda: ["math"])
     """PRIME only: rows of other abilities are dropped and counted (Eurus-2-RL-Data mixes math and code)."""
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: Count = 1024
     """Longer prompts are dropped and counted."""
-    max_response_tokens: int = 3072
+    max_response_tokens: Count = 3072
     """SFT only: longer answers are dropped and counted."""
 
 
 @dataclass(kw_only=True, slots=True)
-class VllmSection:
+class VllmSection(Section):
     """The vLLM engine: a process of its own beside every data-parallel group of ranks, or servers."""
 
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: Annotated[Count, MAY_CHANGE] = 1
     """Processes or GPUs of one engine."""
-    max_model_len: int | None = None
+    max_model_len: Count | None = None
     """Longest prompt and answer together; null: the model's max_position_embeddings."""
-    max_num_seqs: int = 256
+    max_num_seqs: Annotated[Count, MAY_CHANGE] = 256
     """Answers that one engine samples at the same time."""
-    kv_cache_gib: float | None = 1.0
+    kv_cache_gib: Annotated[Positive | None, MAY_CHANGE] = 1.0
     """Memory of each of an engine's GPUs or processes for keys and values; null: by gpu_memory_utilization."""
-    gpu_memory_utilization: float = 0.4
+    gpu_memory_utilization: Annotated[FractionAboveZero, MAY_CHANGE] = 0.4
     """Share of a GPU's memory for one engine, where kv_cache_gib is null."""
-    num_threads: int | None = None
+    num_threads: Annotated[Count | None, MAY_CHANGE] = None
     """CPU threads of one engine; null: run.num_threads of each rank of its group."""
-    pack_weights: bool = True
+    pack_weights: Annotated[bool, MAY_CHANGE] = True
     """On a CPU, oneDNN's layout of the matrices: faster sampling, slower refit."""
-    servers: list[str] = field(default_factory=list)
+    servers: Annotated[list[str], MAY_CHANGE] = field(default_factory=list)
     """Addresses (`http://host:port`) of running servers (`megatron-prime serve`) that sample for all ranks. Empty: an
     engine of its own beside every data-parallel group."""
-    in_ranks: bool = False
+    in_ranks: Annotated[bool, MAY_CHANGE] = False
     """Engines inside the trainer's ranks (vLLM's external launcher), of tensor_parallel_size consecutive ranks each: no
     process more, and on GPUs an engine's memory is free while the models train."""
-    transfer: Literal["auto", "shared_memory", "ipc", "gloo", "nccl"] = "auto"
+    transfer: Annotated[Literal["auto", "shared_memory", "ipc", "gloo", "nccl"], MAY_CHANGE] = "auto"
     """How weights get to an engine. Beside the trainer: `ipc`, buckets that the engine reads out of the trainer's GPU
     (on a CPU: out of host memory), or `shared_memory`, a second copy of all weights in host memory, from which an
     engine that was lost is replaced without the other ranks. Servers: `nccl` from GPU to GPU, or `gloo`. In the ranks:
     `shared_memory`. `auto`: on GPUs ipc and nccl, on CPUs shared_memory and gloo."""
-    bucket_mib: int = 64
+    bucket_mib: Annotated[Count, MAY_CHANGE] = 64
     """Size of the buckets of all transfers but shared_memory; the sender holds two, and so does each receiver."""
-    abort_after_seconds: float | None = None
+    abort_after_seconds: Positive | None = None
     """Answers that are still being sampled so long after the first one began are cut off where they are, and count as
     truncated: a few endless ones then hold up nobody. What is cut off depends on the clock, so a run cannot be
     repeated exactly. null: wait for all."""
-    verify_refit: bool = True
+    verify_refit: Annotated[bool, MAY_CHANGE] = True
     """Compare checksums of the trainer's shards with what the engine received. (What the engine's layers hold is
     compared with what it received in any case.)"""
-    timeout_seconds: float = 300.0
+    timeout_seconds: Annotated[Positive, MAY_CHANGE] = 300.0
     """An engine that says nothing for so long is replaced. While it samples, a token of any answer is enough, so that
     answers may take longer; of a server that does not count its tokens (vLLM's `--disable-log-stats`) only whole
     answers are seen."""
-    max_restarts: int = 3
+    max_restarts: Annotated[CountOrZero, MAY_CHANGE] = 3
     """Engines that may be lost in one step before the run gives up. Of servers as many may be lost as there are others;
     this is how often a refit may fail by the fault of none of them."""
 
 
 @dataclass(kw_only=True, slots=True)
-class RolloutSection:
+class RolloutSection(Section):
     """Sampling of answers."""
 
     engine: Literal["transformers", "vllm"] = "transformers"
     """`transformers`: embedded in every process. `vllm`: a process beside each data-parallel group of ranks."""
-    num_prompts: int
+    num_prompts: Count
     """Groups of a step's batch (after filtering)."""
-    num_responses: int = 4
+    # One answer has nothing to be compared with, and the filter keeps no such group.
+    num_responses: Annotated[int, Field(ge=2)] = 4
     """Answers per prompt (K); advantages and the filter compare them."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_response_tokens: int = 3072
-    stop_token_ids: list[int] = field(default_factory=list)
+    # The policy is trained at the sampling temperature, so greedy sampling is for evaluation only.
+    temperature: Positive = 1.0
+    top_p: FractionAboveZero = 1.0
+    max_response_tokens: Count = 3072
+    stop_token_ids: list[CountOrZero] = field(default_factory=list)
     """Token ids that end an answer, besides the tokenizer's and generation config's end tokens."""
-    max_batch_size: int = 256
+    max_batch_size: Count = 256
     """Answers that one process of the `transformers` engine samples at the same time."""
-    max_logprob_gap: float = 0.1
+    max_logprob_gap: Positive = 0.1
     """Mean |difference| in nats between the engine's and the trainer's log-probs of the same tokens and weights, above
     which the run stops (float32: 1e-6, bfloat16: 1e-2): the engine does not compute with the trainer's weights."""
     vllm: VllmSection = field(default_factory=VllmSection)
 
 
 @dataclass(kw_only=True, slots=True)
-class FilterSection:
+class FilterSection(Section):
     """Which groups are worth training on."""
 
     enabled: bool = True
-    min_accuracy: float = 0.2
-    max_accuracy: float = 0.8
+    min_accuracy: Fraction = 0.2
+    max_accuracy: Fraction = 0.8
     """A group is kept when min_accuracy <= mean outcome <= max_accuracy."""
-    max_attempts: int = 4
+    max_attempts: Count = 4
     """Rounds of sampling per step at the most. What is kept by then is the step's batch; where that is too little to
     give every rank a share, nothing trains and the groups wait for the next step."""
     drop_truncated: bool = False
@@ -181,35 +200,34 @@ class FilterSection:
 
 
 @dataclass(kw_only=True, slots=True)
-class PrmSection:
+class PrmSection(Section):
     """The implicit process reward model."""
 
     path: str | None = None
     """Hugging Face folder to start from, also of a smaller model with the same tokenizer; null: the policy's start, as
     PRIME does."""
-    beta: float = 0.05
+    beta: Positive = 0.05
     """Scale of the log ratio in rewards and loss."""
-    loss: str = "cross_entropy"
-    """`cross_entropy`, `pairwise`, or your own as package.module:function."""
+    loss: Annotated[str, Named("prm.loss")] = "cross_entropy"
     aggregation: Literal["sum", "mean"] = "sum"
     """Sequence logit: beta times the sum or the mean of the token log ratios."""
     soft_labels: bool = False
     """Train on fractional outcomes as they are; false: label 1 only for a full reward."""
     update: Literal["after", "before"] = "after"
     """Rewards come from the PRM as it is before its update (`after`, single forward) or from the updated one."""
-    num_minibatches: int = 1
+    num_minibatches: Count = 1
     """Optimizer steps per pass."""
-    num_window_batches: int = 1
+    num_window_batches: Count = 1
     """The PRM trains on this many latest batches each step (1: the step's own, as published)."""
-    warmup_steps: int = 0
+    warmup_steps: CountOrZero = 0
     """First steps in which only the PRM trains."""
-    micro_batch_tokens: int | None = None
+    micro_batch_tokens: Count | None = None
     """Tokens of this model's micro-batches, in place of `micro_batch.*`; null: as those say."""
     optimizer: OptimizerSection = field(default_factory=lambda: OptimizerSection(lr=1e-6, clip_grad=10.0))
 
 
 @dataclass(kw_only=True, slots=True)
-class ReferenceSection:
+class ReferenceSection(Section):
     """Where log p_ref comes from."""
 
     source: Literal["sft", "policy"] = "sft"
@@ -217,108 +235,107 @@ class ReferenceSection:
     path: str | None = None
     """Hugging Face folder of the frozen model; the policy's start where null. A PRM of another shape than the policy
     (`prm.path`) needs the model that it started from here."""
-    micro_batch_tokens: int | None = None
+    micro_batch_tokens: Count | None = None
     """Tokens of this model's micro-batches, in place of `micro_batch.*`; null: as those say."""
 
 
 @dataclass(kw_only=True, slots=True)
-class AdvantageSection:
+class AdvantageSection(Section):
     """How outcomes and process rewards become advantages."""
 
-    estimator: str = "rloo"
-    """`rloo`, `grpo`, `reinforce`, or your own as package.module:function."""
-    process_source: str = "implicit"
-    """Where process rewards come from: `implicit`, the PRM that learns from outcomes, or your own function as
-    package.module:function."""
+    estimator: Annotated[str, Named("advantage.estimator")] = "rloo"
+    process_source: Annotated[str, Named("advantage.process_source")] = "implicit"
+    """Where process rewards come from: `implicit`, the PRM that learns from outcomes, or a function of your own."""
     process_baseline: Literal["strict", "group"] = "strict"
     """RLOO baseline of process rewards: leave-one-out mean (paper) or the released code's K/(K-1) form."""
-    outcome_coef: float = 1.0
-    process_coef: float = 1.0
+    outcome_coef: NotNegative = 1.0
+    process_coef: NotNegative = 1.0
     """0 makes outcome-only training; no PRM is then built."""
-    outcome_gamma: float = 1.0
-    process_gamma: float = 1.0
+    outcome_gamma: Fraction = 1.0
+    process_gamma: Fraction = 1.0
     process_scale: Literal["none", "max", "rms"] = "max"
     """Divide process rewards by the global max or RMS of their returns."""
     process_gate: Literal["none", "auc"] = "auc"
     """`auc` scales the process source by how far the PRM's fresh outcome AUC is above chance."""
-    gate_smoothing: float = 0.5
+    gate_smoothing: FractionBelowOne = 0.5
     """Weight of the gate's past in its moving average, in [0, 1)."""
     whiten: bool = True
     """Zero mean and unit variance over all response tokens of the batch."""
 
 
 @dataclass(kw_only=True, slots=True)
-class PolicySection:
+class PolicySection(Section):
     """The policy update."""
 
-    loss: str = "ppo_clip"
-    """`ppo_clip`, or your own as package.module:function."""
-    clip_ratio_low: float = 0.2
-    clip_ratio_high: float = 0.2
-    dual_clip: float | None = None
+    loss: Annotated[str, Named("policy.loss")] = "ppo_clip"
+    clip_ratio_low: FractionAboveZero = 0.2
+    clip_ratio_high: Positive = 0.2
+    dual_clip: AboveOne | None = None
     """Bound c > 1 of the loss for negative advantages; off where null."""
     loss_normalization: Literal["token", "sequence"] = "token"
     """Mean over all response tokens, or over responses of their token means; of the whole mini-batch."""
-    kl_coef: float = 0.0
+    kl_coef: NotNegative = 0.0
     """Weight of the KL estimate (k3) to the reference in the loss."""
-    importance_cap: float | None = None
+    importance_cap: Positive | None = None
     """Truncated importance sampling between engine and trainer: tokens weigh min(p_train / p_rollout, this), from the
     log-probs that the engine reported; off where null."""
-    max_sequence_ratio: float | None = None
+    max_sequence_ratio: AboveOne | None = None
     """Responses whose geometric-mean p_train / p_rollout is above this, or below its inverse, do not train the
     policy; off where null."""
-    num_minibatches: int = 1
+    num_minibatches: Count = 1
     """Optimizer steps per pass over the batch."""
-    num_epochs: int = 1
-    micro_batch_tokens: int | None = None
+    num_epochs: Count = 1
+    micro_batch_tokens: Count | None = None
     """Tokens of this model's micro-batches, in place of `micro_batch.*`; null: as those say."""
     optimizer: OptimizerSection = field(default_factory=lambda: OptimizerSection(lr=5e-7, weight_decay=0.01))
 
 
 @dataclass(kw_only=True, slots=True)
-class EvaluationSection:
+class EvaluationSection(Section):
     """avg@k on held-out prompts, before, during and after training."""
 
-    every_steps: int = 10
+    every_steps: CountOrZero = 10
     """0: only before the first and after the last step."""
-    num_prompts: int = 400
+    num_prompts: CountOrZero = 400
     """0 switches evaluation off."""
-    num_responses: int = 1
+    num_responses: Count = 1
     """k of avg@k."""
-    temperature: float = 1.0
+    temperature: NotNegative = 1.0
 
 
 @dataclass(kw_only=True, slots=True)
-class SftSection:
+class SftSection(Section):
     """Supervised fine-tuning."""
 
-    batch_size: int
+    batch_size: Count
     """Examples per optimizer step, over all ranks."""
-    log_every_steps: int = 10
+    log_every_steps: Count = 10
     """Optimizer steps between rows of the metrics log."""
     optimizer: OptimizerSection
 
 
 @dataclass(kw_only=True, slots=True)
-class PrimeConfig:
+class PrimeConfig(Section):
     """A PRIME run."""
 
     kind: Literal["prime"] = "prime"
     run: RunSection
     model: ModelSection
-    parallel: ParallelSection = field(default_factory=ParallelSection)
-    micro_batch: MicroBatchSection = field(default_factory=lambda: MicroBatchSection(micro_batch_tokens=8192))
+    parallel: Annotated[ParallelSection, MAY_CHANGE] = field(default_factory=ParallelSection)
+    micro_batch: Annotated[MicroBatchSection, MAY_CHANGE] = field(
+        default_factory=lambda: MicroBatchSection(micro_batch_tokens=8192)
+    )
     head: HeadSection = field(default_factory=HeadSection)
-    data: ArithmeticData | FileData
+    data: Annotated[ArithmeticData | FileData, Field(discriminator="kind")]
     rollout: RolloutSection
-    verifier: VerifierSection = field(default_factory=VerifierSection)
+    verifier: Annotated[VerifierSection, MAY_CHANGE] = field(default_factory=VerifierSection)
     filter: FilterSection = field(default_factory=FilterSection)
     prm: PrmSection = field(default_factory=PrmSection)
     reference: ReferenceSection = field(default_factory=ReferenceSection)
     advantage: AdvantageSection = field(default_factory=AdvantageSection)
     policy: PolicySection = field(default_factory=PolicySection)
-    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
-    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    evaluation: Annotated[EvaluationSection, MAY_CHANGE] = field(default_factory=EvaluationSection)
+    checkpoint: Annotated[CheckpointSection, MAY_CHANGE] = field(default_factory=CheckpointSection)
 
     @property
     def uses_prm(self) -> bool:
@@ -334,18 +351,20 @@ class PrimeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class SftConfig:
+class SftConfig(Section):
     """A supervised run that makes the starting model."""
 
     kind: Literal["sft"] = "sft"
     run: RunSection
     model: ModelSection
-    parallel: ParallelSection = field(default_factory=ParallelSection)
-    micro_batch: MicroBatchSection = field(default_factory=lambda: MicroBatchSection(micro_batch_tokens=8192))
+    parallel: Annotated[ParallelSection, MAY_CHANGE] = field(default_factory=ParallelSection)
+    micro_batch: Annotated[MicroBatchSection, MAY_CHANGE] = field(
+        default_factory=lambda: MicroBatchSection(micro_batch_tokens=8192)
+    )
     head: HeadSection = field(default_factory=HeadSection)
-    data: ArithmeticData | FileData
+    data: Annotated[ArithmeticData | FileData, Field(discriminator="kind")]
     sft: SftSection
-    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    checkpoint: Annotated[CheckpointSection, MAY_CHANGE] = field(default_factory=CheckpointSection)
 
 
-AnyConfig = PrimeConfig | SftConfig
+AnyConfig = Annotated[PrimeConfig | SftConfig, Field(discriminator="kind")]

@@ -1,11 +1,15 @@
 """The `verifier` section of a configuration; see `schema`."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from megatron_prime.config.section import Count, CountOrZero, Positive, Section
 
 
 @dataclass(kw_only=True, slots=True)
-class CodeVerifierSection:
+class CodeVerifierSection(Section):
     """Programs against unit tests (docs/verifiers.md)."""
 
     isolation: Literal["auto", "fork_server", "bubblewrap", "rlimits_unsafe"] = "auto"
@@ -13,26 +17,26 @@ class CodeVerifierSection:
     the machine's files and is never chosen by itself."""
     mode: Literal["all_or_nothing", "fraction_all", "prime_fraction"] = "all_or_nothing"
     """Reward: 1 where every test passes; the share of all tests; or the released PRIME code's, of the first 10."""
-    test_seconds: float = 5.0
+    test_seconds: Positive = 5.0
     """CPU time of one test; it may last twice as long by the clock on the wall."""
-    total_seconds: float = 30.0
+    total_seconds: Positive = 30.0
     """Wall-clock time of all tests of one program; the tests left then have failed."""
-    memory_gib: float = 1.0
+    memory_gib: Positive = 1.0
     """Address space of a program."""
 
 
 @dataclass(kw_only=True, slots=True)
-class VerifierSection:
+class VerifierSection(Section):
     """Outcome labels, of math answers and of code by each prompt's ability."""
 
     factory: str | None = None
     """`package.module:function` that makes your own verifier for all abilities, given this section."""
-    num_workers: int = 1
+    num_workers: Count = 1
     """Processes per rank that compare answers and run programs at the same time."""
-    timeout_seconds: float = 1.5
+    timeout_seconds: Positive = 1.5
     """Math: a comparison that takes longer is killed; the response is missing."""
-    memory_gib: float = 2.0
+    memory_gib: Positive = 2.0
     """Math: address space of a process that compares."""
-    cache_size: int = 100_000
+    cache_size: CountOrZero = 100_000
     """Verdicts that each rank remembers, by answer, tests and limits; 0 for none."""
     code: CodeVerifierSection = field(default_factory=CodeVerifierSection)

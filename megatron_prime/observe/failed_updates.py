@@ -11,8 +11,8 @@ import torch
 from megatron_prime import collectives
 from megatron_prime.batch import ModelUpdate, PolicyUpdate, PrmBatch, PrmUpdate, RolloutBatch, ScoredBatch
 from megatron_prime.config import PrimeConfig, to_dict
-from megatron_prime.config.decode import decode
-from megatron_prime.errors import DataError
+from megatron_prime.config.validation import validate
+from megatron_prime.errors import ConfigError, DataError
 
 _VERSION = 2
 _MAX_FILES = 5
@@ -66,13 +66,12 @@ def read_failed_update(path: Path) -> FailedUpdate:
         if content["version"] != _VERSION:
             raise DataError(f"{path}: written by another version; use the one that made it")
         update = _update(content["update"])
-        problems: list[str] = []
-        config = decode(PrimeConfig, content["config"], problems)
-        if problems:
-            raise DataError("\n".join(f"{path}: {problem}" for problem in problems))
+        config = validate(PrimeConfig, content["config"])
         return FailedUpdate(update=update, reason=content["reason"], config=config)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; {_WHERE}") from error
+    except ConfigError as error:
+        raise DataError("\n".join(f"{path}: {problem}" for problem in error.problems)) from error
     except DataError:
         raise
     except Exception as error:

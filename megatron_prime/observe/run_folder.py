@@ -18,49 +18,12 @@ import megatron_prime
 from megatron_prime import collectives
 from megatron_prime.checkpoint.manifest import committed
 from megatron_prime.config import AnyConfig, load_config, save_config, to_dict
+from megatron_prime.config.keys import changeable_keys
 from megatron_prime.errors import ConfigError
 from megatron_prime.observe.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-_MAY_CHANGE = (
-    "run.directory",
-    "run.num_steps",
-    "run.num_threads",
-    "run.plots",
-    "run.resume",
-    "parallel.",
-    "micro_batch.",
-    "model.make_vocab_size_divisible_by",
-    "model.recompute_granularity",
-    "evaluation.",
-    "checkpoint.",
-    "verifier.",
-    *(
-        f"rollout.vllm.{key}"
-        for key in (
-            "tensor_parallel_size",
-            "max_num_seqs",
-            "kv_cache_gib",
-            "gpu_memory_utilization",
-            "num_threads",
-            "pack_weights",
-            "servers",
-            "in_ranks",
-            "transfer",
-            "bucket_mib",
-            "verify_refit",
-            "timeout_seconds",
-            "max_restarts",
-        )
-    ),
-    *(
-        f"{section}.optimizer.{key}"
-        for section in ("policy", "prm", "sft")
-        for key in ("on_nonfinite", "max_skipped_steps")
-    ),
-)
-"""Keys that a run may be resumed with other values of; a longer run stretches a decaying learning rate."""
 PACKAGES = ("torch", "megatron-core", "transformers", "megatron-prime")
 
 
@@ -152,11 +115,13 @@ class RunFolder:
         if not collectives.broadcast(self.config_path.exists()):
             return
         before, now = _flat(to_dict(load_config(self.config_path))), _flat(to_dict(config))
+        # A longer run stretches a decaying learning rate.
+        may_change = set(changeable_keys(type(config)))
         problems = [
             f"{key}: {now.get(key)!r}, but the run in {self.path} began with {before.get(key)!r}"
             "; go on with that, or choose another run.name"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
+            if before.get(key) != now.get(key) and key not in may_change
         ]
         if problems:
             raise ConfigError(problems)

@@ -57,13 +57,7 @@ class GroupSampler:
         stages: Stages,
         min_groups: int,
     ) -> None:
-        self.collector = GroupCollector(
-            num_groups=config.rollout.num_prompts,
-            min_accuracy=config.filter.min_accuracy,
-            max_accuracy=config.filter.max_accuracy,
-            enabled=config.filter.enabled,
-            drop_truncated=config.filter.drop_truncated,
-        )
+        self.collector = GroupCollector(config.filter, num_groups=config.rollout.num_prompts)
         self.position = 0
         """How many prompts have been sampled."""
         self.acceptance = 1.0

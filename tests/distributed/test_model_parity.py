@@ -170,7 +170,7 @@ ANSWERS = tuple(range(0, 131, 6))
 
 
 def mean_entropy(folders: dict[str, Path], tensor: int) -> dict[str, float]:
-    """What a training step of size 0 reports for the token after the prompt."""
+    """What a training step reports for the token after the prompt."""
     parallel = ParallelSection(world_size=tensor, tensor_model_parallel_size=tensor)
     results = {}
     with parallel_layout(parallel, seed=1) as layout:
@@ -182,7 +182,7 @@ def mean_entropy(folders: dict[str, Path], tensor: int) -> dict[str, float]:
                 micro_batch=MicroBatchSection(micro_batch_size=8),
                 layout=layout,
             )
-            role = SftRole(setup, OptimizerSection(lr=0.0), num_optimizer_steps=1)
+            role = SftRole(setup, OptimizerSection(lr=1e-12), num_optimizer_steps=1)
             role.load_hf(HfFolder(folder))
             examples = [SftExample(prompt_token_ids=PROMPT, response_token_ids=(token,)) for token in ANSWERS]
             results[family] = role.update(examples)["entropy"]

@@ -191,12 +191,10 @@ def test_coefficients_and_gate_take_effect_and_are_reported():
 def test_unknown_options_and_shapes_are_refused():
     mask, group_index = torch.ones(2, 3, dtype=torch.bool), torch.tensor([0, 0])
     outcomes = torch.tensor([1.0, 0.0])
-    with pytest.raises(ValueError, match="estimator"):
-        compute_advantages(outcomes, None, mask, group_index, options(estimator="ppo"))
-    with pytest.raises(ValueError, match="baseline"):
-        compute_advantages(outcomes, None, mask, group_index, options(process_baseline="none"))
-    with pytest.raises(ValueError, match="mode"):
-        compute_advantages(outcomes, torch.ones(2, 3), mask, group_index, options(process_scale="min"))
+    for wrong in ({"estimator": "ppo"}, {"process_baseline": "none"}, {"process_scale": "min"}):
+        (key,) = wrong
+        with pytest.raises(ValueError, match=key):
+            AdvantageSection(**wrong)
     with pytest.raises(ValueError, match="process_rewards"):
         compute_advantages(outcomes, torch.ones(2, 4), mask, group_index, OPTIONS)
     with pytest.raises(ValueError, match="outcomes"):

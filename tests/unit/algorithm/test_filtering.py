@@ -10,6 +10,7 @@ import pytest
 
 from megatron_prime.algorithm import FilterCounts, GroupCollector, keep_group
 from megatron_prime.batch import FinishReason, Group, Prompt, Response
+from megatron_prime.config.schema import FilterSection
 
 
 def group(name: str, rewards: list[float], finish_reason: FinishReason = "stop") -> Group:
@@ -21,8 +22,8 @@ def group(name: str, rewards: list[float], finish_reason: FinishReason = "stop")
 
 
 def collector(**changes) -> GroupCollector:
-    arguments = {"num_groups": 2, "min_accuracy": 0.2, "max_accuracy": 0.8, **changes}
-    return GroupCollector(**arguments)
+    num_groups = changes.pop("num_groups", 2)
+    return GroupCollector(FilterSection(min_accuracy=0.2, max_accuracy=0.8, **changes), num_groups=num_groups)
 
 
 def names(groups: list[Group]) -> list[str]:
