@@ -261,6 +261,27 @@ class FailedUpdates(Protocol):
     def keep(self, update: ModelUpdate, reason: str) -> Path: ...
 
 
+class MetricsLogger(Protocol):
+    """Where metrics go besides metrics.jsonl and the console (`run.loggers`). Only the main process has loggers.
+
+    One that raises is reported once and left out; the run goes on.
+    """
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Takes the metrics of a step; the loop waits for it.
+
+        Args:
+            step: number of the step; 0 is before training. A resumed run begins after its checkpoint's step, whatever
+                was logged before.
+            metrics: finite values by ``room/name``.
+        """
+        ...
+
+    def close(self) -> None:
+        """Writes what is left and frees everything; nothing is logged afterwards."""
+        ...
+
+
 class Logger(Protocol):
     """Metrics of one step, and what is going on right now."""
 

@@ -18,11 +18,13 @@ from megatron_prime.config.schema import (
     FileData,
     ModelSection,
     OptimizerSection,
+    OwnData,
     ParallelSection,
     PrimeConfig,
     SftConfig,
 )
 from megatron_prime.errors import ConfigError
+from megatron_prime.sockets import names_problem
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 ABILITIES = ("math", "code")
@@ -45,6 +47,7 @@ def check_config(config: AnyConfig, architecture: Architecture | None = None, ch
     problems = out_of_range(config)
     countable = not any(problem.startswith(_COUNTS) for problem in problems)
     problems += _check_run_name(config.run.name)
+    problems += _check_part_names(config)
     problems += _check_precision(config.model, config.parallel)
     problems += _check_micro_batch(config)
     problems += _check_data(config, check_files)
@@ -78,6 +81,17 @@ def _check_run_name(name: str) -> list[str]:
     if not name.strip() or PurePath(name).is_absolute() or {".", ".."} & set(name.split("/")):
         return [f"run.name: {name!r} is no folder below run.directory; use a plain name such as my-run"]
     return []
+
+
+def _check_part_names(config: AnyConfig) -> list[str]:
+    names = [("run.loggers", name) for name in config.run.loggers]
+    if isinstance(config.data, OwnData):
+        names.append(("data.factory", config.data.factory))
+    if isinstance(config, PrimeConfig) and config.verifier.factory is not None:
+        names.append(("verifier.factory", config.verifier.factory))
+    problems = [problem for key, name in names if (problem := names_problem(key, name))]
+    twice = {name for name in config.run.loggers if config.run.loggers.count(name) > 1}
+    return problems + [f"run.loggers: {name!r} is named more than once; name it once" for name in sorted(twice)]
 
 
 def _check_precision(model: ModelSection, parallel: ParallelSection) -> list[str]:
@@ -122,6 +136,8 @@ def _check_data(config: AnyConfig, check_files: bool) -> list[str]:
         return []
     factory = config.verifier.factory if isinstance(config, PrimeConfig) else None
     problems = _check_abilities(data, factory)
+    if isinstance(data, OwnData):
+        return problems
     if not data.train:
         problems.append("data.train: no files; name at least one")
     if isinstance(config, PrimeConfig) and config.evaluation.num_prompts and not data.evaluation:
@@ -135,7 +151,7 @@ def _check_data(config: AnyConfig, check_files: bool) -> list[str]:
     return problems
 
 
-def _check_abilities(data: FileData, factory: str | None) -> list[str]:
+def _check_abilities(data: FileData | OwnData, factory: str | None) -> list[str]:
     if not data.abilities:
         return [f"data.abilities: none, which leaves no prompt; name some of {', '.join(ABILITIES)}"]
     return [
@@ -310,9 +326,8 @@ def check_architecture(config: AnyConfig, architecture: Architecture) -> list[st
 
 
 def _check_length(config: AnyConfig, max_position_embeddings: int) -> list[str]:
-    data, prompt = config.data, 0
-    if isinstance(data, FileData):
-        prompt = data.max_prompt_tokens
+    data = config.data
+    prompt = 0 if isinstance(data, ArithmeticData) else data.max_prompt_tokens
     if isinstance(config, PrimeConfig):
         key, response = "rollout.max_response_tokens", config.rollout.max_response_tokens
     elif isinstance(data, FileData):

@@ -44,6 +44,10 @@ def _decode(target: Any, value: Any, key: str, problems: list[str]) -> Any:
         if not isinstance(value, list):
             return _wrong_type("a list", value, key, problems)
         return [_decode(args[0], item, f"{key}[{i}]", problems) for i, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            return _wrong_type("a mapping of keys", value, key, problems)
+        return dict(value)
     return _decode_scalar(target, value, key, problems)
 
 

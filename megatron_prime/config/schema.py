@@ -5,7 +5,7 @@ Two kinds of run: `PrimeConfig` (``kind: prime``) and `SftConfig` (``kind: sft``
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_prime.config.schema_checkpoint import CheckpointSection
 from megatron_prime.config.schema_model import HeadSection, MicroBatchSection, ModelSection, ParallelSection
@@ -29,7 +29,10 @@ class RunSection:
     num_threads: int = 1
     """CPU threads of each process."""
     plots: bool = True
-    """PNG plots of the metrics at the end; TensorBoard's files are written in any case."""
+    """PNG plots of the metrics at the end."""
+    loggers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Where metrics go besides metrics.jsonl and the console: `tensorboard`, `wandb`, or `package.module:function` of
+    your own (docs/own_parts.md)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -93,6 +96,21 @@ class FileData:
     """Longer prompts are dropped and counted."""
     max_response_tokens: int = 3072
     """SFT only: longer answers are dropped and counted."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OwnData:
+    """Prompts of your own, made by a function (docs/own_parts.md); PRIME runs only."""
+
+    kind: Literal["own"] = "own"
+    factory: str
+    """`package.module:function` that makes the prompt source, given a `PromptRequest`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Anything, handed to the factory as it is."""
+    abilities: list[str] = field(default_factory=lambda: ["math"])
+    """Abilities that your prompts have; the built-in verifier is set up for these."""
+    max_prompt_tokens: int = 1024
+    """A longer prompt ends the run: leave such prompts out."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -302,7 +320,7 @@ class PrimeConfig:
     parallel: ParallelSection = field(default_factory=ParallelSection)
     micro_batch: MicroBatchSection = field(default_factory=lambda: MicroBatchSection(micro_batch_tokens=8192))
     head: HeadSection = field(default_factory=HeadSection)
-    data: ArithmeticData | FileData
+    data: ArithmeticData | FileData | OwnData
     rollout: RolloutSection
     verifier: VerifierSection = field(default_factory=VerifierSection)
     filter: FilterSection = field(default_factory=FilterSection)
