@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_prime.assembly.contracts import own_parts
 from megatron_prime.assembly.preflight import check, read_examples, read_prompts
 from megatron_prime.commands import launch as command
 from megatron_prime.commands.demo import demo_commands
@@ -94,9 +93,7 @@ def _run(config: AnyConfig, arguments: list[str], *, may_fork: bool) -> int:
     if not is_launched() and config.parallel.world_size > 1:
         check(config)
         signs = Path(config.run.directory) / config.run.name / SIGNS
-        # Parts of the user's own have run here, and may have left threads or a GPU's context that no fork can use.
-        forks = may_fork and not own_parts(config) and _is_ready_to_fork()
-        forked = partial(main, arguments) if forks else None
+        forked = partial(main, arguments) if may_fork and _is_ready_to_fork() else None
         return launch_local(arguments, config.parallel.world_size, config.run.num_threads, signs, forked)
     from megatron_prime.assembly import run as build
 
