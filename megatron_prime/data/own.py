@@ -124,13 +124,16 @@ class OwnPrompts:
     def __init__(self, source: Any, config: OwnData, tokenizer: PreTrainedTokenizerBase) -> None:
         missing = [name for name in ("__len__", "take", "evaluation") if not callable(getattr(source, name, None))]
         if missing:
-            raise DataError(f"data.factory: what {config.factory} returned has no {' and no '.join(missing)}")
+            raise DataError(
+                f"data.factory: what {config.factory} returned has no {' and no '.join(missing)}; derive it from "
+                "megatron_prime.PromptSourceBase"
+            )
         self._source = source
         self._config = config
         self._vocab_size = 1 + max(tokenizer.get_vocab().values())
         self.dropped: DropCounts = getattr(source, "dropped", DropCounts(num_rows=0))
         if len(source) < 1:
-            raise DataError(f"data.factory: {config.factory} has no prompts")
+            raise DataError(f"data.factory: {config.factory} has no prompts; its length must be 1 or more")
 
     def __len__(self) -> int:
         return len(self._source)

@@ -103,6 +103,13 @@ ONE_PROBLEM = [
         "data.abilities: 'law' has no verifier",
     ),
     (["data={kind: files, train: ['hf:a:b'], abilities: []}", "evaluation.num_prompts=0"], "data.abilities: none"),
+    # Parts of the user's own, by their names alone.
+    (["verifier.factory=grading"], "verifier.factory: 'grading' must be package.module:function"),
+    (["data={kind: own, factory: prompts.make}"], "data.factory: 'prompts.make' must be package.module:function"),
+    (["data={kind: own, factory: 'a:b', abilities: [law]}"], "data.abilities: 'law' has no verifier"),
+    (["data={kind: own, factory: 'a:b', max_prompt_tokens: 99999}"], "rollout.max_response_tokens: 99999 prompt + 32"),
+    (["run.loggers=[tensorbord]"], "run.loggers: 'tensorbord' is not a choice (did you mean 'tensorboard'?)"),
+    (["run.loggers=['a:b', wandb, 'a:b']"], "run.loggers: 'a:b' is named more than once"),
     # Groups and their filter.
     (
         ["rollout.num_responses=1", "filter.enabled=false", "advantage.estimator=reinforce"],

@@ -3,7 +3,15 @@
 import pytest
 
 from megatron_prime.config.decode import decode
-from megatron_prime.config.schema import AnyConfig, ArithmeticData, FileData, OptimizerSection, PrimeConfig, SftConfig
+from megatron_prime.config.schema import (
+    AnyConfig,
+    ArithmeticData,
+    FileData,
+    OptimizerSection,
+    OwnData,
+    PrimeConfig,
+    SftConfig,
+)
 
 PRIME = {
     "kind": "prime",
@@ -41,6 +49,17 @@ def test_kind_selects_the_dataclass():
     assert problems == []
 
 
+def test_own_prompts_take_any_options_and_belong_to_prime_runs():
+    own = {"kind": "own", "factory": "a:b", "options": {"largest": 9, "nested": {"names": ["x"]}}}
+    config, problems = decoded({"data": own})
+    assert problems == [] and isinstance(config, PrimeConfig)
+    assert config.data == OwnData(factory="a:b", options=own["options"])
+    problems = []
+    sft = {"run": PRIME["run"], "model": PRIME["model"], "sft": {"batch_size": 2, "optimizer": {"lr": 1}}}
+    decode(AnyConfig, {"kind": "sft", "data": own, **sft}, problems)
+    assert problems == ["data.kind: 'own' is not a choice; choose one of 'arithmetic', 'files'"]
+
+
 def test_partial_section_keeps_the_rest_of_its_own_default():
     config, problems = decoded({"prm": {"optimizer": {"weight_decay": 0.1}}})
     assert problems == []
@@ -68,6 +87,9 @@ def test_numbers_are_taken_as_floats(value):
         ({"data": {"kind": "file"}}, "data.kind: 'file' is not a choice (did you mean 'files'?)"),
         ({"data": [1]}, "data: expected a mapping of keys, got [1] (list)"),
         ({"data": {"kind": "files"}}, "data.train: missing"),
+        ({"data": {"kind": "own", "options": {}}}, "data.factory: missing"),
+        ({"data": {"kind": "own", "factory": "a:b", "options": [1]}}, "data.options: expected a mapping of keys"),
+        ({"data": {"kind": "own", "factory": "a:b", "options": {1: 2}}}, "data.options: expected a mapping of keys"),
         ({"data": {"kind": "files", "train": "a.jsonl"}}, "data.train: expected a list, got 'a.jsonl' (str)"),
         (
             {"data": {"kind": "files", "train": ["a", 3]}},
