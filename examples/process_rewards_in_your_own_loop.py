@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from megatron_prime import AdvantageSection
 from megatron_prime.algorithm import compute_advantages, implicit_rewards
-from megatron_prime.config.schema import AdvantageSection
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """What the parts of a run are to each other: every protocol that crosses rooms, once.
 
-The trainer knows its parts by these alone; users who bring their own part implement one of them (docs/howto).
+The trainer knows its parts by these alone; users who bring their own part implement one of them (docs/own_parts.md).
 """
 
 from __future__ import annotations
@@ -273,6 +273,27 @@ class FailedUpdates(Protocol):
     """Keeps what updates that are not finite were made of."""
 
     def keep(self, update: ModelUpdate, reason: str) -> Path: ...
+
+
+class MetricsLogger(Protocol):
+    """Where metrics go besides metrics.jsonl and the console (`run.loggers`). Only the main process has loggers.
+
+    One that raises is reported once and left out; the run goes on.
+    """
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Takes the metrics of a step; the loop waits for it.
+
+        Args:
+            step: number of the step; 0 is before training. A resumed run begins after its checkpoint's step, whatever
+                was logged before.
+            metrics: finite values by ``room/name``.
+        """
+        ...
+
+    def close(self) -> None:
+        """Writes what is left and frees everything; nothing is logged afterwards."""
+        ...
 
 
 class Logger(Protocol):

@@ -31,8 +31,11 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "ppo_clip": "megatron_prime.algorithm.policy_loss:ppo_clip",
     },
     "rollout.engine": {},
-    "data.source": {},
-    "run.loggers": {},
+    "data.factory": {},
+    "run.loggers": {
+        "tensorboard": "megatron_prime.observe.tensorboard:TensorBoardLogger",
+        "wandb": "megatron_prime.observe.weights_and_biases:WandbLogger",
+    },
     "verifier.factory": {},
 }
 """Key -> short name -> path."""
@@ -48,6 +51,8 @@ def names_problem(key: str, name: str) -> str | None:
         return None
     near = difflib.get_close_matches(name, built_in, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
+    if not built_in:
+        return f"{key}: {name!r} must be package.module:function"
     choices = "".join(f"{choice!r}, " for choice in built_in)
     return f"{key}: {name!r} is not a choice{hint}; choose one of {choices}or name your own as package.module:function"
 
@@ -72,7 +77,8 @@ def resolve(key: str, name: str) -> Callable[..., Any]:
     try:
         found = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:
-        raise ConfigError(f"{key}: {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+        fix = "; install it, or put its folder on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        raise ConfigError(f"{key}: {name!r} cannot be imported: {type(error).__name__}: {error}{fix}") from error
     if not callable(found):
         raise ConfigError(f"{key}: {name!r} is of type {type(found).__name__}, not a function")
     return found

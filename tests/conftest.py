@@ -21,7 +21,13 @@ hypothesis.settings.load_profile("fixed")
 # Triton's kernels run as Python on CPU tensors; read when Triton is first imported, here and in processes of tests.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-SYSTEM_PACKAGES = ("no Slurm", "no bubblewrap", "vLLM is not installed", "NeMo-Run is not installed")
+SYSTEM_PACKAGES = (
+    "no Slurm",
+    "no bubblewrap",
+    "vLLM is not installed",
+    "NeMo-Run is not installed",
+    "wandb is not installed",
+)
 """How the reasons of tests begin that are skipped for want of something that can be installed."""
 
 LONG = (

@@ -58,6 +58,8 @@ def type_text(hint: Any) -> str:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if origin is list:
         return f"list of {type_text(arguments[0])}"
+    if origin is dict:
+        return "mapping"
     if origin in (types.UnionType, typing.Union):
         return " or ".join(type_text(member) for member in arguments)
     return {int: "integer", float: "number", bool: "`true`, `false`", str: "text", types.NoneType: "`null`"}[hint]

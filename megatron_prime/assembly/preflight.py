@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_prime.assembly.contracts import check_sockets
+from megatron_prime.assembly.contracts import check_imports, check_sockets
 from megatron_prime.checkpoint.manifest import committed
 from megatron_prime.config.checks import check_architecture, check_config, raise_for_problems
 from megatron_prime.config.schema import AnyConfig, FileData, PrimeConfig, SftConfig
 from megatron_prime.errors import CheckpointError, ConfigError, WeightsError
+from megatron_prime.launch.local import is_launched
 from megatron_prime.planner.memory import Layout, checkpoint_bytes, exported_bytes, num_checkpoints
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
 
@@ -25,7 +26,8 @@ def check(config: AnyConfig, *, check_files: bool = True) -> ModelArchitecture:
 
     Args:
         config: from `load_config`.
-        check_files: look at weights, tokenizer and data files too; without them only the model's config.json is read.
+        check_files: look at weights, tokenizer and data files and try parts of the user's own too; without them only
+            the model's config.json is read.
 
     Raises:
         ConfigError, WeightsError, DataError: with all problems found.
@@ -38,10 +40,10 @@ def check(config: AnyConfig, *, check_files: bool = True) -> ModelArchitecture:
     except WeightsError as error:
         raise ConfigError([*problems, f"model.path: {error}"]) from error
     raise_for_problems(check_config(config, architecture, check_files))
-    if isinstance(config, PrimeConfig):
-        raise_for_problems(check_sockets(config))
     if check_files:
         _check_files(config, architecture)
+        # Parts are tried once: by the process that starts the ranks, where there is one.
+        raise_for_problems(check_imports(config) if is_launched() else check_sockets(config))
     return architecture
 
 
@@ -72,11 +74,8 @@ def _check_files(config: AnyConfig, architecture: ModelArchitecture) -> None:
     # Seconds of imports, which a plan from shapes alone does without.
     from megatron_prime.data.templates import render
     from megatron_prime.data.tokenizer import end_token_ids, load_tokenizer
-    from megatron_prime.verify.plugin import find_factory
     from megatron_prime.weights.hf_folder import HfFolder
 
-    if isinstance(config, PrimeConfig) and config.verifier.factory is not None:
-        find_factory(config.verifier)
     tokenizer = load_tokenizer(config.model.path)
     end_token_ids(tokenizer, config.model.path)
     if isinstance(config.data, FileData) and config.data.template == "chat":

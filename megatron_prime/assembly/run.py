@@ -35,7 +35,8 @@ from megatron_prime.mcore.prime_roles import PolicyRole, PrmRole, ReferenceRole,
 from megatron_prime.mcore.residency import awake
 from megatron_prime.mcore.role import RoleSetup, TrainableRole
 from megatron_prime.observe.failed_updates import FailedUpdateFiles
-from megatron_prime.observe.metrics import MetricsLogger
+from megatron_prime.observe.loggers import GuardedLoggers
+from megatron_prime.observe.metrics import RunLog
 from megatron_prime.observe.report import draw_plots, write_summary
 from megatron_prime.observe.run_folder import RunFolder, commit
 from megatron_prime.rollout.prompts import lack_of_room
@@ -349,14 +350,16 @@ def _prepared(
     roles: Mapping[str, TrainableRole],
     starts: Mapping[str, str],
     resume_from: Path | None,
-) -> Iterator[tuple[Checkpointer, MetricsLogger]]:
+) -> Iterator[tuple[Checkpointer, RunLog]]:
     folder.write_versions()
     setup = next(iter(roles.values())).setup
     folder.write_head({"backend": setup.head.backend, "gemm": setup.head.gemm})
     checkpoints = Checkpointer(folder.checkpoints, roles, config.checkpoint, starts, resume_from)
     # Without a checkpoint the evaluation before the first step is repeated too.
-    folder.truncate_metrics(step_of(resume_from) if resume_from else -1)
-    metrics = MetricsLogger(folder, config.run.num_steps, enabled=collectives.is_main())
+    resume_step = step_of(resume_from) if resume_from else None
+    folder.truncate_metrics(-1 if resume_step is None else resume_step)
+    loggers = GuardedLoggers(config, folder, resume_step) if collectives.is_main() else None
+    metrics = RunLog(folder, config.run.num_steps, enabled=collectives.is_main(), loggers=loggers)
     try:
         yield checkpoints, metrics
     finally:
@@ -366,7 +369,7 @@ def _prepared(
 
 
 def _verifier(config: PrimeConfig) -> RoutingVerifier:
-    abilities = config.data.abilities if config.data.kind == "files" else ["math"]
+    abilities = ["math"] if config.data.kind == "arithmetic" else config.data.abilities
     return build_verifier(config.verifier, abilities)
 
 
@@ -376,9 +379,7 @@ def _prompts(config: PrimeConfig) -> PromptSource:
     return prompts
 
 
-def _finish(
-    config: AnyConfig, folder: RunFolder, summary: Mapping[str, Any], metrics: MetricsLogger
-) -> Mapping[str, Any]:
+def _finish(config: AnyConfig, folder: RunFolder, summary: Mapping[str, Any], metrics: RunLog) -> Mapping[str, Any]:
     full = {**summary, "commit": commit() if collectives.is_main() else None}
     metrics.close()
     if collectives.is_main():

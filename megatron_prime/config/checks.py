@@ -17,6 +17,7 @@ from megatron_prime.config.schema import (
     FileData,
     ModelSection,
     OptimizerSection,
+    OwnData,
     ParallelSection,
     PrimeConfig,
     SftConfig,
@@ -40,6 +41,7 @@ def check_config(config: AnyConfig, architecture: Architecture | None = None, ch
         One line ``key: problem; fix`` per problem, empty where the configuration can run.
     """
     problems = _check_run_name(config.run.name)
+    problems += _check_loggers(config.run.loggers)
     problems += _check_precision(config.model, config.parallel)
     problems += _check_micro_batch(config)
     problems += _check_data(config, check_files)
@@ -71,6 +73,11 @@ def _check_run_name(name: str) -> list[str]:
     if not name.strip() or PurePath(name).is_absolute() or {".", ".."} & set(name.split("/")):
         return [f"run.name: {name!r} is no folder below run.directory; use a plain name such as my-run"]
     return []
+
+
+def _check_loggers(names: Sequence[str]) -> list[str]:
+    twice = {name for name in names if names.count(name) > 1}
+    return [f"run.loggers: {name!r} is named more than once; name it once" for name in sorted(twice)]
 
 
 def _check_precision(model: ModelSection, parallel: ParallelSection) -> list[str]:
@@ -115,6 +122,8 @@ def _check_data(config: AnyConfig, check_files: bool) -> list[str]:
         return []
     factory = config.verifier.factory if isinstance(config, PrimeConfig) else None
     problems = _check_abilities(data, factory)
+    if isinstance(data, OwnData):
+        return problems
     if not data.train:
         problems.append("data.train: no files; name at least one")
     if isinstance(config, PrimeConfig) and config.evaluation.num_prompts and not data.evaluation:
@@ -128,7 +137,7 @@ def _check_data(config: AnyConfig, check_files: bool) -> list[str]:
     return problems
 
 
-def _check_abilities(data: FileData, factory: str | None) -> list[str]:
+def _check_abilities(data: FileData | OwnData, factory: str | None) -> list[str]:
     if not data.abilities:
         return [f"data.abilities: none, which leaves no prompt; name some of {', '.join(ABILITIES)}"]
     return [
@@ -303,9 +312,8 @@ def check_architecture(config: AnyConfig, architecture: Architecture) -> list[st
 
 
 def _check_length(config: AnyConfig, max_position_embeddings: int) -> list[str]:
-    data, prompt = config.data, 0
-    if isinstance(data, FileData):
-        prompt = data.max_prompt_tokens
+    data = config.data
+    prompt = 0 if isinstance(data, ArithmeticData) else data.max_prompt_tokens
     if isinstance(config, PrimeConfig):
         key, response = "rollout.max_response_tokens", config.rollout.max_response_tokens
     elif isinstance(data, FileData):

@@ -6,7 +6,7 @@ import importlib.util
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from megatron_prime.config.schema import FileData, PrimeConfig, VllmSection
+from megatron_prime.config.schema import ArithmeticData, PrimeConfig, VllmSection
 
 NO_EXPERTS = "vllm cannot be given the weights of a model with experts yet; use transformers"
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -110,7 +110,7 @@ def _check_length(config: PrimeConfig, architecture: EngineArchitecture) -> list
             f"rollout.vllm.max_model_len: {limit} is above the model's {architecture.max_position_embeddings} positions"
             "; lower it"
         ]
-    prompt = config.data.max_prompt_tokens if isinstance(config.data, FileData) else 0
+    prompt = 0 if isinstance(config.data, ArithmeticData) else config.data.max_prompt_tokens
     if prompt + config.rollout.max_response_tokens > limit:
         return [
             f"rollout.vllm.max_model_len: {prompt} prompt + {config.rollout.max_response_tokens} response tokens do "

@@ -5,7 +5,7 @@ Two kinds of run: `PrimeConfig` (``kind: prime``) and `SftConfig` (``kind: sft``
 """
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -46,7 +46,12 @@ class RunSection(Section):
     num_threads: Annotated[Count, MAY_CHANGE] = 1
     """CPU threads of each process."""
     plots: Annotated[bool, MAY_CHANGE] = True
-    """PNG plots of the metrics at the end; TensorBoard's files are written in any case."""
+    """PNG plots of the metrics at the end."""
+    loggers: Annotated[list[Annotated[str, Named("run.loggers")]], MAY_CHANGE] = field(
+        default_factory=lambda: ["tensorboard"]
+    )
+    """Where metrics go besides metrics.jsonl and the console: `tensorboard`, `wandb`, or `package.module:function` of
+    your own (docs/own_parts.md)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -110,6 +115,21 @@ class FileData(Section):
     """Longer prompts are dropped and counted."""
     max_response_tokens: Count = 3072
     """SFT only: longer answers are dropped and counted."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OwnData(Section):
+    """Prompts of your own, made by a function (docs/own_parts.md); PRIME runs only."""
+
+    kind: Literal["own"] = "own"
+    factory: Annotated[str, Named("data.factory")]
+    """`package.module:function` that makes the prompt source, given a `PromptRequest`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Anything, handed to the factory as it is."""
+    abilities: list[str] = field(default_factory=lambda: ["math"])
+    """Abilities that your prompts have; the built-in verifier is set up for these."""
+    max_prompt_tokens: Count = 1024
+    """A longer prompt ends the run: leave such prompts out."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -326,7 +346,7 @@ class PrimeConfig(Section):
         default_factory=lambda: MicroBatchSection(micro_batch_tokens=8192)
     )
     head: HeadSection = field(default_factory=HeadSection)
-    data: Annotated[ArithmeticData | FileData, Field(discriminator="kind")]
+    data: Annotated[ArithmeticData | FileData | OwnData, Field(discriminator="kind")]
     rollout: RolloutSection
     verifier: Annotated[VerifierSection, MAY_CHANGE] = field(default_factory=VerifierSection)
     filter: FilterSection = field(default_factory=FilterSection)

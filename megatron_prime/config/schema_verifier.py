@@ -1,11 +1,11 @@
 """The `verifier` section of a configuration; see `schema`."""
 
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass
 
-from megatron_prime.config.section import Count, CountOrZero, Positive, Section
+from megatron_prime.config.section import Count, CountOrZero, Named, Positive, Section
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,7 +29,7 @@ class CodeVerifierSection(Section):
 class VerifierSection(Section):
     """Outcome labels, of math answers and of code by each prompt's ability."""
 
-    factory: str | None = None
+    factory: Annotated[str, Named("verifier.factory")] | None = None
     """`package.module:function` that makes your own verifier for all abilities, given this section."""
     num_workers: Count = 1
     """Processes per rank that compare answers and run programs at the same time."""

@@ -88,8 +88,11 @@ class Section:
         completed = dict(value)
         for field in dataclasses.fields(cls):
             given, factory = value.get(field.name), field.default_factory
-            if isinstance(given, Mapping) and factory is not dataclasses.MISSING:
-                completed[field.name] = _values(factory()) | dict(given)
+            if not isinstance(given, Mapping) or factory is dataclasses.MISSING:
+                continue
+            default = factory()
+            if isinstance(default, Section):
+                completed[field.name] = _values(default) | dict(given)
         return completed
 
 

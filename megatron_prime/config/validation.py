@@ -14,6 +14,7 @@ from megatron_prime.errors import ConfigError
 _EXPECTED = {
     "bool_type": "true or false",
     "dataclass_type": "a mapping of keys",
+    "dict_type": "a mapping of keys",
     "finite_number": "a finite number",
     "float_type": "a number",
     "int_type": "a whole number",

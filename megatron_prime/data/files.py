@@ -65,6 +65,38 @@ def _warn_of(dropped: DropCounts, sources: Sequence[str]) -> None:
         _log.warning("%s: left out of %d rows: %s", ", ".join(sources), dropped.num_rows, dropped)
 
 
+def _prompts(renderer: _Renderer, rows: Sequence[tuple[str, Question]]) -> list[Prompt]:
+    texts = [renderer.text(question.messages, question.ability) for _, question in rows]
+    return [
+        Prompt(
+            prompt_id=where,
+            text=text,
+            token_ids=ids,
+            ground_truth=question.ground_truth,
+            ability=question.ability,
+            data_source=question.data_source,
+            extra_info=question.extra_info,
+        )
+        for (where, question), text, ids in zip(rows, texts, renderer.encode(texts), strict=True)
+    ]
+
+
+def first_prompts(config: FileData, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Prompt]:
+    """The first training prompts of the wanted abilities; reads no further, so that these may be too long to train on.
+
+    Args:
+        config: section `data`.
+        tokenizer: the policy's.
+        count: how many at the most.
+
+    Raises:
+        DataError: see `build_prompt_source`.
+    """
+    rows = _read_all(config.train, read_question)
+    wanted = (row for row in rows if row[1].ground_truth and row[1].ability in config.abilities)
+    return _prompts(_Renderer(config, tokenizer), list(islice(wanted, count)))
+
+
 class FilePrompts:
     """Prompts from files (a `PromptSource`).
 
@@ -119,7 +151,7 @@ class FilePrompts:
 
     def take(self, position: int, count: int) -> list[Prompt]:
         places = range(position, position + count)
-        return self._prompts([self._training[shuffled_index(p, len(self), self._seed)] for p in places])
+        return _prompts(self._renderer, [self._training[shuffled_index(p, len(self), self._seed)] for p in places])
 
     def evaluation(self, count: int) -> list[Prompt]:
         if not self._evaluation:
@@ -127,22 +159,7 @@ class FilePrompts:
         length = len(self._evaluation)
         # Not the run's seed: runs with different seeds are compared on the same prompts.
         chosen = [shuffled_index(p, length, _EVALUATION_SEED) for p in range(min(count, length))]
-        return self._prompts([self._evaluation[index] for index in chosen])
-
-    def _prompts(self, rows: Sequence[tuple[str, Question]]) -> list[Prompt]:
-        texts = [self._text(question) for _, question in rows]
-        return [
-            Prompt(
-                prompt_id=where,
-                text=text,
-                token_ids=ids,
-                ground_truth=question.ground_truth,
-                ability=question.ability,
-                data_source=question.data_source,
-                extra_info=question.extra_info,
-            )
-            for (where, question), text, ids in zip(rows, texts, self._renderer.encode(texts), strict=True)
-        ]
+        return _prompts(self._renderer, [self._evaluation[index] for index in chosen])
 
     def step_spans(self, prompt: Prompt, response: Response) -> None:
         return None

@@ -1,4 +1,4 @@
-"""The numbers of a run as they come: one row of JSON per step, TensorBoard, and a line on the console."""
+"""The numbers of a run as they come: one row of JSON per step, a line on the console, and the loggers chosen."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from torch.utils.tensorboard import SummaryWriter
 
+from megatron_prime.interfaces import MetricsLogger
 from megatron_prime.observe.run_folder import RunFolder
 
 LINE: Mapping[str, str] = {
@@ -30,13 +30,14 @@ LINE: Mapping[str, str] = {
 _NUM_TIMED_STEPS = 20
 
 
-class MetricsLogger:
+class RunLog:
     """Writes metrics and shows progress; on every process but the main one it does nothing.
 
     Args:
-        run_folder: where metrics.jsonl and the TensorBoard events go.
+        run_folder: where metrics.jsonl goes.
         num_steps: length of the run.
         enabled: true on the main process.
+        loggers: get the same metrics, without those that are not finite; closed with this log.
         line: which metrics the console shows, by key, with their names there.
         console: where the line goes; standard output by default.
     """
@@ -47,19 +48,20 @@ class MetricsLogger:
         num_steps: int,
         enabled: bool,
         *,
+        loggers: MetricsLogger | None = None,
         line: Mapping[str, str] = LINE,
         console: Console | None = None,
     ) -> None:
         self._run_folder = run_folder
         self._num_steps = num_steps
         self._enabled = enabled
+        self._loggers = loggers
         self._line = line
         self._console = console or Console()
         self._step: int | None = None
         # The process's own steps only: a resumed run must not count the steps that it did not make.
         self._times: deque[tuple[int, float]] = deque(maxlen=_NUM_TIMED_STEPS + 1)
         self._file: IO[str] | None = None
-        self._writer: SummaryWriter | None = None
         self._bar: Progress | None = None
         if enabled and self._console.is_terminal:
             columns = (
@@ -99,9 +101,9 @@ class MetricsLogger:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self._loggers is not None:
+            self._loggers.close()
+            self._loggers = None
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -110,15 +112,10 @@ class MetricsLogger:
     def _write(self, step: int, metrics: Mapping[str, float | None]) -> None:
         if self._file is None:
             self._file = self._run_folder.metrics_path.open("a", encoding="utf-8")
-        if self._writer is None:
-            # A resumed run's first step hides what an earlier process wrote from there on.
-            self._writer = SummaryWriter(str(self._run_folder.tensorboard), purge_step=step)
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
-        for key, value in metrics.items():
-            if value is not None:
-                self._writer.add_scalar(key, value, step)
-        self._writer.flush()
+        if self._loggers is not None:
+            self._loggers.log(step, {key: value for key, value in metrics.items() if value is not None})
 
     def _step_line(self, step: int, metrics: Mapping[str, float]) -> str:
         width = len(str(self._num_steps))

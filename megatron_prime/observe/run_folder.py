@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import socket
 import subprocess
 from collections.abc import Mapping
@@ -44,9 +45,14 @@ class RunFolder:
         self.summary_path = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
+        self.loggers = self.path / "loggers"
         self.plots = self.path / "plots"
         self.failures = self.path / "failures"
         self._lock: IO[str] | None = None
+
+    def logger_folder(self, name: str) -> Path:
+        """The folder of one entry of `run.loggers`, below `loggers` but for TensorBoard's."""
+        return self.tensorboard if name == "tensorboard" else self.loggers / name.replace(":", ".")
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint to go on from."""
@@ -81,11 +87,12 @@ class RunFolder:
                 "; choose another run.name, or remove the folder"
             )
         if collectives.is_main():
-            for folder in (self.path, self.checkpoints, self.tensorboard, self.plots):
+            for folder in (self.path, self.checkpoints, self.plots):
                 folder.mkdir(parents=True, exist_ok=True)
             if not has_checkpoint:
                 for stale in (self.metrics_path, *self.tensorboard.glob("events.*")):
                     stale.unlink(missing_ok=True)
+                shutil.rmtree(self.loggers, ignore_errors=True)
             save_config(config, self.config_path)
         collectives.barrier()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_prime.config.schema import AnyConfig, ArithmeticData, PrimeConfig
+from megatron_prime.config.schema import AnyConfig, ArithmeticData, FileData, PrimeConfig
 
 _ARITHMETIC_PROMPT_TOKENS = 32
 
@@ -46,7 +46,7 @@ def workload_of(config: AnyConfig, mean_response_tokens: float | None = None) ->
     data = config.data
     prompt_tokens = _ARITHMETIC_PROMPT_TOKENS if isinstance(data, ArithmeticData) else data.max_prompt_tokens / 4
     if not isinstance(config, PrimeConfig):
-        longest = 64 if isinstance(data, ArithmeticData) else data.max_response_tokens
+        longest = data.max_response_tokens if isinstance(data, FileData) else 64
         num_rows = config.sft.batch_size
         return Workload(
             num_rows=num_rows,

@@ -1,4 +1,4 @@
-"""What a verifier of your own must do, as a check to call from a test of yours (docs/verifiers.md)."""
+"""What a verifier of your own must do: the check to call from your tests, and what `megatron-prime check` tries."""
 
 from __future__ import annotations
 
@@ -41,6 +41,18 @@ class Case:
     ability: str = "math"
     data_source: str = ""
 
+    @property
+    def prompt(self) -> Prompt:
+        """The question, of which a verifier sees the truth alone."""
+        return Prompt(
+            prompt_id="contract",
+            text="",
+            token_ids=(),
+            ground_truth=self.ground_truth,
+            ability=self.ability,
+            data_source=self.data_source,
+        )
+
 
 def check_verifier(
     factory: str | Callable[[VerifierSection], Verifier],
@@ -68,74 +80,97 @@ def check_verifier(
     problems: list[str] = []
     if not any(case.reward for case in cases) or all(case.reward for case in cases):
         problems.append("cases: give at least one with a reward and one with none")
+    answers = [(case.prompt, case.response) for case in cases]
     try:
-        first = _verdicts(verifier, cases, patience_seconds, problems)
-        second = _verdicts(verifier, cases[::-1], patience_seconds, problems)[::-1]
-        odd = [replace(case, response=text) for case in cases[:1] for text in ODD_TEXTS]
+        verdicts = _equal_verdicts(verifier, answers, patience_seconds, problems)
+        odd = [(prompt, text) for prompt, _ in answers[:1] for text in ODD_TEXTS]
         _verdicts(verifier, odd, patience_seconds, problems)
     finally:
         verifier.close()
     verifier.close()
-    for case, one, other in zip(cases, first, second, strict=True):
-        if one is None or other is None:
-            continue
-        if one.reward != case.reward:
-            problems.append(f"{_named(case)}: reward {one.reward} ({one.status}), expected {case.reward}")
-        if (one.status, one.reward) != (other.status, other.reward):
-            problems.append(f"{_named(case)}: once {one.status} ({one.reward}), once {other.status} ({other.reward})")
+    for case, verdict in zip(cases, verdicts, strict=True):
+        if verdict is not None and verdict.reward != case.reward:
+            problems.append(
+                f"{_named(case.response)}: reward {verdict.reward} ({verdict.status}), expected {case.reward}"
+            )
     if problems:
         raise VerifierError("\n".join(dict.fromkeys(problems)))
 
 
+def odd_answer_problems(verifier: Verifier, prompts: Sequence[Prompt], *, patience_seconds: float = 60.0) -> list[str]:
+    """What a verifier does wrong with answers that are none, whatever rewards it gives them.
+
+    Args:
+        verifier: is closed, twice, at the end.
+        prompts: questions that it knows how to judge.
+        patience_seconds: how long all verdicts of one round may take; there are two.
+
+    Returns:
+        One line per problem; empty where every answer got a valid verdict, and the same one twice.
+    """
+    problems: list[str] = []
+    try:
+        answers = [(prompt, text) for prompt in prompts for text in ODD_TEXTS]
+        _equal_verdicts(verifier, answers, patience_seconds, problems)
+    finally:
+        verifier.close()
+    verifier.close()
+    return list(dict.fromkeys(problems))
+
+
+def _equal_verdicts(
+    verifier: Verifier, answers: Sequence[tuple[Prompt, str]], patience_seconds: float, problems: list[str]
+) -> list[Verdict | None]:
+    """Verdicts of two rounds, the second backwards; None where one of the two is missing."""
+    first = _verdicts(verifier, answers, patience_seconds, problems)
+    second = _verdicts(verifier, answers[::-1], patience_seconds, problems)[::-1]
+    for (_, text), one, other in zip(answers, first, second, strict=True):
+        if one and other and (one.status, one.reward) != (other.status, other.reward):
+            problems.append(f"{_named(text)}: once {one.status} ({one.reward}), once {other.status} ({other.reward})")
+    return [one if one and other else None for one, other in zip(first, second, strict=True)]
+
+
 def _verdicts(
-    verifier: Verifier, cases: Sequence[Case], patience_seconds: float, problems: list[str]
+    verifier: Verifier, answers: Sequence[tuple[Prompt, str]], patience_seconds: float, problems: list[str]
 ) -> list[Verdict | None]:
     """Side by side, as in training; None where there is no valid one."""
     pending: list[Future[Verdict] | None] = []
-    for case in cases:
-        prompt = Prompt(
-            prompt_id="contract",
-            text="",
-            token_ids=(),
-            ground_truth=case.ground_truth,
-            ability=case.ability,
-            data_source=case.data_source,
-        )
-        response = Response(text=case.response, token_ids=(), logprobs=(), finish_reason="stop", weight_version=0)
+    for prompt, text in answers:
+        response = Response(text=text, token_ids=(), logprobs=(), finish_reason="stop", weight_version=0)
         try:
             future = verifier.submit(prompt, response)
         except Exception as error:
-            problems.append(f"{_named(case)}: submit raised {type(error).__name__}: {error}")
+            problems.append(f"{_named(text)}: submit raised {type(error).__name__}: {error}")
             pending.append(None)
             continue
         if not isinstance(future, Future):
             problems.append(
-                f"{_named(case)}: submit returned a {type(future).__name__}, not a concurrent.futures.Future"
+                f"{_named(text)}: submit returned a {type(future).__name__}, not a concurrent.futures.Future"
             )
         pending.append(future if isinstance(future, Future) else None)
     end = time.monotonic() + patience_seconds
     return [
-        None if future is None else _verdict(future, case, max(0.0, end - time.monotonic()), problems)
-        for case, future in zip(cases, pending, strict=True)
+        None if future is None else _verdict(future, text, max(0.0, end - time.monotonic()), problems)
+        for (_, text), future in zip(answers, pending, strict=True)
     ]
 
 
-def _verdict(future: Future[Verdict], case: Case, seconds: float, problems: list[str]) -> Verdict | None:
+def _verdict(future: Future[Verdict], text: str, seconds: float, problems: list[str]) -> Verdict | None:
     try:
         verdict = future.result(timeout=seconds)
     except FutureTimeout:
-        problems.append(f"{_named(case)}: no verdict in time")
+        problems.append(f"{_named(text)}: no verdict in time")
         return None
     except Exception as error:
-        problems.append(f"{_named(case)}: the future raised {type(error).__name__}: {error}")
+        problems.append(f"{_named(text)}: the future raised {type(error).__name__}: {error}")
         return None
     problem = problem_with(verdict)
     if problem is not None:
-        problems.append(f"{_named(case)}: the verdict {problem}")
+        problems.append(f"{_named(text)}: the verdict {problem}")
         return None
     return verdict
 
 
-def _named(case: Case) -> str:
-    text = case.response if len(case.response) <= 40 else case.response[:40] + "..."
-    return f"answer {text!r}"
+def _named(text: str) -> str:
+    short = text if len(text) <= 40 else text[:40] + "..."
+    return f"answer {short!r}"

@@ -1,10 +1,8 @@
-"""A user's own verifier: how it is found; and what no verifier may do to a run."""
+"""A user's own verifier: how it is made; and what no verifier may do to a run."""
 
 from __future__ import annotations
 
-import importlib
 import logging
-from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, cast
 
@@ -12,41 +10,24 @@ from megatron_prime.batch import Prompt, Response, Verdict
 from megatron_prime.config.schema_verifier import VerifierSection
 from megatron_prime.errors import VerifierError
 from megatron_prime.interfaces import Verifier
+from megatron_prime.sockets import resolve
 from megatron_prime.verify.futures import known
 
 _log = logging.getLogger(__name__)
-
-
-def find_factory(section: VerifierSection) -> Callable[[VerifierSection], Any]:
-    """What ``verifier.factory`` names; it is imported and not called.
-
-    Raises:
-        VerifierError: it cannot be imported or called.
-    """
-    module_name, colon, function_name = str(section.factory).partition(":")
-    if not colon:
-        raise VerifierError(f"verifier.factory: {section.factory!r} must be package.module:function")
-    try:
-        factory = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:
-        raise VerifierError(
-            f"verifier.factory: {section.factory!r} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
-    if not callable(factory):
-        raise VerifierError(f"verifier.factory: {section.factory!r} is a {type(factory).__name__}, not a function")
-    return factory
 
 
 def make_own_verifier(section: VerifierSection) -> Verifier:
     """What ``verifier.factory`` makes.
 
     Raises:
-        VerifierError: it cannot be imported or called, or makes no verifier.
+        ConfigError: the name cannot be resolved.
+        VerifierError: it makes no verifier. What it raises itself comes through, with its traceback.
     """
-    verifier = find_factory(section)(section)
-    missing = [name for name in ("submit", "close") if not callable(getattr(verifier, name, None))]
+    name = str(section.factory)
+    verifier = resolve("verifier.factory", name)(section)
+    missing = [method for method in ("submit", "close") if not callable(getattr(verifier, method, None))]
     if missing:
-        raise VerifierError(f"verifier.factory: what {section.factory} returned has no {' and no '.join(missing)}")
+        raise VerifierError(f"verifier.factory: what {name} returned has no {' and no '.join(missing)}")
     return cast(Verifier, verifier)
 
 

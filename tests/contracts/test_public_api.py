@@ -1,8 +1,11 @@
 """The names that users and other rooms build on. A change here is a change of the interface."""
 
+import ast
 import dataclasses
+import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +14,11 @@ from megatron_prime import algorithm, batch
 
 PACKAGE = [
     "AdvantageSection",
+    "Case",
+    "Engine",
+    "Group",
+    "LoggerRequest",
+    "MetricsLogger",
     "PolicySection",
     "PolicyTokens",
     "PrimeConfig",
@@ -18,11 +26,36 @@ PACKAGE = [
     "PrmResponses",
     "PrmSection",
     "ProcessInputs",
+    "Prompt",
+    "PromptRequest",
+    "PromptSource",
+    "PromptSourceBase",
+    "Response",
+    "RolloutBatch",
+    "SamplingParams",
     "SftConfig",
     "StepReward",
+    "StepSpan",
+    "Verdict",
+    "Verifier",
     "algorithm",
+    "check_verifier",
+    "generate",
     "load_config",
+    "train",
 ]
+REQUESTS = {
+    "LoggerRequest": "folder run_name num_steps config resume_step is_trial",
+    "PromptRequest": "tokenizer options seed max_prompt_tokens",
+}
+"""What the makers of a user's own parts are given."""
+PARTS = {
+    "Engine": "close generate load_weights sleep wake weight_version",
+    "MetricsLogger": "close log",
+    "PromptSource": "__len__ dropped evaluation step_spans take",
+    "Verifier": "close submit",
+}
+"""Members of what a user's own parts must be."""
 ALGORITHM = [
     "AdvantageResult",
     "FilterCounts",
@@ -54,6 +87,7 @@ ALGORITHM = [
     "step_scores",
     "whiten",
 ]
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 BATCH = {
     "Prompt": "prompt_id text token_ids ground_truth ability data_source extra_info",
     "Response": "text token_ids logprobs finish_reason weight_version spans_versions",
@@ -81,6 +115,18 @@ def test_public_names(module, names):
         assert getattr(module, name).__doc__.strip()
 
 
+def test_requests_and_parts():
+    requests = {name: getattr(megatron_prime, name) for name in REQUESTS}
+    assert {name: " ".join(f.name for f in dataclasses.fields(cls)) for name, cls in requests.items()} == REQUESTS
+    assert all(cls.__dataclass_params__.frozen for cls in requests.values())
+    assert {name: " ".join(sorted(members(getattr(megatron_prime, name)))) for name in PARTS} == PARTS
+
+
+def members(protocol: type) -> set[str]:
+    named = {*vars(protocol), *inspect.get_annotations(protocol)}
+    return {name for name in named if not name.startswith("_") or name == "__len__"}
+
+
 def test_batch_dataclasses():
     classes = {
         name: cls
@@ -98,11 +144,23 @@ def test_an_unknown_name_is_an_attribute_error():
         megatron_prime.load_confg  # noqa: B018
 
 
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_examples_build_on_public_names_alone(example):
+    for node in ast.walk(ast.parse(example.read_text())):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            modules = [node.module]
+        ours = {module for module in modules if module.split(".")[0] == "megatron_prime"}
+        assert ours <= {"megatron_prime", "megatron_prime.algorithm"}
+
+
 @pytest.mark.parametrize(
     ("program", "absent"),
     [
         ("import megatron_prime", {"torch", "numpy", "omegaconf", "yaml"}),
         ("from megatron_prime import PrimeError, load_config", {"torch", "numpy", "transformers"}),
+        ("from megatron_prime import PromptSourceBase, Verdict", {"megatron", "vllm", "datasets"}),
+        ("from megatron_prime import LoggerRequest", {"megatron", "tensorboard", "wandb"}),
         ("from megatron_prime import algorithm; algorithm.auc", {"megatron", "transformers"}),
     ],
 )

@@ -144,6 +144,7 @@ def test_a_verifier_of_ones_own_is_looked_for_by_check(tmp_path: Path, capsys: p
     lines = fails(capsys, "check", config, f"model.path={tmp_path / 'start'}", "verifier.factory=absent:make")
     assert lines[1] == (
         "  verifier.factory: 'absent:make' cannot be imported: ModuleNotFoundError: No module named 'absent'"
+        "; install it, or put its folder on PYTHONPATH"
     )
 
 

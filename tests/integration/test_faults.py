@@ -22,24 +22,24 @@ from megatron_prime.watch.exit_status import FAILED, STALLED
 COMMAND = [sys.executable, "-m", "megatron_prime"]
 PATIENCE_SECONDS = 120
 FAULTY_VERIFIER = """
-import os, time
+import os, time, zlib
 from megatron_prime import heartbeat
 
 def raises(section):
-    if os.environ["RANK"] == "1":
+    if os.environ.get("RANK") == "1":
         raise ZeroDivisionError("what nobody foresaw")
     return Verifier(lambda: None)
 
 def gets_on(section):
     def wait():
         # For longer than anyone would wait for a rank that does nothing.
-        for _ in range(40 if os.environ["RANK"] == "1" else 0):
+        for _ in range(40 if os.environ.get("RANK") == "1" else 0):
             time.sleep(0.5)
             heartbeat.heard()
     return Verifier(wait, times=1)
 
 def sleeps(section):
-    return Verifier(lambda: time.sleep(1000) if os.environ["RANK"] == "1" else None)
+    return Verifier(lambda: time.sleep(1000) if os.environ.get("RANK") == "1" else None)
 
 class Verifier:
     def __init__(self, act, times=10**9):
@@ -50,7 +50,7 @@ class Verifier:
             self.act()
         from megatron_prime.batch import Verdict
         from megatron_prime.verify.futures import known
-        return known(Verdict(status="correct", reward=float(self.count % 2)))
+        return known(Verdict(status="correct", reward=float(zlib.crc32(repr(response.text).encode()) % 2)))
     def close(self):
         pass
 """

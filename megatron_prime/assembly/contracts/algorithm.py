@@ -13,7 +13,7 @@ from megatron_prime.algorithm.implicit_reward import step_rewards
 from megatron_prime.algorithm.policy_loss import PolicyTokens
 from megatron_prime.algorithm.prm_loss import PrmResponses
 from megatron_prime.batch import Group, ProcessInputs, Prompt, Response, RolloutBatch
-from megatron_prime.config.schema import PrimeConfig
+from megatron_prime.config.schema import AnyConfig, PrimeConfig
 from megatron_prime.errors import ConfigError
 from megatron_prime.sockets import is_own, resolve
 
@@ -22,8 +22,10 @@ _OUTCOMES = (1.0, 0.0, 0.0, 1.0)
 _TOLERANCE = 1e-4
 
 
-def check_algorithm(config: PrimeConfig) -> list[str]:
+def check_own_algorithm(config: AnyConfig) -> list[str]:
     """Problems of the user's own parts of the algorithm; what is built in is not tried."""
+    if not isinstance(config, PrimeConfig):
+        return []
     parts: list[tuple[str, str, Callable[[Any, PrimeConfig], None]]] = [
         ("advantage.estimator", config.advantage.estimator, _try_estimator),
         ("advantage.process_source", config.advantage.process_source, _try_process_source),

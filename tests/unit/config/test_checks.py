@@ -98,6 +98,10 @@ ONE_PROBLEM = [
         "data.abilities: 'law' has no verifier",
     ),
     (["data={kind: files, train: ['hf:a:b'], abilities: []}", "evaluation.num_prompts=0"], "data.abilities: none"),
+    # Parts of the user's own.
+    (["data={kind: own, factory: 'a:b', abilities: [law]}"], "data.abilities: 'law' has no verifier"),
+    (["data={kind: own, factory: 'a:b', max_prompt_tokens: 99999}"], "rollout.max_response_tokens: 99999 prompt + 32"),
+    (["run.loggers=['a:b', wandb, 'a:b']"], "run.loggers: 'a:b' is named more than once"),
     # Groups and their filter.
     (["filter.min_accuracy=0.9"], "filter.min_accuracy: 0.9 is above filter.max_accuracy"),
     (["filter.min_accuracy=0.3", "filter.max_accuracy=0.4"], "filter.min_accuracy: no count of right answers out of"),

@@ -1,16 +1,14 @@
-"""Rows, events and console lines of a run."""
+"""Rows and console lines of a run, and what its loggers get."""
 
 import io
 import json
 import math
 import re
-import time
 
 import pytest
 from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_prime.observe import MetricsLogger, RunFolder, read_metrics
+from megatron_prime.observe import RunFolder, RunLog, read_metrics
 
 
 @pytest.fixture
@@ -30,7 +28,7 @@ def output(console: Console) -> str:
 
 
 def test_rows_are_flushed_step_by_step_and_never_hold_nan(folder):
-    logger = MetricsLogger(folder, 3, True, console=plain_console())
+    logger = RunLog(folder, 3, True, console=plain_console())
     logger.log(1, {"policy/loss": 0.25, "prm/loss": math.nan, "policy/kl": -math.inf})
     rows = [json.loads(line, parse_constant=pytest.fail) for line in folder.metrics_path.read_text().splitlines()]
     assert rows == [{"step": 1, "policy/loss": 0.25, "prm/loss": None, "policy/kl": None}]
@@ -42,7 +40,7 @@ def test_rows_are_flushed_step_by_step_and_never_hold_nan(folder):
 
 def test_disabled_logger_writes_and_prints_nothing(folder):
     console = plain_console()
-    logger = MetricsLogger(folder, 3, False, console=console)
+    logger = RunLog(folder, 3, False, console=console)
     logger.progress("rollout")
     logger.log(1, {"policy/loss": 0.25})
     logger.close()
@@ -52,7 +50,7 @@ def test_disabled_logger_writes_and_prints_nothing(folder):
 
 def test_one_plain_line_per_step_with_the_chosen_numbers(folder):
     console = plain_console()
-    logger = MetricsLogger(folder, 12, True, console=console, line={"rollout/accuracy": "right", "prm/loss": "PRM"})
+    logger = RunLog(folder, 12, True, console=console, line={"rollout/accuracy": "right", "prm/loss": "PRM"})
     logger.progress("rollout")
     logger.log(1, {"prm/loss": 0.69314, "rollout/accuracy": 0.5, "policy/loss": 1.0})
     logger.log(2, {"rollout/accuracy": 0.7512})
@@ -64,7 +62,7 @@ def test_one_plain_line_per_step_with_the_chosen_numbers(folder):
 
 def test_evaluation_of_the_same_step_does_not_count_as_a_step(folder):
     console = plain_console()
-    logger = MetricsLogger(folder, 5, True, console=console)
+    logger = RunLog(folder, 5, True, console=console)
     logger.log(1, {"rollout/accuracy": 0.5})
     logger.log(1, {"evaluation/accuracy": 0.6})
     logger.close()
@@ -74,7 +72,7 @@ def test_evaluation_of_the_same_step_does_not_count_as_a_step(folder):
 
 def test_terminal_shows_bar_stage_and_lines(folder):
     console = Console(file=io.StringIO(), width=160, force_terminal=True, color_system=None)
-    logger = MetricsLogger(folder, 4, True, console=console)
+    logger = RunLog(folder, 4, True, console=console)
     logger.log(1, {"rollout/accuracy": 0.5})
     logger.log(2, {"rollout/accuracy": 0.75})
     logger.progress("policy update")
@@ -84,17 +82,25 @@ def test_terminal_shows_bar_stage_and_lines(folder):
     assert "2/4" in shown and "policy update" in shown and "left" in shown
 
 
-def test_tensorboard_holds_the_scalars_and_a_resumed_run_replaces_later_ones(folder):
-    first = MetricsLogger(folder, 4, True, console=plain_console())
-    for step in (1, 2, 3):
-        first.log(step, {"policy/loss": float(step), "prm/loss": math.nan})
-    first.close()
-    # Files of one second are read in the order of their names, in which a process's tenth comes before its ninth.
-    time.sleep(1.01 - time.time() % 1)
-    resumed = MetricsLogger(folder, 4, True, console=plain_console())
-    resumed.log(2, {"policy/loss": 20.0})
-    resumed.close()
-    events = EventAccumulator(str(folder.tensorboard))
-    events.Reload()
-    assert events.Tags()["scalars"] == ["policy/loss"]
-    assert [(event.step, event.value) for event in events.Scalars("policy/loss")] == [(1, 1.0), (2, 20.0)]
+class Kept:
+    """A metrics logger that keeps what it gets."""
+
+    def __init__(self):
+        self.rows, self.num_closed = [], 0
+
+    def log(self, step, metrics):
+        self.rows.append((step, dict(metrics)))
+
+    def close(self):
+        self.num_closed += 1
+
+
+def test_loggers_get_finite_metrics_and_are_closed_once(folder):
+    loggers = Kept()
+    logger = RunLog(folder, 4, True, loggers=loggers, console=plain_console())
+    logger.log(0, {"evaluation/accuracy": 0.5})
+    logger.log(1, {"policy/loss": 0.25, "prm/loss": math.nan, "policy/kl": math.inf})
+    logger.close()
+    logger.close()
+    assert loggers.rows == [(0, {"evaluation/accuracy": 0.5}), (1, {"policy/loss": 0.25})]
+    assert loggers.num_closed == 1

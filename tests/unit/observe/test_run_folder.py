@@ -24,7 +24,7 @@ def test_prepare_makes_folders_and_writes_a_config_that_loads_back(tmp_path, con
     folder = RunFolder(tmp_path / "runs", "a/b")
     folder.prepare(config, "never")
     assert folder.path == tmp_path / "runs" / "a" / "b"
-    assert all(path.is_dir() for path in (folder.checkpoints, folder.tensorboard, folder.plots))
+    assert all(path.is_dir() for path in (folder.checkpoints, folder.plots))
     assert load_config(folder.config_path) == config
     folder.prepare(config, "never")
 
@@ -99,8 +99,11 @@ def test_a_checkpoint_that_was_never_finished_is_none(tmp_path, config):
 def test_starting_over_forgets_what_the_earlier_try_measured(tmp_path, config):
     folder = RunFolder(tmp_path, "a")
     folder.prepare(config, "auto")
-    stale = [folder.metrics_path, folder.tensorboard / "events.out.1"]
+    own = folder.logger_folder("my.module:make")
+    assert own.parent == folder.loggers and ":" not in own.name
+    stale = [folder.metrics_path, folder.logger_folder("tensorboard") / "events.out.1", own / "metrics.csv"]
     for path in stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("old")
     folder.prepare(config, "auto")
     assert not any(path.exists() for path in stale)

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_prime.batch import Prompt, Response, Verdict
 from megatron_prime.config.schema_verifier import VerifierSection
-from megatron_prime.errors import VerifierError
+from megatron_prime.errors import ConfigError, VerifierError
 from megatron_prime.verify.contract import Case, check_verifier
 from megatron_prime.verify.routing import build_verifier
 
@@ -149,13 +149,16 @@ def test_its_failures_are_missing_verdicts(grading, caplog, made, text):
 @pytest.mark.parametrize(
     ("factory", "complaint"),
     [
-        ("grading", "must be package.module:function"),
         ("no_such_module:make", "cannot be imported"),
         ("grading:no_such_name", "cannot be imported"),
-        ("math:pi", "is a float, not a function"),
-        ("builtins:id", "has no submit and no close"),
+        ("math:pi", "is of type float, not a function"),
     ],
 )
-def test_what_cannot_be_made_is_named(factory, complaint):
-    with pytest.raises(VerifierError, match=f"verifier.factory: .*{complaint}"):
+def test_what_cannot_be_found_is_named(factory, complaint):
+    with pytest.raises(ConfigError, match=f"verifier.factory: .*{complaint}"):
         build_verifier(VerifierSection(factory=factory), ["math"])
+
+
+def test_what_is_no_verifier_is_named():
+    with pytest.raises(VerifierError, match=r"verifier.factory: .*builtins:id returned has no submit and no close"):
+        build_verifier(VerifierSection(factory="builtins:id"), ["math"])
