@@ -67,11 +67,14 @@ def read_examples(config: SftConfig) -> SftSource:
 
 def _check_files(config: AnyConfig, architecture: ModelArchitecture) -> None:
     # Seconds of imports, which a plan from shapes alone does without.
+    from megatron_prime.assembly.contracts.engine import check_engine
     from megatron_prime.data.templates import render
     from megatron_prime.data.tokenizer import end_token_ids, load_tokenizer
     from megatron_prime.verify.plugin import find_factory
     from megatron_prime.weights.hf_folder import HfFolder
 
+    if isinstance(config, PrimeConfig):
+        raise_for_problems(check_engine(config))
     if isinstance(config, PrimeConfig) and config.verifier.factory is not None:
         find_factory(config.verifier)
     tokenizer = load_tokenizer(config.model.path)

@@ -146,8 +146,9 @@ class VllmSection:
 class RolloutSection:
     """Sampling of answers."""
 
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """`transformers`: embedded in every process. `vllm`: a process beside each data-parallel group of ranks."""
+    engine: str = "transformers"
+    """`transformers`: embedded in every process. `vllm`: a process beside each data-parallel group of ranks.
+    `package.module:function`: an engine of your own (docs/rollouts.md)."""
     num_prompts: int
     """Groups of a step's batch (after filtering)."""
     num_responses: int = 4
@@ -163,6 +164,11 @@ class RolloutSection:
     """Mean |difference| in nats between the engine's and the trainer's log-probs of the same tokens and weights, above
     which the run stops (float32: 1e-6, bfloat16: 1e-2): the engine does not compute with the trainer's weights."""
     vllm: VllmSection = field(default_factory=VllmSection)
+
+    @property
+    def uses_vllm(self) -> bool:
+        """Whether the section `vllm` counts."""
+        return self.engine == "vllm"
 
 
 @dataclass(kw_only=True, slots=True)

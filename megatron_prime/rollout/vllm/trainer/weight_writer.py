@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_prime.config.schema import VllmSection
 from megatron_prime.interfaces import ExportedWeights
 from megatron_prime.rollout.vllm.wire.messages import SharedUpdate
 from megatron_prime.rollout.vllm.wire.shared_memory import SharedPlan, SharedWeights, lay_out
@@ -38,21 +39,18 @@ class WeightWriter:
 
     Args:
         weights: of this rank's model, for their layout; all ranks of the copy construct their writers together.
+        section: of the engine: how many workers it has (at their shares the slices that have checksums end), whether
+            checksums of the trainer's values are written, and how long it waits for a rank to write on.
         is_leader: the rank beside the engine; one per copy.
-        num_workers: of the engine, at whose shares the slices that have checksums end.
-        with_digests: also write checksums of the trainer's values.
-        timeout_seconds: how long the engine waits for a rank to write on.
 
     Raises:
         WeightsError: on every rank alike, the ranks' shards are not exactly the model.
         RolloutError: there is not enough memory.
     """
 
-    def __init__(
-        self, weights: ExportedWeights, *, is_leader: bool, num_workers: int, with_digests: bool, timeout_seconds: float
-    ) -> None:
-        self._num_workers = num_workers
-        self._with_digests = with_digests
+    def __init__(self, weights: ExportedWeights, section: VllmSection, *, is_leader: bool) -> None:
+        self._num_workers = section.tensor_parallel_size
+        self._with_digests = section.verify_refit
         self._sums = b""
         """Of this rank's slices."""
         tensors = weights.tensors()
@@ -80,7 +78,10 @@ class WeightWriter:
         self._first_slice = sum(len(offer.slices) for offer in writers[: self._writer])
         self._position = {entry.name: number for number, entry in enumerate(entries)}
         self.update = SharedUpdate(
-            path=self.path, plan=self.plan, compare_digests=with_digests, timeout_seconds=timeout_seconds
+            path=self.path,
+            plan=self.plan,
+            compare_digests=section.verify_refit,
+            timeout_seconds=section.timeout_seconds,
         )
         """What the engine is told."""
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from megatron_prime.config.schema import VllmSection
 from megatron_prime.rollout.vllm.wire.messages import (
     BACKENDS,
     EngineOptions,
@@ -63,9 +64,10 @@ def build(options: EngineOptions, *, in_ranks: bool = False) -> Any:
 
     from megatron_prime.rollout.vllm.worker.transfer import leave_matrices_plain
 
-    if not options.pack_weights:
+    section = options.section
+    if not section.pack_weights:
         leave_matrices_plain()
-    limits = memory_limits(options, on_gpu=not current_platform.is_cpu())
+    limits = memory_limits(section, on_gpu=not current_platform.is_cpu())
     if current_platform.is_cpu():
         # vLLM takes the draw of a half-read prompt back by the generator's offset, which CPU generators do not have.
         limits |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(options.max_model_len, STEP_TOKENS)}
@@ -78,9 +80,9 @@ def build(options: EngineOptions, *, in_ranks: bool = False) -> Any:
         skip_tokenizer_init=True,
         load_format="dummy",
         dtype=options.dtype,  # type: ignore[arg-type]
-        tensor_parallel_size=options.tensor_parallel_size,
+        tensor_parallel_size=section.tensor_parallel_size,
         max_model_len=options.max_model_len,
-        max_num_seqs=options.max_num_seqs,
+        max_num_seqs=section.max_num_seqs,
         enforce_eager=current_platform.is_cpu(),
         enable_prefix_caching=True,
         # Log-probs of the distribution that the token was drawn from, as the loss compares them.
@@ -98,11 +100,11 @@ def build(options: EngineOptions, *, in_ranks: bool = False) -> Any:
     return llm
 
 
-def memory_limits(options: EngineOptions, *, on_gpu: bool) -> dict[str, Any]:
+def memory_limits(section: VllmSection, *, on_gpu: bool) -> dict[str, Any]:
     """vLLM's arguments for how much memory an engine takes."""
-    if options.kv_cache_bytes is None:
-        return {"gpu_memory_utilization": options.gpu_memory_utilization}
-    limits: dict[str, Any] = {"kv_cache_memory_bytes": options.kv_cache_bytes}
+    if section.kv_cache_gib is None:
+        return {"gpu_memory_utilization": section.gpu_memory_utilization}
+    limits: dict[str, Any] = {"kv_cache_memory_bytes": int(section.kv_cache_gib * 2**30)}
     if on_gpu:
         # It is not used for anything else then, but vLLM does not start where less is free.
         limits["gpu_memory_utilization"] = _SMALLEST_SHARE

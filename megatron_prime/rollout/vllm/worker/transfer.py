@@ -369,5 +369,4 @@ def _repack_tied_head(model: Any) -> None:
 if os.environ.get(PLAIN) == "1":
     leave_matrices_plain()
 for _name, _transfer in zip(BACKENDS.values(), (SharedMemoryTransfer, IpcTransfer, BroadcastTransfer), strict=True):
-    if _name not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(_name, _transfer)
+    WeightTransferEngineFactory.register_engine(_name, _transfer)

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from megatron_prime.config.schema import VllmSection
 from megatron_prime.rollout.vllm.trainer.process import engine_environment
 from megatron_prime.rollout.vllm.wire.messages import BACKENDS, PLAIN, EngineOptions
 from megatron_prime.rollout.vllm.worker.engine_loop import STEP_TOKENS, memory_limits
@@ -17,23 +18,21 @@ from megatron_prime.rollout.vllm.worker.engine_loop import STEP_TOKENS, memory_l
 _SERVER_SHARE = 0.9
 
 
-def of_a_server(options: EngineOptions, overrides: Sequence[str], *, on_gpu: bool) -> EngineOptions:
-    """The engine of a server, which has its GPUs to itself, while the configuration describes one beside a trainer.
+def server_section(section: VllmSection, overrides: Sequence[str], *, on_gpu: bool) -> VllmSection:
+    """The section for a server, which has its GPUs to itself, where the configuration is of an engine beside a trainer.
 
     Args:
-        options: by the configuration.
+        section: of the configuration.
         overrides: of the command line; memory that is asked for there is what the server takes.
         on_gpu: whether there is a GPU.
     """
     sizes = ("rollout.vllm.kv_cache_gib=", "rollout.vllm.gpu_memory_utilization=")
     if not on_gpu or any(override.startswith(sizes) for override in overrides):
-        return options
-    return replace(options, kv_cache_bytes=None, gpu_memory_utilization=_SERVER_SHARE)
+        return section
+    return replace(section, kv_cache_gib=None, gpu_memory_utilization=_SERVER_SHARE)
 
 
-def server_command(
-    options: EngineOptions, host: str, port: int, num_threads: int | None
-) -> tuple[list[str], dict[str, str]]:
+def server_command(options: EngineOptions, host: str, port: int) -> tuple[list[str], dict[str, str]]:
     """The command of a server without weights, and its environment.
 
     Its control endpoints ask for no password: it belongs into a network of one's own.
@@ -42,26 +41,26 @@ def server_command(
         options: of the engine.
         host: address to listen on.
         port: to listen on.
-        num_threads: of the engine on a CPU; None leaves it to vLLM.
     """
+    section, on_gpu = options.section, torch.cuda.is_available()
     # `vllm serve` of the CPU build stops at its own version number.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", options.folder, "--skip-tokenizer-init", "--load-format", "dummy", "--dtype", options.dtype]
-    command += ["--tensor-parallel-size", str(options.tensor_parallel_size)]
-    command += ["--max-model-len", str(options.max_model_len), "--max-num-seqs", str(options.max_num_seqs)]
+    command += ["--tensor-parallel-size", str(section.tensor_parallel_size)]
+    command += ["--max-model-len", str(options.max_model_len), "--max-num-seqs", str(section.max_num_seqs)]
     command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--seed", "0"]
     command += ["--enable-prefix-caching", "--enable-scale-out"]
     command += ["--worker-extension-cls", "megatron_prime.rollout.vllm.worker.transfer.WorkerExtension"]
     command += ["--weight-transfer-config", json.dumps({"backend": BACKENDS["servers"]})]
     command += ["--host", host, "--port", str(port), "--disable-uvicorn-access-log"]
-    for name, value in memory_limits(options, on_gpu=torch.cuda.is_available()).items():
+    for name, value in memory_limits(section, on_gpu=on_gpu).items():
         command += [f"--{name.replace('_', '-')}", str(value)]
-    if not torch.cuda.is_available():  # see `server.build`
+    if not on_gpu:  # see `engine_loop.build`
         command += ["--enforce-eager", "--no-enable-chunked-prefill"]
         command += ["--max-num-batched-tokens", str(max(options.max_model_len, STEP_TOKENS))]
-    environment = os.environ | engine_environment(on_gpu=torch.cuda.is_available())
+    environment = os.environ | engine_environment(on_gpu=on_gpu)
     environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    environment[PLAIN] = "0" if options.pack_weights else "1"
-    if num_threads is not None:
-        environment["OMP_NUM_THREADS"] = str(num_threads)
+    environment[PLAIN] = "0" if section.pack_weights else "1"
+    if section.num_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(section.num_threads)
     return command, environment
