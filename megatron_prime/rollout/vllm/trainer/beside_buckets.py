@@ -104,7 +104,7 @@ class VllmBesideBuckets(VllmBeside):
             deque(stream, maxlen=0)
 
     def _is_lost(self) -> bool:
-        return self._process is None or self._process.has_spoken()
+        return self._process is None or self._process.has_reply()
 
     def _sample(self, waiting: Waiting, take: Take) -> str | None:
         """See `VllmEngine._sample`; a collective of all ranks, for engines are replaced when all others are done."""

@@ -127,7 +127,7 @@ class EngineParent:
         """
         if self._is_ready:
             return
-        if not _comes_within(self._timeout_seconds, lambda seconds: bool(wait([self._control], seconds))):
+        if not _arrives_within(self._timeout_seconds, lambda seconds: bool(wait([self._control], seconds))):
             raise RolloutError(f"vLLM was not imported within {self._timeout_seconds:.0f} seconds")
         answer = self._control.recv(16)
         if not answer:
@@ -200,7 +200,7 @@ class EngineProcess:
         self.loading = None
         return loaded
 
-    def has_spoken(self) -> bool:
+    def has_reply(self) -> bool:
         """Whether there is an answer, or none will come any more."""
         try:
             return self._connection.poll(0)
@@ -245,7 +245,7 @@ class EngineProcess:
 
     def _next_reply(self, timeout_seconds: float) -> Reply:
         try:
-            if not _comes_within(timeout_seconds, self._connection.poll):
+            if not _arrives_within(timeout_seconds, self._connection.poll):
                 self.close()
                 raise EngineLost(f"the engine process said nothing for {timeout_seconds:.0f} seconds")
             reply: Reply = self._connection.recv()
@@ -257,8 +257,8 @@ class EngineProcess:
         return reply
 
 
-def _comes_within(timeout_seconds: float, poll: Callable[[float], bool]) -> bool:
-    """Waits, and says meanwhile that this process is not stuck."""
+def _arrives_within(timeout_seconds: float, poll: Callable[[float], bool]) -> bool:
+    """Waits, with heartbeats meanwhile."""
     deadline = time.monotonic() + timeout_seconds
     while not poll(min(heartbeat.SIGN_SECONDS, max(0.0, deadline - time.monotonic()))):
         if time.monotonic() >= deadline:

@@ -22,9 +22,9 @@ from megatron_prime.interfaces import EngineSetup, ExportedWeights
 from megatron_prime.rollout.vllm.trainer.answers import not_finite, raise_for, request_key
 from megatron_prime.rollout.vllm.trainer.base import Take, VllmEngine, Waiting
 from megatron_prime.rollout.vllm.trainer.http_client import ServerLost, VllmServer, each, say_progress
-from megatron_prime.rollout.vllm.trainer.refit_failures import ServerFailures, at_fault
+from megatron_prime.rollout.vllm.trainer.refit_failures import ServerFailures, servers_at_fault
 from megatron_prime.rollout.vllm.trainer.remote_sampling import ServerSampler
-from megatron_prime.rollout.vllm.wire.broadcast import BrokenOff, Group
+from megatron_prime.rollout.vllm.wire.broadcast import Group, TransferAborted
 from megatron_prime.rollout.vllm.wire.buckets import BucketSender
 from megatron_prime.rollout.vllm.wire.messages import EngineRequest
 from megatron_prime.rollout.vllm.wire.shared_memory import SharedPlan, lay_out, whole_tensors
@@ -92,7 +92,7 @@ class VllmServers(VllmEngine):
             logger.warning("weights of version %d: an attempt to load them failed", version)
 
     def close(self) -> None:
-        """Leaves the servers alone: they were not started here."""
+        """Leaves the servers running: they were not started here."""
         super().close()
         self._sender = self._group = None
 
@@ -102,14 +102,14 @@ class VllmServers(VllmEngine):
             while True:
                 if (reason := self._failures.give_up()) is not None:
                     raise RolloutError(f"the vLLM servers took no weights: {reason}")
-                servers, held = await self._those_there(client)
+                servers, held = await self._available_servers(client)
                 urls = tuple(server.url for server in servers)
                 if self._sender is not None and urls == self._members and held == {str(self._version)}:
                     return
                 if await self._meet(servers):
                     return
 
-    async def _those_there(self, client: aiohttp.ClientSession) -> tuple[list[VllmServer], set[str | None]]:
+    async def _available_servers(self, client: aiohttp.ClientSession) -> tuple[list[VllmServer], set[str | None]]:
         """The servers that answer and have not failed too often, and the versions of their weights."""
         excluded = self._failures.excluded()
         servers = self._servers(client, (url for url in self._urls if url not in excluded))
@@ -120,12 +120,12 @@ class VllmServers(VllmEngine):
         absent = [server.url for server in servers if server not in there]
         missing = [url for url in self._urls if url in excluded or url in absent]
         if not there or (not self._has_met and missing):
-            raise RolloutError("rollout.vllm.servers: " + "\n".join(self._what_became_of(missing, absent)))
+            raise RolloutError("rollout.vllm.servers: " + "\n".join(self._reasons_missing(missing, absent)))
         if absent:
             logger.warning("vLLM servers that do not answer: %s", ", ".join(absent))
         return there, {versions[server.url] for server in there}
 
-    def _what_became_of(self, missing: Sequence[str], absent: Sequence[str]) -> list[str]:
+    def _reasons_missing(self, missing: Sequence[str], absent: Sequence[str]) -> list[str]:
         """Why each of these servers cannot be used."""
         silence = "no answer to /health and /weight_info; start it with `megatron-prime serve CONFIG --port PORT`"
         return [
@@ -147,7 +147,7 @@ class VllmServers(VllmEngine):
         }
         silent, num_workers = await each(servers, VllmServer.num_workers)
         if failed := failed | silent:
-            return self._did_not_meet(failed, None)
+            return self._meeting_failed(failed, None)
         ranks = dict(zip(num_workers, accumulate(num_workers.values(), initial=1), strict=False))
         size, port = 1 + sum(num_workers.values()), _free_port()
         meeting = {
@@ -160,16 +160,16 @@ class VllmServers(VllmEngine):
             "timeout_seconds": min(_MEETING_SECONDS, section.timeout_seconds),
         }
         place = ("0.0.0.0", port, 0, size, meeting["timeout_seconds"])
-        called_off = threading.Event()
+        is_cancelled = threading.Event()
         own = asyncio.create_task(
-            asyncio.to_thread(Group, self._backend, *place, self._device, called_off=called_off.is_set)
+            asyncio.to_thread(Group, self._backend, *place, self._device, is_cancelled=is_cancelled.is_set)
         )
 
         async def meet(server: VllmServer) -> None:
             try:
                 await server.meet(meeting | {"address": _address_towards(server.url), "first_rank": ranks[server.url]})
             except ServerLost:
-                called_off.set()
+                is_cancelled.set()
                 raise
 
         # All are waited for, also when one has failed: the others are busy until they give up.
@@ -177,22 +177,22 @@ class VllmServers(VllmEngine):
         try:
             group = await own
         except RuntimeError as error:
-            return self._did_not_meet(failed, error)
+            return self._meeting_failed(failed, error)
         if failed:
-            return self._did_not_meet(failed, None)
+            return self._meeting_failed(failed, None)
         buckets = [torch.empty(self._bucket_bytes, dtype=torch.uint8, device=self._device) for _ in range(2)]
         self._group, self._ranks = group, ranks
         self._sender = BucketSender(self._plan, group, buckets, with_digests=section.verify_refit)
         self._members, self._has_met = tuple(server.url for server in servers), True
         return True
 
-    def _did_not_meet(self, failed: dict[str, str], error: RuntimeError | None) -> bool:
+    def _meeting_failed(self, failed: dict[str, str], error: RuntimeError | None) -> bool:
         reason = "; ".join(["the vLLM servers and the trainer did not come together", *failed.values()])
         reason += f"; the trainer: {error}" if error else ""
         logger.warning("%s", reason)
         # If the trainer itself could not begin, that is why the others could not.
-        is_own = error is not None and not isinstance(error, BrokenOff)
-        self._failures.add({} if is_own else at_fault(failed, None, []), reason=reason)
+        is_own = error is not None and not isinstance(error, TransferAborted)
+        self._failures.add({} if is_own else servers_at_fault(failed, None, []), reason=reason)
         return False
 
     async def _refit(self, weights: ExportedWeights, version: int) -> str | None:
@@ -202,7 +202,7 @@ class VllmServers(VllmEngine):
         async with self._client() as client:
             servers = self._servers(client, self._members)
             failed, _ = await each(servers, VllmServer.start_load)
-            # Whoever was ready waits for weights; they are sent to all or to none.
+            # Weights are sent to all servers or to none: those that are ready wait for them.
             checksum = None
             if failed:
                 _drain(weights)
@@ -215,9 +215,9 @@ class VllmServers(VllmEngine):
         if failed or checksum is None:
             for text in failed.values():
                 logger.warning("a vLLM server failed in a refit: %s", text)
-            culprits = at_fault(failed, self._server_of(self._group.given_up_by()), self._first_failed)
+            culprits = servers_at_fault(failed, self._server_of(self._group.given_up_by()), self._first_failed)
             self._failures.add(culprits, reason="sending them failed; the reason is above")
-            # The others are in the middle of something; they meet anew.
+            # The other servers are in the middle of a load; a new group ends it.
             self._sender = self._group = None
             return None
         self._failures.succeeded(self._members)

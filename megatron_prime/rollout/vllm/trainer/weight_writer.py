@@ -95,7 +95,7 @@ class WeightWriter:
             Names of this rank's tensors that hold NaN or an infinity. `write` of any rank must come after all ranks'
             `begin`.
         """
-        self._say(0)
+        self._report_progress(0)
         if self.gathers or not self._with_digests:
             return find_non_finite(weights.slices())
         # The engine's cores have nothing to do yet.
@@ -115,12 +115,12 @@ class WeightWriter:
             return
         assert self.memory is not None
         for part in weights.slices():
-            self._say(self._position[part.name])
+            self._report_progress(self._position[part.name])
             cut(self.memory.tensors[part.name], part.ranges).copy_(part.values)
         if self._sums:
             sums = torch.frombuffer(bytearray(self._sums), dtype=torch.uint8).view(-1, NUM_DIGEST_BYTES)
             self.memory.digests[self._first_slice : self._first_slice + len(sums)] = sums
-        self._say(len(self._position) + 1)
+        self._report_progress(len(self._position) + 1)
 
     def checksum(self) -> str:
         """Of the checksums of all parts; on ranks that do not write, of nothing."""
@@ -143,9 +143,9 @@ class WeightWriter:
                 if self._with_digests:
                     sums = bytearray(digest(tensor))
                     self.memory.digests[number] = torch.frombuffer(sums, dtype=torch.uint8)
-                self._say(number + 1)
-        self._say(len(self._position) + 1)
+                self._report_progress(number + 1)
+        self._report_progress(len(self._position) + 1)
 
-    def _say(self, num_tensors: int) -> None:
+    def _report_progress(self, num_tensors: int) -> None:
         if self.memory is not None:
             self.memory.progress[self._writer] = num_tensors

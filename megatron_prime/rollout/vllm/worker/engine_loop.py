@@ -133,7 +133,7 @@ def generate(
         llm: samples.
         message: the requests.
         send: takes answers.
-        report: is called after every step that gave tokens, before `send`: whoever got the last answer hears no more.
+        report: is called after every step that gave tokens, before `send`: after the last answer the trainer no longer listens.
     """
     engine = llm.llm_engine
     version, limit = llm.get_weight_version(), message.abort_after_seconds
@@ -146,7 +146,7 @@ def generate(
         outputs = engine.step()
         if outputs and report is not None:
             report()
-        # Whoever has not begun yet gets a first token, so that no answer is empty.
+        # A request that has not begun yet gets a first token, so that no answer is empty.
         late = [] if time.monotonic() < deadline else [output for output in outputs if not output.finished]
         engine.abort_request([output.request_id for output in late])
         for output in outputs:
