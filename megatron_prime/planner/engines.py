@@ -23,9 +23,9 @@ class EnginePlan:
     """GPUs of each."""
     batch: int
     """Answers that one engine samples at the same time."""
-    resident: Mapping[str, float] = field(default_factory=dict)
+    resident: dict[str, float] = field(default_factory=dict)
     """What lies on a rank in every phase."""
-    sampling: Mapping[str, float] = field(default_factory=dict)
+    sampling: dict[str, float] = field(default_factory=dict)
     """What lies there in the rollout beyond that."""
     host_bytes: float = 0.0
     """Host memory of a full node."""

@@ -12,8 +12,8 @@ import torch
 
 from megatron_prime.config.schema import VllmSection
 from megatron_prime.rollout.vllm.trainer.process import engine_environment
-from megatron_prime.rollout.vllm.wire.messages import BACKENDS, PLAIN, EngineOptions
-from megatron_prime.rollout.vllm.worker.engine_loop import STEP_TOKENS, memory_limits
+from megatron_prime.rollout.vllm.wire.messages import PLAIN, EngineOptions
+from megatron_prime.rollout.vllm.worker.engine_loop import engine_arguments
 
 _SERVER_SHARE = 0.9
 
@@ -42,25 +42,19 @@ def server_command(options: EngineOptions, host: str, port: int) -> tuple[list[s
         host: address to listen on.
         port: to listen on.
     """
-    section, on_gpu = options.section, torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available()
     # `vllm serve` of the CPU build stops at its own version number.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", options.folder, "--skip-tokenizer-init", "--load-format", "dummy", "--dtype", options.dtype]
-    command += ["--tensor-parallel-size", str(section.tensor_parallel_size)]
-    command += ["--max-model-len", str(options.max_model_len), "--max-num-seqs", str(section.max_num_seqs)]
-    command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--seed", "0"]
-    command += ["--enable-prefix-caching", "--enable-scale-out"]
-    command += ["--worker-extension-cls", "megatron_prime.rollout.vllm.worker.transfer.WorkerExtension"]
-    command += ["--weight-transfer-config", json.dumps({"backend": BACKENDS["servers"]})]
-    command += ["--host", host, "--port", str(port), "--disable-uvicorn-access-log"]
-    for name, value in memory_limits(section, on_gpu=on_gpu).items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    if not on_gpu:  # see `engine_loop.build`
-        command += ["--enforce-eager", "--no-enable-chunked-prefill"]
-        command += ["--max-num-batched-tokens", str(max(options.max_model_len, STEP_TOKENS))]
+    command += ["--host", host, "--port", str(port), "--enable-scale-out", "--disable-uvicorn-access-log"]
+    for name, value in engine_arguments(options, "servers", on_gpu=on_gpu).items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            command += [f"--{option}", json.dumps(value) if isinstance(value, dict) else str(value)]
     environment = os.environ | engine_environment(on_gpu=on_gpu)
     environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    environment[PLAIN] = "0" if section.pack_weights else "1"
-    if section.num_threads is not None:
-        environment["OMP_NUM_THREADS"] = str(section.num_threads)
+    environment[PLAIN] = "0" if options.section.pack_weights else "1"
+    if options.section.num_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(options.section.num_threads)
     return command, environment

@@ -312,7 +312,7 @@ class BroadcastTransfer(BucketTransfer):
         except TransferAborted:
             raise
         except Exception:
-            # vLLM collects its workers' results in order: without this the others would wait until their time-outs first.
+            # vLLM collects its workers' results in order: without this the others would wait for their time-outs.
             with contextlib.suppress(RuntimeError):
                 self._group.abort()
             raise

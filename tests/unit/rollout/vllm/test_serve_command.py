@@ -31,6 +31,8 @@ def test_a_server_is_started_with_the_settings_of_its_section() -> None:
     command, environment = started(SECTION)
     assert command[command.index("--kv-cache-memory-bytes") + 1] == str(2**30)
     assert command[command.index("--max-num-seqs") + 1] == "8"
+    assert command[command.index("--weight-transfer-config") + 1] == '{"backend": "megatron_prime_broadcast"}'
+    assert {"--skip-tokenizer-init", "--enable-prefix-caching"} <= set(command)
     assert environment["OMP_NUM_THREADS"] == "3"
     command, _ = started(replace(SECTION, kv_cache_gib=None))
     assert command[command.index("--gpu-memory-utilization") + 1] == "0.4"
