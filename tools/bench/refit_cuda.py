@@ -45,6 +45,7 @@ from megatron_prime.rollout.vllm.wire.shared_memory import SharedPlan, SharedWei
 from megatron_prime.weights.architecture import read_architecture
 from megatron_prime.weights.digests import digest, digest_on
 from megatron_prime.weights.families import weight_specs
+from megatron_prime.weights.shards import cut
 from megatron_prime.weights.stream import ParallelGroups, WeightExport
 
 TIMEOUT_SECONDS = 60.0
@@ -98,8 +99,8 @@ class StandIn:
         for number, item in enumerate(weights.tensors.items(), start=1):
             weights.wait(number, TIMEOUT_SECONDS)
             self._load([item])
-        found = [digest(parameter) for parameter in self.parameters.values()]
-        weights.wait(len(found) + 1, TIMEOUT_SECONDS)
+        found = [digest(cut(self.parameters[name], ranges)) for name, ranges in plan.slices]
+        weights.wait(len(plan.entries) + 1, TIMEOUT_SECONDS)
         assert found == [row.tobytes() for row in weights.digests.numpy()], "a parameter is not what was sent"
 
     def pickled(self, data: bytes) -> None:
