@@ -28,7 +28,15 @@ if TYPE_CHECKING:
     from megatron_prime.config.schema import AdvantageSection, PolicySection, PrmSection
     from megatron_prime.data.own import PromptRequest, PromptSourceBase
     from megatron_prime.errors import PrimeError
-    from megatron_prime.interfaces import Engine, MetricsLogger, PromptSource, Verifier
+    from megatron_prime.interfaces import (
+        Engine,
+        EngineSetup,
+        ExportedWeights,
+        MetricsLogger,
+        OnAnswer,
+        PromptSource,
+        Verifier,
+    )
     from megatron_prime.observe.loggers import LoggerRequest
     from megatron_prime.verify.contract import Case, check_verifier
 
@@ -36,9 +44,12 @@ __all__ = [
     "AdvantageSection",
     "Case",
     "Engine",
+    "EngineSetup",
+    "ExportedWeights",
     "Group",
     "LoggerRequest",
     "MetricsLogger",
+    "OnAnswer",
     "PolicySection",
     "PolicyTokens",
     "PrimeConfig",
@@ -69,9 +80,12 @@ _PLACES = {
     "AdvantageSection": "config.schema",
     "Case": "verify.contract",
     "Engine": "interfaces",
+    "EngineSetup": "interfaces",
+    "ExportedWeights": "interfaces",
     "Group": "batch",
     "LoggerRequest": "observe.loggers",
     "MetricsLogger": "interfaces",
+    "OnAnswer": "interfaces",
     "PolicySection": "config.schema",
     "PolicyTokens": "algorithm.policy_loss",
     "PrimeConfig": "config",

@@ -25,6 +25,8 @@ from megatron_prime.batch import (
     UpdateResult,
     Verdict,
 )
+from megatron_prime.config.schema import RolloutSection
+from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.shards import ShardSlice
 
 OnAnswer = Callable[[int, int, Response], None]
@@ -186,6 +188,39 @@ class Engine(Protocol):
     def close(self) -> None:
         """Frees everything; the engine cannot be used afterwards."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankPlace:
+    """Where a rank stands among the copies of the trained model; the defaults are those of a process that is alone."""
+
+    device: torch.device
+    """Where this rank computes."""
+    copy_index: int = 0
+    """Which copy of the model this rank holds a part of."""
+    num_copies: int = 1
+    rank_in_copy: int = 0
+    """Which of the copy's ranks this is; rank 0 of copy 0 is global rank 0."""
+    ranks_per_copy: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSetup:
+    """What a rollout engine is built from: the argument of every factory that `rollout.engine` can name."""
+
+    folder: str
+    """Hugging Face folder of the model; its weights come by `Engine.load_weights`."""
+    dtype: str
+    """``float32`` or ``bfloat16``: of parameters and activations."""
+    section: RolloutSection
+    architecture: ModelArchitecture
+    place: RankPlace
+    num_threads: int
+    """CPU threads of each rank."""
+    end_token_ids: tuple[int, ...]
+    """End an answer, besides ``SamplingParams.stop_token_ids``."""
+    decode: Callable[[Sequence[int]], str]
+    """Tokens of an answer (without the token that ended it) to text."""
 
 
 class Verifier(Protocol):

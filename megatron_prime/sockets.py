@@ -30,7 +30,10 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
     "policy.loss": {
         "ppo_clip": "megatron_prime.algorithm.policy_loss:ppo_clip",
     },
-    "rollout.engine": {},
+    "rollout.engine": {
+        "transformers": "megatron_prime.rollout.embedded.engine:make_engine",
+        "vllm": "megatron_prime.rollout.vllm.engines:make_engine",
+    },
     "data.factory": {},
     "run.loggers": {
         "tensorboard": "megatron_prime.observe.tensorboard:TensorBoardLogger",

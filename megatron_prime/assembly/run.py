@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -221,7 +221,7 @@ def generate(
     ability: str,
     raw: bool,
     sampling: SamplingParams,
-    engine: Literal["transformers", "vllm"] = "transformers",
+    engine: str = "transformers",
 ) -> list[list[Response]]:
     """Answers of a model to questions, in this process and without a trainer.
 
@@ -231,7 +231,7 @@ def generate(
         ability: ``math`` or ``code``: which of PRIME's suffixes the question gets.
         raw: take the questions as they are, without system prompt, suffix and chat template.
         sampling: how to sample.
-        engine: which engine samples.
+        engine: which engine samples, as `rollout.engine` names it.
     """
     with as_hf_folder(folder) as readable:
         return _generate(readable, questions, ability=ability, raw=raw, sampling=sampling, engine=engine)
@@ -256,7 +256,7 @@ def _generate(
     ability: str,
     raw: bool,
     sampling: SamplingParams,
-    engine: Literal["transformers", "vllm"],
+    engine: str,
 ) -> list[list[Response]]:
     tokenizer = load_tokenizer(folder)
     prompts: list[Prompt] = []

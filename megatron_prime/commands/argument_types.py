@@ -1,9 +1,11 @@
-"""Numbers of the command line, for argparse; what is wrong with one is said in words."""
+"""Values of the command line, for argparse; what is wrong with one is said in words."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TypeVar
+
+from megatron_prime.sockets import names_problem
 
 _Number = TypeVar("_Number", int, float)
 _Value = TypeVar("_Value")
@@ -17,6 +19,12 @@ def at_least_one(text: str) -> int:
 def not_negative(text: str) -> int:
     """A whole number of 0 or more."""
     return _required(number := _parsed(int, text), number >= 0, f"{text} is not 0 or more")
+
+
+def engine(text: str) -> str:
+    """What `rollout.engine` can name."""
+    problem = names_problem("rollout.engine", text)
+    return _required(text, problem is None, problem or "")
 
 
 def port(text: str) -> int:

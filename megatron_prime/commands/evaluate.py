@@ -58,7 +58,8 @@ class EvaluationOptions:
     """Folder with one folder per benchmark."""
     output: str
     """Folder for answers and results; where it has some, the evaluation goes on."""
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: str = "transformers"
+    """As `rollout.engine` names it."""
     tensor_parallel_size: int = 1
     """Of a vLLM engine."""
     dtype: str = "float32"

@@ -133,8 +133,8 @@ def _serve(options: argparse.Namespace, arguments: list[str]) -> int:
     """Becomes a vLLM server for the runs of a configuration; returns only if it cannot."""
     import torch
 
-    from megatron_prime.assembly.engines import engine_options
-    from megatron_prime.rollout.vllm.worker.serve_command import of_a_server, server_command
+    from megatron_prime.rollout.vllm.serve_command import server_command, server_section
+    from megatron_prime.rollout.vllm.trainer.base import engine_options
 
     config = load_config(options.config, options.overrides)
     if not isinstance(config, PrimeConfig):
@@ -142,9 +142,9 @@ def _serve(options: argparse.Namespace, arguments: list[str]) -> int:
     config.rollout.engine = "vllm"
     # A server needs none of the trainer's GPUs or data.
     section, architecture = config.rollout.vllm, check(config, check_files=False)
+    section = server_section(section, options.overrides, on_gpu=torch.cuda.is_available())
     engine = engine_options(config.model.path, config.model.dtype, section, architecture)
-    engine = of_a_server(engine, options.overrides, on_gpu=torch.cuda.is_available())
-    command, environment = server_command(engine, options.host, options.port, section.num_threads)
+    command, environment = server_command(engine, options.host, options.port)
     print(f"vLLM of {config.model.path} on http://{options.host}:{options.port}, without weights yet", flush=True)
     os.execvpe(command[0], command, environment)
 

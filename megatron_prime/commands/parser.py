@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prime.commands import launch as command
-from megatron_prime.commands.argument_types import above_zero, at_least_one, port, probability, temperature
+from megatron_prime.commands.argument_types import above_zero, at_least_one, engine, port, probability, temperature
 from megatron_prime.planner.hardware import PROFILES
+
+_ENGINE_HELP = "transformers (default), vllm, or package.module:function of your own"
 
 
 def build_parser(functions: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParser:
@@ -71,7 +73,7 @@ def _add_evaluate(parser: argparse.ArgumentParser, overrides: dict[str, Any]) ->
     group.add_argument("--benchmarks", metavar="NAME,NAME", help="aime24, math500, gsm8k, humaneval, ...")
     group.add_argument("--data", default="data", help="folder with one folder per benchmark (default: data)")
     group.add_argument("--output", help="answers, results.json, results.txt (default: evaluations/MODEL)")
-    group.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
+    group.add_argument("--engine", type=engine, default="transformers", help=_ENGINE_HELP)
     group.add_argument("--tensor-parallel-size", type=at_least_one, default=1, help="GPUs of a vLLM engine")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     group.add_argument("--num-samples", type=at_least_one, help="answers per problem")
@@ -110,7 +112,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 = greedy (default)")
     parser.add_argument("--top-p", type=probability, default=1.0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
+    parser.add_argument("--engine", type=engine, default="transformers", help=_ENGINE_HELP)
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:

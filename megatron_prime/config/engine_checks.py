@@ -1,4 +1,4 @@
-"""What the vLLM engine's settings can get wrong, found without vLLM."""
+"""What `rollout.engine` and the vLLM engine's settings can get wrong, found without importing either."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EngineArchitecture(Protocol):
 
 
 def check_engine(config: PrimeConfig, architecture: EngineArchitecture | None, check_files: bool) -> list[str]:
-    """Finds what would stop a vLLM engine from starting, or from holding a single answer.
+    """Finds an engine that does not exist, and what would stop vLLM from starting or from holding a single answer.
 
     Args:
         config: of the run.
@@ -40,7 +40,7 @@ def check_engine(config: PrimeConfig, architecture: EngineArchitecture | None, c
     Returns:
         One line ``key: problem; fix`` per problem.
     """
-    if config.rollout.engine != "vllm":
+    if not config.rollout.uses_vllm:
         return []
     problems: list[str] = []
     if check_files and not config.rollout.vllm.servers and importlib.util.find_spec("vllm") is None:

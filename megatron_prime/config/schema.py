@@ -183,8 +183,9 @@ class VllmSection(Section):
 class RolloutSection(Section):
     """Sampling of answers."""
 
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """`transformers`: embedded in every process. `vllm`: a process beside each data-parallel group of ranks."""
+    engine: Annotated[str, Named("rollout.engine")] = "transformers"
+    """`transformers`: embedded in every process. `vllm`: a process beside each data-parallel group of ranks. An engine
+    of your own: `package.module:function` (docs/rollouts.md)."""
     num_prompts: Count
     """Groups of a step's batch (after filtering)."""
     # One answer has nothing to be compared with, and the filter keeps no such group.
@@ -202,6 +203,11 @@ class RolloutSection(Section):
     """Mean |difference| in nats between the engine's and the trainer's log-probs of the same tokens and weights, above
     which the run stops (float32: 1e-6, bfloat16: 1e-2): the engine does not compute with the trainer's weights."""
     vllm: VllmSection = field(default_factory=VllmSection)
+
+    @property
+    def uses_vllm(self) -> bool:
+        """Whether the section `vllm` counts."""
+        return self.engine == "vllm"
 
 
 @dataclass(kw_only=True, slots=True)

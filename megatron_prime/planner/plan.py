@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_prime.config.schema import AnyConfig, PrimeConfig
 from megatron_prime.planner import memory
+from megatron_prime.planner.engines import plan_engine
 from megatron_prime.planner.hardware import GIB, Hardware
 from megatron_prime.planner.speed import step_seconds, traffic_bytes
 from megatron_prime.planner.workload import Workload, has_reference, micro_batch_tokens, workload_of
@@ -115,7 +116,8 @@ def _phases(
     stage: int,
 ) -> list[PhaseMemory]:
     """Every phase's memory on a rank of one pipeline stage."""
-    engine = _engine_parts(config, architecture, layout, hardware)
+    planned = plan_engine(config, architecture, layout, work, hardware) if isinstance(config, PrimeConfig) else None
+    engine = planned.resident if planned else {}
     whole = micro_batch_tokens(config, work)
     tokens = math.ceil(whole / layout.context)
     last = stage == layout.pipeline - 1
@@ -133,15 +135,13 @@ def _phases(
         passing = {"logits": logits} if logits > layer else {"layer workspace": layer}
         return PhaseMemory(name=name, parts=resident(model, training=True) | {"activations": kept} | passing)
 
-    if not isinstance(config, PrimeConfig):
+    if not isinstance(config, PrimeConfig) or planned is None:
         return [update("update", "policy", work.num_rows, 1)]
     score = {"layer workspace": memory.forward_bytes(architecture, layout, tokens)}
     if last:
         score["logits"] = memory.head_bytes(architecture, layout, tokens, workspace, backward=False)
     phases = [
-        PhaseMemory(
-            name="rollout", parts=resident(None) | _rollout_parts(config, architecture, layout, work, hardware)
-        ),
+        PhaseMemory(name="rollout", parts=resident(None) | planned.sampling),
         PhaseMemory(name="score", parts=resident("policy") | score),
     ]
     if config.uses_prm:
@@ -187,48 +187,6 @@ def _model_parts(
     return parts
 
 
-def _engine_parts(
-    config: AnyConfig, architecture: ModelArchitecture, layout: memory.Layout, hardware: Hardware
-) -> dict[str, float]:
-    """What lies on a rank of the engine in every phase."""
-    if not isinstance(config, PrimeConfig):
-        return {}
-    if config.rollout.engine == "transformers":
-        return {"engine weights": memory.num_parameters(architecture) * layout.item_bytes}
-    if config.rollout.vllm.servers or config.rollout.vllm.in_ranks:
-        return {}
-    return _vllm_parts(config, architecture, layout, hardware)
-
-
-def _vllm_parts(
-    config: PrimeConfig, architecture: ModelArchitecture, layout: memory.Layout, hardware: Hardware
-) -> dict[str, float]:
-    """What a vLLM engine takes of each of its GPUs."""
-    weights = memory.num_parameters(architecture) * layout.item_bytes / config.rollout.vllm.tensor_parallel_size
-    return {"engine weights": weights, "engine KV cache": _engine_cache_bytes(config, hardware, weights)}
-
-
-def _engine_cache_bytes(config: PrimeConfig, hardware: Hardware, weights: float) -> float:
-    """Memory of each GPU of a vLLM engine for keys and values."""
-    section = config.rollout.vllm
-    if section.kv_cache_gib is not None:
-        return section.kv_cache_gib * GIB
-    return max(section.gpu_memory_utilization * hardware.memory_gib * GIB - weights, 0.0)
-
-
-def _rollout_parts(
-    config: PrimeConfig, architecture: ModelArchitecture, layout: memory.Layout, work: Workload, hardware: Hardware
-) -> dict[str, float]:
-    if config.rollout.engine == "vllm":
-        # Engines in the ranks sleep in the other phases.
-        return _vllm_parts(config, architecture, layout, hardware) if config.rollout.vllm.in_ranks else {}
-    num_rows = min(config.rollout.max_batch_size, math.ceil(work.num_sampled / config.parallel.world_size))
-    longest = work.prompt_tokens + work.max_response_tokens
-    logits = memory.FLOAT32 * 2 * num_rows * architecture.vocab_size
-    per_token = memory.kv_token_bytes(architecture, layout.item_bytes, 1)
-    return {"engine KV cache": num_rows * longest * per_token, "engine logits": logits}
-
-
 def _host_bytes(
     config: AnyConfig,
     architecture: ModelArchitecture,
@@ -252,8 +210,5 @@ def _host_bytes(
         total += ranks * (len(trained) * (size.weights + size.optimizer) + len(frozen) * size.weights)
     if isinstance(config, PrimeConfig):
         total += ranks * config.verifier.num_workers * _GRADER_BYTES
-        if config.rollout.engine == "vllm" and not config.rollout.vllm.servers:
-            group = layout.tensor * layout.pipeline * layout.context
-            engines = max(1, ranks // group)
-            total += engines * memory.num_parameters(architecture) * layout.item_bytes
+        total += plan_engine(config, architecture, layout, work, hardware).host_bytes
     return total

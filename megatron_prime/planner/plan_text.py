@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from megatron_prime.config.checks import data_parallel_size
 from megatron_prime.config.schema import AnyConfig, PrimeConfig
+from megatron_prime.planner.engines import describe_engine
 from megatron_prime.planner.hardware import GIB
 from megatron_prime.planner.memory import num_checkpoints
 from megatron_prime.planner.plan import PhaseMemory, Plan
@@ -50,14 +50,7 @@ def _ranks(config: AnyConfig, plan: Plan) -> str:
     text = f"{world_size} on {nodes} {'node' if nodes == 1 else 'nodes'}, every one with its shard of every model"
     if not isinstance(config, PrimeConfig):
         return text
-    if config.rollout.engine == "vllm" and config.rollout.vllm.servers:
-        return f"{text}; {len(config.rollout.vllm.servers)} vLLM servers on other hosts"
-    if config.rollout.engine == "vllm" and config.rollout.vllm.in_ranks:
-        return f"{text}; every {config.rollout.vllm.tensor_parallel_size} of them a vLLM engine too"
-    if config.rollout.engine == "vllm":
-        engines, size = data_parallel_size(config.parallel), config.rollout.vllm.tensor_parallel_size
-        return f"{text}; {engines} vLLM {'engine' if engines == 1 else 'engines'} of {size}, one per replica"
-    return f"{text}; the engine's whole model in every rank"
+    return f"{text}; {describe_engine(config)}"
 
 
 def _phase(phase: PhaseMemory) -> str:

@@ -34,7 +34,7 @@ class Candidate:
             f"parallel.use_distributed_optimizer={str(parallel.use_distributed_optimizer).lower()}",
             f"model.recompute_granularity={self.config.model.recompute_granularity}",
         ]
-        if isinstance(self.config, PrimeConfig) and self.config.rollout.engine == "vllm":
+        if isinstance(self.config, PrimeConfig) and self.config.rollout.uses_vllm:
             result.append(f"rollout.vllm.tensor_parallel_size={self.config.rollout.vllm.tensor_parallel_size}")
         return result
 
@@ -130,7 +130,7 @@ def _layouts(config: AnyConfig, a: ModelArchitecture, hardware: Hardware, num_gp
 
 
 def _engine_sizes(config: AnyConfig, group: int, per_node: int) -> list[int]:
-    if not isinstance(config, PrimeConfig) or config.rollout.engine != "vllm":
+    if not isinstance(config, PrimeConfig) or not config.rollout.uses_vllm:
         return [1]
     return [size for size in _divisors(per_node) if size <= group]
 

@@ -11,6 +11,7 @@ import math
 
 from megatron_prime.config.schema import AnyConfig, PrimeConfig
 from megatron_prime.planner import memory
+from megatron_prime.planner.engines import plan_engine
 from megatron_prime.planner.hardware import Hardware
 from megatron_prime.planner.workload import Workload, micro_batch_tokens
 from megatron_prime.weights.architecture import ModelArchitecture
@@ -130,18 +131,12 @@ def _rollout_seconds(
     config: PrimeConfig, a: ModelArchitecture, layout: memory.Layout, work: Workload, hardware: Hardware
 ) -> float:
     """Decoding: every wave reads the weights once per position up to the longest answer, and all keys and values."""
-    if config.rollout.engine == "vllm":
-        section = config.rollout.vllm
-        tensor, batch = section.tensor_parallel_size, section.max_num_seqs
-        beside = config.parallel.world_size // tensor if section.in_ranks else layout.data
-        num_engines = len(section.servers) or beside
-    else:
-        tensor, batch = 1, config.rollout.max_batch_size
-        num_engines = config.parallel.world_size
-    rows = work.num_sampled / num_engines
+    engine = plan_engine(config, a, layout, work, hardware)
+    tensor = engine.tensor
+    rows = work.num_sampled / engine.num_engines
     bandwidth = hardware.memory_gb_per_second * 1e9 * hardware.decode_efficiency * tensor
     # Finished answers make room at once: only the last ones decode in a batch that empties.
-    positions = max(rows / batch, 1) * work.response_tokens + work.max_response_tokens - work.response_tokens
+    positions = max(rows / engine.batch, 1) * work.response_tokens + work.max_response_tokens - work.response_tokens
     weights = positions * memory.num_parameters(a) * layout.item_bytes
     context = work.prompt_tokens + work.response_tokens / 2
     cache = rows * work.response_tokens * context * memory.kv_token_bytes(a, layout.item_bytes, 1)

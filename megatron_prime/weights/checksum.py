@@ -50,7 +50,7 @@ class WeightChecksum:
             raise WeightsError(f"{name}: appears twice in one weight stream")
         header = f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|"
         digest = hashlib.blake2b(header.encode(), digest_size=16)
-        for values in _block_values(tensor.detach()):
+        for values in block_values(tensor.detach()):
             digest.update(values.cpu().numpy().astype("<i8").tobytes())
         self._digests[name] = digest.digest()
 
@@ -75,8 +75,15 @@ class WeightChecksum:
             yield name, tensor
 
 
-def _block_values(tensor: Tensor) -> Iterator[Tensor]:
-    """Weighted sums of the tensor's blocks, int64 [num_blocks], in a few pieces."""
+def block_values(tensor: Tensor) -> Iterator[Tensor]:
+    """Weighted sums of a tensor's blocks, on its device (see `WeightChecksum`).
+
+    Args:
+        tensor: any shape, dtype, device and strides.
+
+    Yields:
+        int64 [blocks], a few blocks at a time.
+    """
     data = tensor.reshape(-1).contiguous()
     if data.storage_offset() * data.element_size() % 4:
         data = data.clone()  # a view as 32-bit words needs an aligned start

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import numpy
@@ -12,6 +11,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from megatron_prime.weights.checksum import block_values
 from megatron_prime.weights.shards import ShardSlice
 
 NUM_DIGEST_BYTES = 16
@@ -28,7 +28,6 @@ _INFINITY = {
 """Its bits; those of NaN are beyond."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By size: numpy has no bfloat16."""
-_BLOCK_WORDS, _BLOCKS_PER_PASS, _HALF = 8192, 1024, 2**32 - 1
 
 
 def digest(values: Tensor) -> bytes:
@@ -70,44 +69,14 @@ def find_non_finite(slices: Iterable[ShardSlice]) -> list[str]:
 def digest_on(device: torch.device, values: Tensor) -> bytes:
     """The checksum that a device computes where it has the values: on a CPU `digest`, elsewhere one that reads no less.
 
-    A GPU reduces every block of 64 KiB to eight bytes (`block_sums`), which go to the host for `digest`.
+    A GPU reduces every block of 128 KiB to eight bytes (`checksum.block_values`), which go to the host for `digest`.
 
     Args:
         device: both sides of a comparison name the same kind.
         values: any dtype, device and strides.
     """
     values = values.detach().to(device)
-    return digest(values if device.type == "cpu" else block_sums(values))
-
-
-def block_sums(values: Tensor) -> Tensor:
-    """A universal hash of every block of a tensor's bytes.
-
-    NH (Black, Halevi, Krawczyk, Krovetz, Rogaway: UMAC, CRYPTO 1999): the sum over words of (low half + key) times
-    (high half + key), halves modulo 2^32 and the sum modulo 2^64. Two different blocks agree with probability 2^-32.
-
-    Args:
-        values: any dtype, device and strides.
-
-    Returns:
-        [blocks] int64, on the device of the values.
-    """
-    data = values.contiguous().view(-1).view(torch.uint8)
-    low_keys, high_keys = _nh_keys(data.device)
-    sums = []
-    # A piece at a time: products take as much memory as the words.
-    for piece in data.split(8 * _BLOCK_WORDS * _BLOCKS_PER_PASS):
-        missing = -len(piece) % (8 * _BLOCK_WORDS)
-        words = torch.nn.functional.pad(piece, (0, missing)) if missing else piece
-        words = words.view(torch.int64).view(-1, _BLOCK_WORDS)
-        low, high = (words + low_keys) & _HALF, ((words >> 32) + high_keys) & _HALF
-        sums.append((low * high).sum(1))
-    return torch.cat(sums) if sums else data.new_empty(0, dtype=torch.int64)
-
-
-@cache
-def _nh_keys(device: torch.device) -> Tensor:
-    return torch.randint(2**32, (2, _BLOCK_WORDS), generator=torch.Generator().manual_seed(0)).to(device)
+    return digest(values if device.type == "cpu" else torch.cat(list(block_values(values))))
 
 
 def _in_groups(slices: Iterable[ShardSlice]) -> list[list[ShardSlice]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gloo_processes import free_port
 
-from megatron_prime.rollout.vllm.wire.broadcast import BROKEN_OFF, BrokenOff, Group
+from megatron_prime.rollout.vllm.wire.broadcast import ABORTED_PREFIX, Group, TransferAborted
 from megatron_prime.rollout.vllm.wire.buckets import BucketReceiver, BucketSender
 from megatron_prime.rollout.vllm.wire.shared_memory import SharedPlan, lay_out, whole_tensors
 from megatron_prime.weights.digests import digest
@@ -87,7 +87,7 @@ def fail_alone(port: int) -> tuple[str, int | None]:
     if rank == 1:
         group.abort()
     elif rank == 2:
-        with pytest.raises(BrokenOff) as found:
+        with pytest.raises(TransferAborted) as found:
             group.wait(group.begin(torch.zeros(4)))
         message = str(found.value)
         group.abort()
@@ -105,7 +105,7 @@ def fail_alone(port: int) -> tuple[str, int | None]:
 def test_everyone_knows_who_gave_up_first(gloo_pool) -> None:
     sender, _, other = gloo_pool.run(3, fail_alone, free_port())
     assert sender == ("", 1)
-    assert other == (f"{BROKEN_OFF}: rank 1 gave up", 1)
+    assert other == (f"{ABORTED_PREFIX}: rank 1 gave up", 1)
 
 
 def test_a_sender_that_gives_up_is_not_waited_for(gloo_pool) -> None:
@@ -116,7 +116,7 @@ def wait_for_absent(port: int, timeout_seconds: float, is_known: bool) -> tuple[
     """What members say of a group of three in which the third never comes, and after how long."""
     rank = int(os.environ["RANK"])
     begun = time.monotonic()
-    with pytest.raises(BrokenOff) as found:
+    with pytest.raises(TransferAborted) as found:
         Group("gloo", "127.0.0.1", port, rank, 3, timeout_seconds, CPU, lambda: rank == 0 and is_known)
     return str(found.value), time.monotonic() - begun
 
@@ -125,5 +125,5 @@ def wait_for_absent(port: int, timeout_seconds: float, is_known: bool) -> tuple[
 def test_who_does_not_come_is_not_waited_for_without_end(gloo_pool, timeout_seconds: float, is_known: bool) -> None:
     (sender, seconds), (_, others) = gloo_pool.run(2, wait_for_absent, free_port(), timeout_seconds, is_known)
     expected = "the sender gave up" if is_known else "2 of 3 members came within 1 seconds"
-    assert sender == f"{BROKEN_OFF}: {expected}"
+    assert sender == f"{ABORTED_PREFIX}: {expected}"
     assert max(seconds, others) < 60

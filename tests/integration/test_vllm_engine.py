@@ -24,7 +24,7 @@ from vllm_models import (
 )
 
 from megatron_prime.errors import RolloutError
-from megatron_prime.rollout.vllm.trainer.beside import VllmEngine
+from megatron_prime.rollout.vllm.trainer.beside import VllmBeside
 from megatron_prime.rollout.vllm.trainer.process import EngineLost, EngineParent, EngineProcess, _members
 from megatron_prime.weights.shards import ShardSlice
 
@@ -39,7 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
 
 
 @pytest.fixture(scope="module")
-def tied(folders, parent: EngineParent) -> Iterator[VllmEngine]:
+def tied(folders, parent: EngineParent) -> Iterator[VllmBeside]:
     engine = make_engine(folders["qwen2_tied"][0], parent)
     yield engine
     engine.close()
@@ -113,12 +113,12 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 
 def test_an_engine_that_starts_too_slowly_is_ended(folders, parent) -> None:
-    options = make_engine(folders["llama_untied"][0], parent)._setup.options
+    options = make_engine(folders["llama_untied"][0], parent, timeout_seconds=0.2)._options
     parent.wait()
     children = Path(f"/proc/{parent._process.pid}/task/{parent._process.pid}/children")
     before = children.read_text()
     with pytest.raises(EngineLost, match="said nothing for 0 seconds"):
-        EngineProcess(parent, options, 0.2)
+        EngineProcess(parent, options)
     wait_until(lambda: children.read_text() == before)
 
 
@@ -130,7 +130,7 @@ def test_bfloat16(folders, parent) -> None:
     engine.close()
 
 
-def test_answers_stop_where_they_should(tied: VllmEngine, folders) -> None:
+def test_answers_stop_where_they_should(tied: VllmBeside, folders) -> None:
     tied.load_weights(export(folders["qwen2_tied"][0]), 1)
     prompts = make_prompts(8)
     rows = tied.generate(prompts, sampling(max_response_tokens=40, stop_token_ids=(7, 9)))
@@ -162,7 +162,7 @@ def test_endless_answers_are_cut_off(folders, parent) -> None:
     engine.close()
 
 
-def test_seeds_belong_to_answers(tied: VllmEngine, folders) -> None:
+def test_seeds_belong_to_answers(tied: VllmBeside, folders) -> None:
     tied.load_weights(export(folders["qwen2_tied"][0]), 1)
     prompts = make_prompts(6)
     tokens = [[r.token_ids for r in row] for row in tied.generate(prompts, sampling())]
@@ -174,13 +174,13 @@ def test_seeds_belong_to_answers(tied: VllmEngine, folders) -> None:
     assert [[r.token_ids for r in row] for row in tied.generate(prompts, sampling(seed=4))] != tokens
 
 
-def test_top_p_logprobs_are_of_the_distribution_drawn_from(tied: VllmEngine, folders) -> None:
+def test_top_p_logprobs_are_of_the_distribution_drawn_from(tied: VllmBeside, folders) -> None:
     tied.load_weights(export(folders["qwen2_tied"][0]), 1)
     prompts = make_prompts(2)
     assert largest_gap(folders["qwen2_tied"][0], prompts, tied.generate(prompts, sampling(top_p=0.5))) > 0.3
 
 
-def test_cached_prefixes_do_not_survive_a_refit(tied: VllmEngine, folders) -> None:
+def test_cached_prefixes_do_not_survive_a_refit(tied: VllmBeside, folders) -> None:
     prompts = make_prompts(2, length=300)
     for version, folder in enumerate(folders["qwen2_tied"] * 2):
         tied.load_weights(export(folder), version)
@@ -192,14 +192,14 @@ def test_cached_prefixes_do_not_survive_a_refit(tied: VllmEngine, folders) -> No
     ("prompt", "message"),
     [((), "has no tokens"), ((2,) * 500, "exceeds the engine's limit of 512"), ((VOCAB_SIZE,), "outside the vocab")],
 )
-def test_unusable_prompts_are_refused_here(tied: VllmEngine, folders, prompt, message: str) -> None:
+def test_unusable_prompts_are_refused_here(tied: VllmBeside, folders, prompt, message: str) -> None:
     tied.load_weights(export(folders["qwen2_tied"][0]), 1)
     with pytest.raises(RolloutError, match=message):
         tied.generate([replace(make_prompts(1)[0], token_ids=prompt)], sampling())
     assert tied.generate(make_prompts(1), sampling())
 
 
-def test_weights_that_are_not_finite_never_reach_the_engine(tied: VllmEngine, folders) -> None:
+def test_weights_that_are_not_finite_never_reach_the_engine(tied: VllmBeside, folders) -> None:
     tied.load_weights(export(folders["qwen2_tied"][0]), 1)
     process = tied.process_id()
 
@@ -220,7 +220,7 @@ def test_weights_that_are_not_finite_never_reach_the_engine(tied: VllmEngine, fo
     assert tied.process_id() == process
 
 
-def kill_soon(engine: VllmEngine, seconds: float, killed: set[int]) -> threading.Thread:
+def kill_soon(engine: VllmBeside, seconds: float, killed: set[int]) -> threading.Thread:
     """After a while kills the engine process that there is, or the next one if that was killed already."""
 
     def kill() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from vllm_models import export, largest_gap, make_engine, make_prompts, sampling
 
 from megatron_prime.batch import Response
 from megatron_prime.errors import RolloutError
-from megatron_prime.rollout.vllm.trainer.beside import VllmEngine
-from megatron_prime.rollout.vllm.trainer.beside_buckets import StreamedVllmEngine
+from megatron_prime.rollout.vllm.trainer.beside import VllmBeside
+from megatron_prime.rollout.vllm.trainer.beside_buckets import VllmBesideBuckets
 from megatron_prime.rollout.vllm.trainer.process import EngineParent, EngineProcess
 from megatron_prime.rollout.vllm.wire.messages import Loaded
 
@@ -29,11 +28,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [save_model("qwen2_tied", root / f"weights{seed}", seed) for seed in range(2)]
 
 
-def make(folders: list[Path], parent: EngineParent, **changes: Any) -> StreamedVllmEngine:
+def make(folders: list[Path], parent: EngineParent, **changes: Any) -> VllmBesideBuckets:
     """An engine whose every matrix is larger than two buckets."""
     engine = make_engine(folders[0], parent, transfer="ipc", **changes)
-    assert isinstance(engine, StreamedVllmEngine)
-    engine._setup = replace(engine._setup, bucket_bytes=4096)
+    assert isinstance(engine, VllmBesideBuckets)
+    engine._bucket_bytes = 4096
     return engine
 
 
@@ -69,7 +68,7 @@ def test_two_workers_hold_the_latest_weights_and_no_incomplete_ones(folders, par
 class Deadly:
     """Weights at whose fifth tensor the engine dies, the first time."""
 
-    def __init__(self, folder: Path, engine: VllmEngine) -> None:
+    def __init__(self, folder: Path, engine: VllmBeside) -> None:
         self._inner = export(folder)
         self._engine = engine
         self.deaths = 1

@@ -11,13 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from bench.engine_setup import engine_setup
 from vllm_models import free_port, largest_gap, make_prompts, sampling, save_model, spell
 
-from megatron_prime.assembly.engines import vllm_setup
+from megatron_prime.assembly.engines import rank_place
 from megatron_prime.config.schema import MicroBatchSection, ModelSection, ParallelSection, VllmSection
 from megatron_prime.mcore.parallel import parallel_layout
 from megatron_prime.mcore.role import ModelRole, RoleSetup
-from megatron_prime.rollout.vllm.trainer.beside import VllmEngine
+from megatron_prime.rollout.vllm.trainer.beside import VllmBeside
 from megatron_prime.rollout.vllm.trainer.process import EngineParent
 from megatron_prime.weights.architecture import read_architecture
 from megatron_prime.weights.hf_folder import HfFolder
@@ -43,10 +44,8 @@ def refit(rank: int, folders: list[Path], ports: list[int], results: Any) -> Non
             world_size=2, tensor_model_parallel_size=tp_size, pipeline_model_parallel_size=pp_size
         )
         with parallel_layout(parallel, seed=1) as layout:
-            setup = vllm_setup(
-                str(folders[0]), "float32", section, architecture, layout, 1, end_token_ids=(1,), decode=spell
-            )
-            engine = VllmEngine(setup, parent)
+            setup = engine_setup(folders[0], section, place=rank_place(layout), end_token_ids=(1,), decode=spell)
+            engine = VllmBeside(setup, parent)
             role = ModelRole(
                 RoleSetup(
                     architecture=architecture,

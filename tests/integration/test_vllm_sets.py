@@ -14,7 +14,7 @@ import torch
 from vllm_models import VOCAB_SIZE, export, largest_gap, make_engine, make_prompts, sampling, save_model, spell
 
 from megatron_prime.rollout.vllm.trainer.answers import make_request, to_response
-from megatron_prime.rollout.vllm.trainer.beside import VllmEngine
+from megatron_prime.rollout.vllm.trainer.beside import VllmBeside
 from megatron_prime.rollout.vllm.trainer.process import EngineLost, EngineParent, EngineProcess
 from megatron_prime.rollout.vllm.wire.messages import Loaded, SharedUpdate
 from megatron_prime.rollout.vllm.wire.shared_memory import SharedPlan, SharedWeights, lay_out
@@ -30,16 +30,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tied(folder: Path, parent: EngineParent) -> Iterator[VllmEngine]:
+def tied(folder: Path, parent: EngineParent) -> Iterator[VllmBeside]:
     engine = make_engine(folder, parent)
     yield engine
     engine.close()
 
 
-def start(engine: VllmEngine) -> EngineProcess:
-    """A process of its own, to be told what no trainer would say."""
+def start(engine: VllmBeside, **changes: object) -> EngineProcess:
+    """A process of its own with other settings, to be told what no trainer would say."""
     assert engine._parent is not None
-    return EngineProcess(engine._parent, engine._setup.options, 60.0)
+    section = replace(engine._section, timeout_seconds=100.0, **changes)  # pyright: ignore[reportArgumentType]
+    return EngineProcess(engine._parent, replace(engine._options, section=section))
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -131,10 +132,8 @@ K_PROJ = "model.layers.1.self_attn.k_proj.weight"
         "empty",
     ],
 )
-def test_an_incomplete_set_ends_the_engine(tied: VllmEngine, folder: Path, change, pack_weights: bool) -> None:
-    options = replace(tied._setup.options, pack_weights=pack_weights)
-    assert tied._parent is not None
-    process = EngineProcess(tied._parent, options, 60.0)
+def test_an_incomplete_set_ends_the_engine(tied: VllmBeside, folder: Path, change, pack_weights: bool) -> None:
+    process = start(tied, pack_weights=pack_weights)
     tensors = tensors_of(folder)
     good = share(tensors)
     assert load(process, good, 1).num_probed_columns == (192 if pack_weights else 0)
@@ -148,9 +147,8 @@ def test_an_incomplete_set_ends_the_engine(tied: VllmEngine, folder: Path, chang
 
 
 @pytest.mark.parametrize("pack_weights", [True, False], ids=["packed", "plain"])
-def test_a_transposed_square_is_noticed_by_its_checksum(tied: VllmEngine, folder: Path, pack_weights: bool) -> None:
-    assert tied._parent is not None
-    process = EngineProcess(tied._parent, replace(tied._setup.options, pack_weights=pack_weights), 60.0)
+def test_a_transposed_square_is_noticed_by_its_checksum(tied: VllmBeside, folder: Path, pack_weights: bool) -> None:
+    process = start(tied, pack_weights=pack_weights)
     name = "model.layers.0.self_attn.o_proj.weight"
     tensors = tensors_of(folder)
     assert tensors[name].shape[0] == tensors[name].shape[1]
@@ -161,10 +159,8 @@ def test_a_transposed_square_is_noticed_by_its_checksum(tied: VllmEngine, folder
 
 
 @pytest.mark.parametrize("pack_weights", [True, False], ids=["packed", "plain"])
-def test_what_only_one_of_two_workers_holds_is_compared(tied: VllmEngine, folder: Path, pack_weights: bool) -> None:
-    assert tied._parent is not None
-    options = replace(tied._setup.options, pack_weights=pack_weights, tensor_parallel_size=2)
-    process = EngineProcess(tied._parent, options, 100.0)
+def test_what_only_one_of_two_workers_holds_is_compared(tied: VllmBeside, folder: Path, pack_weights: bool) -> None:
+    process = start(tied, pack_weights=pack_weights, tensor_parallel_size=2)
     tensors = tensors_of(folder)
     load(process, share(tensors, digests_of=folder, num_workers=2), 1)
     # The embedding's rows are not cut where the workers' shares end.
@@ -173,25 +169,24 @@ def test_what_only_one_of_two_workers_holds_is_compared(tied: VllmEngine, folder
         load(process, share(tensors, digests_of=folder, num_workers=2), 2)
 
 
-def test_nan_in_the_cache_does_not_outlive_its_weights(tied: VllmEngine, folder: Path) -> None:
-    assert tied._parent is not None
-    process = EngineProcess(tied._parent, replace(tied._setup.options, pack_weights=False), 60.0)
+def test_nan_in_the_cache_does_not_outlive_its_weights(tied: VllmBeside, folder: Path) -> None:
+    process = start(tied, pack_weights=False)
     tensors = tensors_of(folder)
     good = share(tensors)
     # The trainer would refuse it; bit for bit, the engine has what was sent.
     tensors["model.layers.0.self_attn.v_proj.weight"].fill_(float("nan"))
     load(process, share(tensors), 1)
     prompts = make_prompts(3, length=200)
-    requests = [make_request(f"{i}", prompt, 0, sampling(), (1,)) for i, prompt in enumerate(prompts)]
+    requests = [make_request(i, 0, prompt, sampling(), (1,)) for i, prompt in enumerate(prompts)]
     poisoned = {answer.request_id: answer for answer in process.generate(requests)}
     assert all(math.isnan(answer.logprobs[0]) for answer in poisoned.values())
     load(process, good, 2)
     answers = {answer.request_id: answer for answer in process.generate(requests)}
-    rows = [[to_response(answers[f"{i}"], spell)] for i in range(3)]
+    rows = [[to_response(answers[f"{i}/0"], spell)] for i in range(3)]
     assert largest_gap(folder, prompts, rows) < 1e-4
 
 
-def test_an_engine_follows_its_writer_and_gives_up_on_one_that_stops(tied: VllmEngine, folder: Path) -> None:
+def test_an_engine_follows_its_writer_and_gives_up_on_one_that_stops(tied: VllmBeside, folder: Path) -> None:
     tensors = tensors_of(folder)
     update = replace(share(tensors), timeout_seconds=1.0)
     memory = SharedWeights(update.plan, update.path)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import shutil
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from bench.engine_setup import engine_setup
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_prime.assembly.engines import engine_beside, vllm_setup
 from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.config.schema import VllmSection
 from megatron_prime.mcore.dtypes import DTYPES
-from megatron_prime.rollout.vllm.trainer.beside import VllmEngine
+from megatron_prime.rollout.vllm.engines import engine_beside
+from megatron_prime.rollout.vllm.trainer.beside import VllmBeside
 from megatron_prime.rollout.vllm.trainer.process import EngineParent
 from megatron_prime.weights.architecture import read_architecture
 from megatron_prime.weights.folder_export import FolderExport
@@ -79,14 +81,10 @@ def export(folder: Path, dtype: str = "float32") -> FolderExport:
 
 def make_engine(
     folder: Path, parent: EngineParent | None = None, dtype: str = "float32", **changes: object
-) -> VllmEngine:
+) -> VllmBeside:
     """An engine in a process beside this one, without weights."""
-    section = VllmSection(kv_cache_gib=0.0625, max_num_seqs=64, timeout_seconds=120.0)
-    for name, value in changes.items():
-        setattr(section, name, value)
-    architecture = read_architecture(folder)
-    setup = vllm_setup(str(folder), dtype, section, architecture, None, 1, end_token_ids=(1,), decode=spell)
-    return engine_beside(setup, parent)
+    section = replace(VllmSection(kv_cache_gib=0.0625, max_num_seqs=64, timeout_seconds=120.0), **changes)  # pyright: ignore[reportArgumentType]
+    return engine_beside(engine_setup(folder, section, dtype=dtype, end_token_ids=(1,), decode=spell), parent)
 
 
 def spell(token_ids: Sequence[int]) -> str:

@@ -21,15 +21,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from engine_setup import engine_setup
 from half_billion import CONFIG, write_folder
 from measuring import Row, machine, reset_peak, write_result
 from refit_setup import peak_gb, section, timings, trainer_place
 from refit_simple_ways import FILE, bench_simple, file_rank
 
-from megatron_prime.assembly.engines import vllm_setup
 from megatron_prime.config.schema import VllmSection
-from megatron_prime.rollout.vllm.trainer.beside import VllmEngine
-from megatron_prime.weights.architecture import read_architecture
+from megatron_prime.rollout.vllm.trainer.beside import VllmBeside
 
 LAYOUTS = {"TP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2)}
 
@@ -39,17 +38,7 @@ def trainer_rank(
 ) -> None:
     """One rank that refits an engine several times; the first one reports."""
     place, weights = trainer_place(rank, sizes, folder, port)
-    setup = vllm_setup(
-        str(folder),
-        "bfloat16",
-        settings,
-        read_architecture(folder),
-        place,  # type: ignore[arg-type]
-        1,
-        end_token_ids=(0,),
-        decode=str,
-    )
-    engine = VllmEngine(setup)
+    engine = VllmBeside(engine_setup(folder, settings, dtype="bfloat16", place=place))
     begun = time.perf_counter()
     engine.prepare(weights)
     first_plan = time.perf_counter() - begun

@@ -27,14 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from engine_setup import engine_setup
 from half_billion import write_folder
 from measuring import Row, write_result
-from refit_setup import Place, section, shards_of
+from refit_setup import section, shards_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_prime.assembly.engines import engine_beside, vllm_setup
-from megatron_prime.rollout.vllm.trainer.beside import VllmEngine
+from megatron_prime.interfaces import RankPlace
+from megatron_prime.rollout.vllm.engines import engine_beside
+from megatron_prime.rollout.vllm.trainer.base import VllmEngine
 from megatron_prime.rollout.vllm.trainer.weight_writer import WeightWriter
 from megatron_prime.rollout.vllm.wire.broadcast import Group
 from megatron_prime.rollout.vllm.wire.buckets import BucketReceiver, BucketSender, Channel
@@ -43,6 +45,7 @@ from megatron_prime.rollout.vllm.wire.shared_memory import SharedPlan, SharedWei
 from megatron_prime.weights.architecture import read_architecture
 from megatron_prime.weights.digests import digest, digest_on
 from megatron_prime.weights.families import weight_specs
+from megatron_prime.weights.shards import cut
 from megatron_prime.weights.stream import ParallelGroups, WeightExport
 
 TIMEOUT_SECONDS = 60.0
@@ -96,8 +99,8 @@ class StandIn:
         for number, item in enumerate(weights.tensors.items(), start=1):
             weights.wait(number, TIMEOUT_SECONDS)
             self._load([item])
-        found = [digest(parameter) for parameter in self.parameters.values()]
-        weights.wait(len(found) + 1, TIMEOUT_SECONDS)
+        found = [digest(cut(self.parameters[name], ranges)) for name, ranges in plan.slices]
+        weights.wait(len(plan.entries) + 1, TIMEOUT_SECONDS)
         assert found == [row.tobytes() for row in weights.digests.numpy()], "a parameter is not what was sent"
 
     def pickled(self, data: bytes) -> None:
@@ -202,9 +205,7 @@ class Bench:
 
     def through_memory(self, connection: Connection) -> Callable[[], None]:
         """Our transfer `shared_memory`."""
-        writer = WeightWriter(
-            self.weights, is_leader=True, num_workers=1, with_digests=True, timeout_seconds=TIMEOUT_SECONDS
-        )
+        writer = WeightWriter(self.weights, section(1, False, True), is_leader=True)
 
         def way() -> None:
             writer.begin(self.weights)
@@ -254,12 +255,10 @@ def started(plan: SharedPlan, device: torch.device) -> Connection:
 
 def bench_vllm(bench: Bench, folder: Path) -> None:
     """A real engine, by both of our transfers."""
+    place = RankPlace(device=bench.device)
     for transfer in ("ipc", "shared_memory"):
         settings = replace(section(1, False, True), transfer=transfer)
-        setup = vllm_setup(
-            str(folder), "bfloat16", settings, read_architecture(folder), None, 1, end_token_ids=(0,), decode=str
-        )
-        with closing(engine_beside(setup)) as engine:
+        with closing(engine_beside(engine_setup(folder, settings, dtype="bfloat16", place=place))) as engine:
             bench.time(f"vLLM, ours, {transfer}", partial(refit, engine, bench.weights))
 
 
@@ -284,7 +283,7 @@ def main() -> None:
         folder = Path(scratch)
         write_folder(folder)
         architecture = read_architecture(folder)
-        local = {name: tensor.to(device) for name, tensor in shards_of(folder, Place(0, 1, 1)).items()}
+        local = {name: tensor.to(device) for name, tensor in shards_of(folder, ParallelGroups()).items()}
         weights = WeightExport(weight_specs(architecture), architecture, lambda: local, ParallelGroups())
         bench = Bench(weights, device, options.repeats)
         bench.time("device memory to memory", bench.copied())

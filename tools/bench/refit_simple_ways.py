@@ -22,8 +22,8 @@ from refit_setup import peak_gb, section, timings, trainer_place
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_prime.assembly.engines import vllm_setup
 from megatron_prime.config.schema import VllmSection
+from megatron_prime.rollout.vllm.trainer.base import engine_options
 from megatron_prime.rollout.vllm.trainer.process import engine_environment
 from megatron_prime.weights.architecture import read_architecture
 from megatron_prime.weights.folder_export import FolderExport
@@ -95,13 +95,10 @@ def simple_engine(connection: Connection, folder: Path, num_workers: int, port: 
     """A vLLM engine that is refitted in the simple ways, without any check; a port of a store means gloo, too."""
     os.environ |= engine_environment(on_gpu=False) | {"OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    setup = vllm_setup(
-        str(folder), "bfloat16", section(num_workers, False, False), read_architecture(folder), None, 1,
-        end_token_ids=(0,), decode=str,
-    )  # fmt: skip
     from megatron_prime.rollout.vllm.worker.engine_loop import build
 
-    llm = build(setup.options)
+    settings = section(num_workers, False, False)
+    llm = build(engine_options(str(folder), "bfloat16", settings, read_architecture(folder)))
     group, meta = None, []
     if port is not None:
         store = dist.TCPStore("127.0.0.1", port, 2, is_master=False)

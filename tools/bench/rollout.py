@@ -17,19 +17,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from engine_setup import engine_setup
 from measuring import machine, write_result
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from megatron_prime.assembly.engines import vllm_setup
 from megatron_prime.batch import Prompt, SamplingParams
 from megatron_prime.config.schema import VllmSection
 from megatron_prime.rollout.embedded.kv_cache import ATTENTION_NAME
 from megatron_prime.rollout.embedded.sampling import Request, sample
 from megatron_prime.rollout.randomness import answer_key
-from megatron_prime.rollout.vllm.trainer.beside import VllmEngine
+from megatron_prime.rollout.vllm.trainer.beside import VllmBeside
 from megatron_prime.weights.architecture import read_architecture
 from megatron_prime.weights.folder_export import FolderExport
 from megatron_prime.weights.hf_folder import HfFolder
@@ -108,19 +109,18 @@ def run_transformers(model: PreTrainedModel, prompts: list[tuple[int, ...]], max
 
 
 @contextmanager
-def vllm_engine(model: PreTrainedModel) -> Iterator[VllmEngine]:
+def vllm_engine(model: PreTrainedModel) -> Iterator[VllmBeside]:
     """The same weights in an engine process."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         architecture = read_architecture(folder)
         section = VllmSection(kv_cache_gib=0.25, max_num_seqs=NUM_PROMPTS * NUM_RESPONSES)
-        setup = vllm_setup(folder, "float32", section, architecture, None, 1, end_token_ids=(), decode=str)
-        with closing(VllmEngine(setup)) as engine:
+        with closing(VllmBeside(engine_setup(Path(folder), section))) as engine:
             engine.load_weights(FolderExport(HfFolder(folder), architecture, torch.float32), version=0)
             yield engine
 
 
-def run_vllm(engine: VllmEngine, prompts: list[tuple[int, ...]], max_tokens: int, may_end: bool) -> int:
+def run_vllm(engine: VllmBeside, prompts: list[tuple[int, ...]], max_tokens: int, may_end: bool) -> int:
     """The same through the engine's protocol, text and all."""
     asked = [
         Prompt(prompt_id=str(number), text="", token_ids=token_ids, ground_truth="", ability="math")

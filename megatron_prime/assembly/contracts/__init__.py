@@ -11,7 +11,7 @@ from megatron_prime import sockets
 from megatron_prime.assembly.contracts.loggers import check_own_loggers
 from megatron_prime.assembly.contracts.prompts import check_own_prompts
 from megatron_prime.assembly.contracts.verifier import check_own_verifier
-from megatron_prime.config import AnyConfig
+from megatron_prime.config import AnyConfig, PrimeConfig
 from megatron_prime.errors import ConfigError
 
 ALGORITHM = ("advantage.estimator", "advantage.process_source", "prm.loss", "policy.loss")
@@ -26,8 +26,18 @@ def check_own_algorithm(config: AnyConfig) -> list[str]:
     return algorithm.check_own_algorithm(config)
 
 
+def check_own_engine(config: AnyConfig) -> list[str]:
+    """Looks at an engine's factory, without building one."""
+    if not isinstance(config, PrimeConfig) or not sockets.is_own("rollout.engine", config.rollout.engine):
+        return []
+    from megatron_prime.assembly.contracts.engine import check_engine
+
+    return check_engine(config)
+
+
 _CHECKS: tuple[Callable[[AnyConfig], list[str]], ...] = (
     check_own_algorithm,
+    check_own_engine,
     check_own_prompts,
     check_own_verifier,
     check_own_loggers,

@@ -12,7 +12,7 @@ from transformers.initialization import no_init_weights
 from megatron_prime import collectives
 from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.errors import RolloutError
-from megatron_prime.interfaces import OnAnswer
+from megatron_prime.interfaces import EngineSetup, OnAnswer
 from megatron_prime.rollout.embedded.kv_cache import ATTENTION_NAME
 from megatron_prime.rollout.embedded.sampling import Request, Sample, sample
 from megatron_prime.rollout.prompts import check_prompts
@@ -21,7 +21,7 @@ from megatron_prime.weights.checksum import WeightChecksum
 
 
 class TransformersEngine:
-    """Engine (`protocol.Engine`) that holds the whole model in every process and shares out the prompts.
+    """Engine (`interfaces.Engine`) that holds the whole model in every process and shares out the prompts.
 
     Args:
         folder: Hugging Face folder; only its ``config.json`` is read, weights come by `load_weights`.
@@ -34,6 +34,8 @@ class TransformersEngine:
     Raises:
         RolloutError: the folder's config.json is missing, unreadable or of a model that cannot be sampled from.
     """
+
+    weight_version: int
 
     def __init__(
         self,
@@ -57,7 +59,7 @@ class TransformersEngine:
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, on_answer: OnAnswer | None = None
     ) -> list[list[Response]]:
-        """See `protocol.Engine.generate`; a prompt's answers are all sampled by the same rank."""
+        """See `interfaces.Engine.generate`; a prompt's answers are all sampled by the same rank."""
         model = self._open_model()
         if self._unusable is not None:
             raise RolloutError(f"the rollout engine cannot generate: {self._unusable}")
@@ -96,7 +98,7 @@ class TransformersEngine:
         return collectives.interleave(collectives.all_gather(groups))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
-        """See `protocol.Engine.load_weights`; a tied output layer may be left out of the stream."""
+        """See `interfaces.Engine.load_weights`; a tied output layer may be left out of the stream."""
         model = self._open_model()
         self.weight_version = -1
         self._unusable = f"loading weights of version {version} failed; load a complete set"
@@ -145,6 +147,18 @@ class TransformersEngine:
             finish_reason="stop" if answer.stopped else "length",
             weight_version=self.weight_version,
         )
+
+
+def make_engine(setup: EngineSetup) -> TransformersEngine:
+    """The engine of `rollout.engine: transformers`, without weights."""
+    return TransformersEngine(
+        setup.folder,
+        dtype=getattr(torch, setup.dtype),
+        device=setup.place.device,
+        end_token_ids=setup.end_token_ids,
+        decode=setup.decode,
+        max_batch_size=setup.section.max_batch_size,
+    )
 
 
 def _build_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -31,7 +31,7 @@ def test_block_values_equal_a_slow_sum() -> None:
     for start in range(0, size, len(weights)):
         block = data[start : start + len(weights)].tolist()
         expected.append(sum(word * weight for word, weight in zip(block, weights, strict=False)) & MASK)
-    values = torch.cat(list(checksum._block_values(data.to(torch.int32)))).tolist()
+    values = torch.cat(list(checksum.block_values(data.to(torch.int32)))).tolist()
     assert [value & MASK for value in values] == expected
     assert all(weight % 2 == 1 for weight in weights) and len(set(weights)) == len(weights)
 

@@ -6,14 +6,8 @@ import pytest
 import torch
 import xxhash
 
-from megatron_prime.weights.digests import (
-    NUM_DIGEST_BYTES,
-    _nh_keys,
-    block_sums,
-    digest,
-    examine,
-    find_non_finite,
-)
+from megatron_prime.weights.checksum import block_values
+from megatron_prime.weights.digests import NUM_DIGEST_BYTES, digest, digest_on, examine, find_non_finite
 from megatron_prime.weights.shards import ShardSlice
 
 
@@ -68,31 +62,23 @@ def test_examining_finds_every_digest_and_every_name_in_order(num_threads: int) 
     assert sums == b"".join(digest(tensor) for tensor in tensors)
 
 
-def test_block_sums_are_nh_of_words() -> None:
-    values = torch.randn(3, 9001, generator=torch.Generator().manual_seed(1)).bfloat16()
-    data = values.view(-1).view(torch.uint8).numpy().tobytes()
-    words = [int.from_bytes(data[start : start + 8].ljust(8, b"\0"), "little") for start in range(0, len(data), 8)]
-    words += [0] * (-len(words) % 8192)
-    keys = _nh_keys(values.device).T.tolist()
-    assert len({key for pair in keys for key in pair}) > 16380
-    expected = [
-        sum(
-            (word + low) % 2**32 * (((word >> 32) + high) % 2**32)
-            for word, (low, high) in zip(words[start : start + 8192], keys, strict=True)
-        )
-        for start in range(0, len(words), 8192)
-    ]
-    assert [int(found) % 2**64 for found in block_sums(values)] == [found % 2**64 for found in expected]
+def test_the_checksum_of_an_accelerator_notices_what_sums_overlook() -> None:
+    """Its arithmetic, on the CPU: block values (`test_checksum.py` has their definition) and their digest."""
 
+    def found(tensor: torch.Tensor) -> bytes:
+        return digest(torch.cat(list(block_values(tensor))))
 
-def test_block_sums_notice_what_sums_overlook() -> None:
     values = torch.randn(256, 256, generator=torch.Generator().manual_seed(2))
-    wrong = [values.T, values.flip(0), -values, values.roll(8192)]
     two_signs = values.clone()
     two_signs.view(-1)[[1, 3]] *= -1
     swapped = values.clone()
     swapped[[0, 1]] = swapped[[1, 0]]
-    for other in [*wrong, two_signs, swapped]:
-        assert not torch.equal(block_sums(other), block_sums(values))
-    assert torch.equal(block_sums(values.T.contiguous().T), block_sums(values))
-    assert block_sums(torch.empty(0, 4)).tolist() == []
+    for other in [values.T, values.flip(0), -values, values.roll(2**15), two_signs, swapped]:
+        assert found(other) != found(values)
+    assert found(values.T.contiguous().T) == found(values)
+    assert len(found(torch.empty(0, 4))) == NUM_DIGEST_BYTES
+
+
+def test_a_cpu_computes_the_checksum_that_it_reads_fastest() -> None:
+    values = torch.randn(300, generator=torch.Generator().manual_seed(3))
+    assert digest_on(torch.device("cpu"), values) == digest(values)

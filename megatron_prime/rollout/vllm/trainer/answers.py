@@ -12,19 +12,19 @@ from megatron_prime.rollout.vllm.wire.messages import EngineRequest, Finished
 
 
 def make_request(
-    request_id: str, prompt: Prompt, answer: int, sampling: SamplingParams, end_token_ids: Sequence[int]
+    index: int, answer: int, prompt: Prompt, sampling: SamplingParams, end_token_ids: Sequence[int]
 ) -> EngineRequest:
     """What an engine is asked for one answer of a prompt; the same for every engine and after every restart.
 
     Args:
-        request_id: comes back with the answer.
-        prompt: to be answered.
+        index: number of the prompt; it and `answer` come back with the answer (`request_key`).
         answer: which of the prompt's answers.
+        prompt: to be answered.
         sampling: how to sample.
         end_token_ids: end every answer, besides the stop tokens of `sampling`.
     """
     return EngineRequest(
-        request_id=request_id,
+        request_id=f"{index}/{answer}",
         prompt_token_ids=prompt.token_ids,
         # vLLM's seeds are not negative.
         seed=answer_key(sampling.seed, prompt.prompt_id, answer) & (2**63 - 1),
@@ -33,6 +33,12 @@ def make_request(
         max_tokens=sampling.max_response_tokens,
         stop_token_ids=(*end_token_ids, *sampling.stop_token_ids),
     )
+
+
+def request_key(request_id: str) -> tuple[int, int]:
+    """Numbers of the prompt and of its answer."""
+    index, answer = request_id.split("/")
+    return int(index), int(answer)
 
 
 def to_response(finished: Finished, decode: Callable[[Sequence[int]], str]) -> Response:

@@ -22,7 +22,7 @@ class ServerLost(Exception):
 
 
 async def say_progress(action: Awaitable[Result]) -> Result:
-    """Awaits servers, which all have a time limit, and says meanwhile that this process is not stuck."""
+    """Awaits servers, which all have a time limit, with heartbeats meanwhile."""
 
     async def say() -> None:
         while True:
@@ -37,7 +37,7 @@ async def say_progress(action: Awaitable[Result]) -> Result:
 
 
 class VllmServer:
-    """A vLLM server with its development and scale-out endpoints (`serve.server_command`).
+    """A vLLM server with its development and scale-out endpoints (`serve_command.server_command`).
 
     Args:
         url: as in ``http://host:8000``.

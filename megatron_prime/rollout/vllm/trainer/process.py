@@ -127,7 +127,7 @@ class EngineParent:
         """
         if self._is_ready:
             return
-        if not _comes_within(self._timeout_seconds, lambda seconds: bool(wait([self._control], seconds))):
+        if not _arrives_within(self._timeout_seconds, lambda seconds: bool(wait([self._control], seconds))):
             raise RolloutError(f"vLLM was not imported within {self._timeout_seconds:.0f} seconds")
         answer = self._control.recv(16)
         if not answer:
@@ -163,11 +163,12 @@ class EngineProcess:
     Args:
         parent: forks it.
         options: what it is built from.
-        timeout_seconds: the longest silence while something is awaited.
     """
 
-    def __init__(self, parent: EngineParent, options: EngineOptions, timeout_seconds: float) -> None:
-        self._timeout_seconds = timeout_seconds
+    def __init__(self, parent: EngineParent, options: EngineOptions) -> None:
+        self._abort_after_seconds = options.section.abort_after_seconds
+        self._timeout_seconds = options.section.timeout_seconds
+        """The longest silence while something is awaited."""
         self._connection = parent.fork(options)
         self.process_id: int | None = None
         self.loading: int | None = None
@@ -176,7 +177,7 @@ class EngineProcess:
         assert isinstance(started, Started)
         self.process_id = started.process_id
         # On a GPU it compiles the model.
-        ready = self._receive(max(timeout_seconds, _GPU_START_SECONDS) if parent.on_gpu else None)
+        ready = self._receive(max(self._timeout_seconds, _GPU_START_SECONDS) if parent.on_gpu else None)
         assert isinstance(ready, Ready)
 
     def begin_load(self, update: SharedUpdate | BucketUpdate, version: int) -> None:
@@ -199,21 +200,15 @@ class EngineProcess:
         self.loading = None
         return loaded
 
-    def has_spoken(self) -> bool:
+    def has_reply(self) -> bool:
         """Whether there is an answer, or none will come any more."""
         try:
             return self._connection.poll(0)
         except OSError:
             return True
 
-    def generate(
-        self, requests: Sequence[EngineRequest], abort_after_seconds: float | None = None
-    ) -> Iterator[Finished]:
+    def generate(self, requests: Sequence[EngineRequest]) -> Iterator[Finished]:
         """Yields answers as they finish, in any order.
-
-        Args:
-            requests: what to sample.
-            abort_after_seconds: when to cut off what is not finished; None: never.
 
         Raises:
             EngineLost: the process ended first.
@@ -221,7 +216,7 @@ class EngineProcess:
         self._send(
             Generate(
                 requests=tuple(requests),
-                abort_after_seconds=abort_after_seconds,
+                abort_after_seconds=self._abort_after_seconds,
                 progress_seconds=min(_PROGRESS_SECONDS, self._timeout_seconds / 4),
             )
         )
@@ -250,7 +245,7 @@ class EngineProcess:
 
     def _next_reply(self, timeout_seconds: float) -> Reply:
         try:
-            if not _comes_within(timeout_seconds, self._connection.poll):
+            if not _arrives_within(timeout_seconds, self._connection.poll):
                 self.close()
                 raise EngineLost(f"the engine process said nothing for {timeout_seconds:.0f} seconds")
             reply: Reply = self._connection.recv()
@@ -262,8 +257,8 @@ class EngineProcess:
         return reply
 
 
-def _comes_within(timeout_seconds: float, poll: Callable[[float], bool]) -> bool:
-    """Waits, and says meanwhile that this process is not stuck."""
+def _arrives_within(timeout_seconds: float, poll: Callable[[float], bool]) -> bool:
+    """Waits, with heartbeats meanwhile."""
     deadline = time.monotonic() + timeout_seconds
     while not poll(min(heartbeat.SIGN_SECONDS, max(0.0, deadline - time.monotonic()))):
         if time.monotonic() >= deadline:

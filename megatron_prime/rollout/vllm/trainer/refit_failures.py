@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from megatron_prime.rollout.vllm.wire.broadcast import BROKEN_OFF
+from megatron_prime.rollout.vllm.wire.broadcast import ABORTED_PREFIX
 
 
 class ServerFailures:
@@ -58,7 +58,7 @@ class ServerFailures:
         return self._unexplained[-1] if len(self._unexplained) > self._max_unexplained else None
 
 
-def at_fault(failed: Mapping[str, str], culprit: str | None, first: Sequence[str]) -> dict[str, str]:
+def servers_at_fault(failed: Mapping[str, str], culprit: str | None, first: Sequence[str]) -> dict[str, str]:
     """Of the servers that failed together those that failed by themselves.
 
     Args:
@@ -68,6 +68,6 @@ def at_fault(failed: Mapping[str, str], culprit: str | None, first: Sequence[str
     """
     if culprit is not None:
         return {culprit: failed.get(culprit, "a worker failed")}
-    # Whoever was only left waiting says so.
-    own = {url: text for url, text in failed.items() if BROKEN_OFF not in text}
+    # The errors of those that only waited begin with the prefix.
+    own = {url: text for url, text in failed.items() if ABORTED_PREFIX not in text}
     return own or {url: failed[url] for url in first[:1]}

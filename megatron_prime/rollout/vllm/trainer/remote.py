@@ -1,4 +1,4 @@
-"""The vLLM engine on other hosts: servers that are told over HTTP and get weights from one process by gloo or NCCL."""
+"""vLLM engines on other hosts: servers that are told over HTTP and get weights from one process by gloo or NCCL."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Coroutine, Iterable, Sequence
 from itertools import accumulate
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -18,17 +17,16 @@ import aiohttp
 import torch
 
 from megatron_prime import collectives
-from megatron_prime.batch import Prompt, Response, SamplingParams
-from megatron_prime.errors import RolloutError
-from megatron_prime.interfaces import ExportedWeights, OnAnswer
-from megatron_prime.rollout.prompts import check_prompts
-from megatron_prime.rollout.vllm.trainer.answers import make_request, not_finite, raise_for, raise_together, to_response
+from megatron_prime.errors import ConfigError, RolloutError
+from megatron_prime.interfaces import EngineSetup, ExportedWeights
+from megatron_prime.rollout.vllm.trainer.answers import not_finite, raise_for, request_key
+from megatron_prime.rollout.vllm.trainer.base import Take, VllmEngine, Waiting
 from megatron_prime.rollout.vllm.trainer.http_client import ServerLost, VllmServer, each, say_progress
-from megatron_prime.rollout.vllm.trainer.refit_failures import ServerFailures, at_fault
+from megatron_prime.rollout.vllm.trainer.refit_failures import ServerFailures, servers_at_fault
 from megatron_prime.rollout.vllm.trainer.remote_sampling import ServerSampler
-from megatron_prime.rollout.vllm.wire.broadcast import BrokenOff, Group
+from megatron_prime.rollout.vllm.wire.broadcast import Group, TransferAborted
 from megatron_prime.rollout.vllm.wire.buckets import BucketSender
-from megatron_prime.rollout.vllm.wire.messages import EngineRequest, Finished
+from megatron_prime.rollout.vllm.wire.messages import EngineRequest
 from megatron_prime.rollout.vllm.wire.shared_memory import SharedPlan, lay_out, whole_tensors
 from megatron_prime.weights.digests import find_non_finite
 
@@ -38,41 +36,27 @@ _POLL_SECONDS = 1.0
 _MEETING_SECONDS = 60.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServersSetup:
-    """Which servers there are and what they are asked for."""
-
-    urls: tuple[str, ...]
-    vocab_size: int
-    max_model_len: int
-    max_num_seqs: int
-    """Answers that one server samples at the same time."""
-    end_token_ids: tuple[int, ...]
-    decode: Callable[[Sequence[int]], str]
-    """Tokens of an answer (without the token that ended it) to text."""
-    holds_copy: bool
-    """Whether this rank belongs to the model copy that is sent; global rank 0 does, and sends it."""
-    transfer: Literal["gloo", "nccl"]
-    device: torch.device
-    """Where buckets lie."""
-    bucket_bytes: int
-    timeout_seconds: float
-    max_restarts: int
-    verify_refit: bool
-    abort_after_seconds: float | None = None
-    """When to cut off answers that are not finished; None: never."""
-
-
-class VllmServers:
-    """Engine (`protocol.Engine`) that samples on vLLM servers, started by `megatron-prime serve` or by others.
+class VllmServers(VllmEngine):
+    """vLLM servers, started by `megatron-prime serve` or by others; the main rank asks all of them for all ranks.
 
     A server that is lost does not stop the run while another one is left: its answers are sampled there (seeds belong
     to answers), and it is asked again at every refit, so that one which was started anew joins with new weights.
+
+    Args:
+        setup: see `VllmEngine`.
     """
 
-    def __init__(self, setup: ServersSetup) -> None:
-        self.weight_version = -1
-        self._setup = setup
+    def __init__(self, setup: EngineSetup) -> None:
+        super().__init__(setup, engine_index=0, num_engines=1, is_leader=collectives.is_main())
+        section, on_gpu = self._section, torch.cuda.is_available()
+        if section.transfer == "nccl" and not on_gpu:
+            raise ConfigError("rollout.vllm.transfer: nccl needs a GPU on this host; use gloo")
+        self._urls = tuple(url.rstrip("/") for url in section.servers)
+        self._backend: Literal["gloo", "nccl"] = "nccl" if on_gpu and section.transfer != "gloo" else "gloo"
+        self._device = torch.device("cpu")
+        """Where buckets lie."""
+        if self._backend == "nccl":
+            self._device = torch.device("cuda", torch.cuda.current_device())
         self._plan: SharedPlan | None = None
         self._members: tuple[str, ...] = ()
         """Servers in the sender's group, which hold the latest weights if any are loaded."""
@@ -85,58 +69,31 @@ class VllmServers:
         """Of the weights that the members hold; -1: not known."""
         self._first_failed: list[str] = []
         """Servers that failed in the current attempt when nobody had given up yet."""
-        self._failures = ServerFailures(setup.max_restarts)
+        self._failures = ServerFailures(section.max_restarts)
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, on_answer: OnAnswer | None = None
-    ) -> list[list[Response]]:
-        """See `protocol.Engine.generate`."""
-        setup = self._setup
-        if self.weight_version < 0:
-            raise RolloutError("the rollout engine cannot generate: it has no weights; call load_weights first")
-        check_prompts(
-            prompts, sampling.max_response_tokens, max_length=setup.max_model_len, vocab_size=setup.vocab_size
-        )
-        groups: list[list[Response]] = []
-        problem = None
-        if collectives.is_main():
-            try:
-                groups = asyncio.run(say_progress(self._sample(prompts, sampling, on_answer)))
-            except RolloutError as error:
-                problem = str(error)
-        raise_for([collectives.broadcast(problem)])
-        return collectives.broadcast(groups)
+    def _prepare(self, weights: ExportedWeights) -> list[str]:
+        return not_finite(find_non_finite(weights.slices()))
 
-    def load_weights(self, weights: ExportedWeights, version: int) -> str:
-        """See `protocol.Engine.load_weights`; a failed load leaves no server that could be asked for answers."""
-        self.weight_version = -1
-        raise_together(not_finite(find_non_finite(weights.slices())), f"weights of version {version}: ")
+    def _load(self, weights: ExportedWeights, version: int) -> str:
         if self._plan is None:
             self._plan = whole_tensors(lay_out(weights.tensors()))
         self._failures.begin()
         while True:
-            problem = _problem_of(self._connect()) if collectives.is_main() else None
+            problem = _problem_of(self._connect()) if self._is_leader else None
             raise_for([collectives.broadcast(problem)])
             checksum = None
-            if collectives.is_main():
-                checksum = asyncio.run(say_progress(self._load(weights, version)))
-            elif self._setup.holds_copy:
-                for _ in weights:
-                    pass
+            if self._is_leader:
+                checksum = asyncio.run(say_progress(self._refit(weights, version)))
+            elif self._setup.place.copy_index == 0:
+                # The leader's copy, whose tensors it gathers.
+                _drain(weights)
             if (checksum := collectives.broadcast(checksum)) is not None:
-                self.weight_version = version
                 return checksum
             logger.warning("weights of version %d: an attempt to load them failed", version)
 
-    def sleep(self) -> None:
-        """Servers keep their memory; nothing to do."""
-
-    def wake(self) -> None:
-        """Undoes `sleep`."""
-
     def close(self) -> None:
-        """Leaves the servers alone: they were not started here."""
-        self.weight_version = -1
+        """Leaves the servers running: they were not started here."""
+        super().close()
         self._sender = self._group = None
 
     async def _connect(self) -> None:
@@ -145,31 +102,30 @@ class VllmServers:
             while True:
                 if (reason := self._failures.give_up()) is not None:
                     raise RolloutError(f"the vLLM servers took no weights: {reason}")
-                servers, held = await self._those_there(client)
+                servers, held = await self._available_servers(client)
                 urls = tuple(server.url for server in servers)
                 if self._sender is not None and urls == self._members and held == {str(self._version)}:
                     return
                 if await self._meet(servers):
                     return
 
-    async def _those_there(self, client: aiohttp.ClientSession) -> tuple[list[VllmServer], set[str | None]]:
+    async def _available_servers(self, client: aiohttp.ClientSession) -> tuple[list[VllmServer], set[str | None]]:
         """The servers that answer and have not failed too often, and the versions of their weights."""
-        setup = self._setup
         excluded = self._failures.excluded()
-        servers = [VllmServer(url, client, setup.timeout_seconds) for url in setup.urls if url not in excluded]
+        servers = self._servers(client, (url for url in self._urls if url not in excluded))
         # The first time all must come: a run should not start on half of its servers.
-        patience = 0.0 if self._has_met else setup.timeout_seconds
+        patience = 0.0 if self._has_met else self._section.timeout_seconds
         versions = await _wait_for(servers, patience)
         there = [server for server in servers if versions[server.url] is not None]
         absent = [server.url for server in servers if server not in there]
-        missing = [url for url in setup.urls if url in excluded or url in absent]
+        missing = [url for url in self._urls if url in excluded or url in absent]
         if not there or (not self._has_met and missing):
-            raise RolloutError("rollout.vllm.servers: " + "\n".join(self._what_became_of(missing, absent)))
+            raise RolloutError("rollout.vllm.servers: " + "\n".join(self._reasons_missing(missing, absent)))
         if absent:
             logger.warning("vLLM servers that do not answer: %s", ", ".join(absent))
         return there, {versions[server.url] for server in there}
 
-    def _what_became_of(self, missing: Sequence[str], absent: Sequence[str]) -> list[str]:
+    def _reasons_missing(self, missing: Sequence[str], absent: Sequence[str]) -> list[str]:
         """Why each of these servers cannot be used."""
         silence = "no answer to /health and /weight_info; start it with `megatron-prime serve CONFIG --port PORT`"
         return [
@@ -180,40 +136,40 @@ class VllmServers:
     async def _meet(self, servers: Sequence[VllmServer]) -> bool:
         """Makes a new group of the sender and every worker of these servers; False: some of them failed."""
         assert self._plan is not None
-        setup = self._setup
+        section, longest = self._section, self._options.max_model_len
         self._members, self._sender, self._group, self._version = (), None, None, -1
         failed, lengths = await each(servers, VllmServer.max_model_len)
         failed |= {
-            url: f"{url} takes {length} tokens at most, rollout.vllm.max_model_len is {setup.max_model_len}; "
+            url: f"{url} takes {length} tokens at most, rollout.vllm.max_model_len is {longest}; "
             "start it with this run's configuration"
             for url, length in lengths.items()
-            if length < setup.max_model_len
+            if length < longest
         }
         silent, num_workers = await each(servers, VllmServer.num_workers)
         if failed := failed | silent:
-            return self._did_not_meet(failed, None)
+            return self._meeting_failed(failed, None)
         ranks = dict(zip(num_workers, accumulate(num_workers.values(), initial=1), strict=False))
         size, port = 1 + sum(num_workers.values()), _free_port()
         meeting = {
-            "backend": setup.transfer,
+            "backend": self._backend,
             "port": port,
             "size": size,
             "entries": [[entry.name, list(entry.shape), entry.dtype, entry.offset] for entry in self._plan.entries],
-            "bucket_bytes": setup.bucket_bytes,
-            "compare_digests": setup.verify_refit,
-            "timeout_seconds": min(_MEETING_SECONDS, setup.timeout_seconds),
+            "bucket_bytes": self._bucket_bytes,
+            "compare_digests": section.verify_refit,
+            "timeout_seconds": min(_MEETING_SECONDS, section.timeout_seconds),
         }
         place = ("0.0.0.0", port, 0, size, meeting["timeout_seconds"])
-        called_off = threading.Event()
+        is_cancelled = threading.Event()
         own = asyncio.create_task(
-            asyncio.to_thread(Group, setup.transfer, *place, setup.device, called_off=called_off.is_set)
+            asyncio.to_thread(Group, self._backend, *place, self._device, is_cancelled=is_cancelled.is_set)
         )
 
         async def meet(server: VllmServer) -> None:
             try:
                 await server.meet(meeting | {"address": _address_towards(server.url), "first_rank": ranks[server.url]})
             except ServerLost:
-                called_off.set()
+                is_cancelled.set()
                 raise
 
         # All are waited for, also when one has failed: the others are busy until they give up.
@@ -221,32 +177,32 @@ class VllmServers:
         try:
             group = await own
         except RuntimeError as error:
-            return self._did_not_meet(failed, error)
+            return self._meeting_failed(failed, error)
         if failed:
-            return self._did_not_meet(failed, None)
-        buckets = [torch.empty(setup.bucket_bytes, dtype=torch.uint8, device=setup.device) for _ in range(2)]
+            return self._meeting_failed(failed, None)
+        buckets = [torch.empty(self._bucket_bytes, dtype=torch.uint8, device=self._device) for _ in range(2)]
         self._group, self._ranks = group, ranks
-        self._sender = BucketSender(self._plan, group, buckets, with_digests=setup.verify_refit)
+        self._sender = BucketSender(self._plan, group, buckets, with_digests=section.verify_refit)
         self._members, self._has_met = tuple(server.url for server in servers), True
         return True
 
-    def _did_not_meet(self, failed: dict[str, str], error: RuntimeError | None) -> bool:
+    def _meeting_failed(self, failed: dict[str, str], error: RuntimeError | None) -> bool:
         reason = "; ".join(["the vLLM servers and the trainer did not come together", *failed.values()])
         reason += f"; the trainer: {error}" if error else ""
         logger.warning("%s", reason)
         # If the trainer itself could not begin, that is why the others could not.
-        is_own = error is not None and not isinstance(error, BrokenOff)
-        self._failures.add({} if is_own else at_fault(failed, None, []), reason=reason)
+        is_own = error is not None and not isinstance(error, TransferAborted)
+        self._failures.add({} if is_own else servers_at_fault(failed, None, []), reason=reason)
         return False
 
-    async def _load(self, weights: ExportedWeights, version: int) -> str | None:
+    async def _refit(self, weights: ExportedWeights, version: int) -> str | None:
         """Sends one set of weights; the checksum of all, or None and one more failure of each that failed."""
         assert self._group is not None
         self._version, self._first_failed = -1, []
         async with self._client() as client:
-            servers = [VllmServer(url, client, self._setup.timeout_seconds) for url in self._members]
+            servers = self._servers(client, self._members)
             failed, _ = await each(servers, VllmServer.start_load)
-            # Whoever was ready waits for weights; they are sent to all or to none.
+            # Weights are sent to all servers or to none: those that are ready wait for them.
             checksum = None
             if failed:
                 _drain(weights)
@@ -259,9 +215,9 @@ class VllmServers:
         if failed or checksum is None:
             for text in failed.values():
                 logger.warning("a vLLM server failed in a refit: %s", text)
-            culprits = at_fault(failed, self._server_of(self._group.given_up_by()), self._first_failed)
+            culprits = servers_at_fault(failed, self._server_of(self._group.given_up_by()), self._first_failed)
             self._failures.add(culprits, reason="sending them failed; the reason is above")
-            # The others are in the middle of something; they meet anew.
+            # The other servers are in the middle of a load; a new group ends it.
             self._sender = self._group = None
             return None
         self._failures.succeeded(self._members)
@@ -298,49 +254,29 @@ class VllmServers:
         finally:
             _drain(stream)
 
-    async def _sample(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, on_answer: OnAnswer | None
-    ) -> list[list[Response]]:
-        setup = self._setup
-        waiting = {
-            (index, answer): make_request(f"{index}/{answer}", prompt, answer, sampling, setup.end_token_ids)
-            for index, prompt in enumerate(prompts)
-            for answer in range(sampling.num_responses)
-        }
-        done: dict[tuple[int, int], Response] = {}
+    def _sample(self, waiting: Waiting, take: Take) -> str | None:
+        return _problem_of(self._sample_all(waiting, take)) if waiting else None
 
-        def take(key: tuple[int, int], finished: Finished) -> None:
-            del waiting[key]
-            done[key] = to_response(finished, setup.decode)
-            if on_answer is not None:
-                on_answer(*key, done[key])
-
+    async def _sample_all(self, waiting: Waiting, take: Take) -> None:
         async with self._client() as client:
-            left = [VllmServer(url, client, setup.timeout_seconds) for url in self._members]
+            left = self._servers(client, self._members)
             while waiting and left:
-                shares: list[dict[tuple[int, int], EngineRequest]] = [{} for _ in left]
-                for key, request in waiting.items():
+                shares: list[list[EngineRequest]] = [[] for _ in left]
+                for request_id, request in waiting.items():
                     # A prompt's answers share a server and, there, what was computed for the prompt.
-                    shares[key[0] % len(left)][key] = request
+                    shares[request_key(request_id)[0] % len(left)].append(request)
+                samplers = [ServerSampler(server, self._section, version=self._version) for server in left]
                 lost = await asyncio.gather(
-                    *(self._sampler(server).run(share, take) for server, share in zip(left, shares, strict=True))
+                    *(sampler.run(share, take) for sampler, share in zip(samplers, shares, strict=True))
                 )
                 for error in filter(None, lost):
                     logger.warning("a vLLM server was lost: %s", error)
                 left = [server for server, error in zip(left, lost, strict=True) if error is None]
         if waiting:
-            raise RolloutError(f"all vLLM servers are lost ({', '.join(setup.urls)}); the reasons are above")
-        return [[done[index, answer] for answer in range(sampling.num_responses)] for index in range(len(prompts))]
+            raise RolloutError(f"all vLLM servers are lost ({', '.join(self._urls)}); the reasons are above")
 
-    def _sampler(self, server: VllmServer) -> ServerSampler:
-        setup = self._setup
-        return ServerSampler(
-            server,
-            version=self._version,
-            num_places=2 * setup.max_num_seqs,
-            timeout_seconds=setup.timeout_seconds,
-            abort_after_seconds=setup.abort_after_seconds,
-        )
+    def _servers(self, client: aiohttp.ClientSession, urls: Iterable[str]) -> list[VllmServer]:
+        return [VllmServer(url, client, self._section.timeout_seconds) for url in urls]
 
     def _client(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))

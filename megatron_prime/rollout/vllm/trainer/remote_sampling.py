@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import TypeVar
 
+from megatron_prime.config.schema import VllmSection
 from megatron_prime.rollout.vllm.trainer.http_client import ServerLost, VllmServer
 from megatron_prime.rollout.vllm.wire.messages import EngineRequest, Finished
-
-Key = TypeVar("Key")
 
 _POLL_SECONDS = 1.0
 
@@ -22,42 +19,32 @@ class ServerSampler:
 
     Args:
         server: samples.
+        section: how many answers it samples at the same time, when those that are not finished are cut off, and the
+            longest time without an answer or, as far as it says, a token.
         version: of the weights that it is to sample with.
-        num_places: requests that it is given at the same time.
-        timeout_seconds: the longest time without an answer or, as far as it says, a token.
-        abort_after_seconds: when to cut off answers that are not finished; None: never.
     """
 
-    def __init__(
-        self,
-        server: VllmServer,
-        *,
-        version: int,
-        num_places: int,
-        timeout_seconds: float,
-        abort_after_seconds: float | None,
-    ) -> None:
+    def __init__(self, server: VllmServer, section: VllmSection, *, version: int) -> None:
         self._server = server
         self._version = version
-        self._places = asyncio.Semaphore(num_places)
-        self._timeout_seconds = timeout_seconds
-        self._abort_after_seconds = abort_after_seconds
+        # The next answers are already there when one has ended.
+        self._places = asyncio.Semaphore(2 * section.max_num_seqs)
+        self._timeout_seconds = section.timeout_seconds
+        self._abort_after_seconds = section.abort_after_seconds
         self._start = self._heard = self._asked = time.monotonic()
         """When it began, was last known to make progress, and was last asked whether it does."""
         self._num_tokens: float | None = None
         self._num_unlimited = 0
         """Requests under way that may go on for long."""
 
-    async def run(
-        self, requests: Mapping[Key, EngineRequest], take: Callable[[Key, Finished], None]
-    ) -> ServerLost | None:
+    async def run(self, requests: Sequence[EngineRequest], take: Callable[[Finished], None]) -> ServerLost | None:
         """Samples until all is done or the server is lost, and says why; answers that came until then count.
 
         Args:
             requests: what to sample.
             take: is called with each answer when it is there.
         """
-        tasks = [asyncio.create_task(self._one(request, partial(take, key))) for key, request in requests.items()]
+        tasks = [asyncio.create_task(self._one(request, take)) for request in requests]
         running: set[asyncio.Task[None]] = set(tasks)
         try:
             while running:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_prime.config.schema import VllmSection
 from megatron_prime.interfaces import ExportedWeights
 from megatron_prime.rollout.vllm.wire.messages import SharedUpdate
 from megatron_prime.rollout.vllm.wire.shared_memory import SharedPlan, SharedWeights, lay_out
@@ -38,21 +39,18 @@ class WeightWriter:
 
     Args:
         weights: of this rank's model, for their layout; all ranks of the copy construct their writers together.
+        section: of the engine: how many workers it has (at their shares the slices that have checksums end), whether
+            checksums of the trainer's values are written, and how long it waits for a rank to write on.
         is_leader: the rank beside the engine; one per copy.
-        num_workers: of the engine, at whose shares the slices that have checksums end.
-        with_digests: also write checksums of the trainer's values.
-        timeout_seconds: how long the engine waits for a rank to write on.
 
     Raises:
         WeightsError: on every rank alike, the ranks' shards are not exactly the model.
         RolloutError: there is not enough memory.
     """
 
-    def __init__(
-        self, weights: ExportedWeights, *, is_leader: bool, num_workers: int, with_digests: bool, timeout_seconds: float
-    ) -> None:
-        self._num_workers = num_workers
-        self._with_digests = with_digests
+    def __init__(self, weights: ExportedWeights, section: VllmSection, *, is_leader: bool) -> None:
+        self._num_workers = section.tensor_parallel_size
+        self._with_digests = section.verify_refit
         self._sums = b""
         """Of this rank's slices."""
         tensors = weights.tensors()
@@ -80,7 +78,10 @@ class WeightWriter:
         self._first_slice = sum(len(offer.slices) for offer in writers[: self._writer])
         self._position = {entry.name: number for number, entry in enumerate(entries)}
         self.update = SharedUpdate(
-            path=self.path, plan=self.plan, compare_digests=with_digests, timeout_seconds=timeout_seconds
+            path=self.path,
+            plan=self.plan,
+            compare_digests=section.verify_refit,
+            timeout_seconds=section.timeout_seconds,
         )
         """What the engine is told."""
 
@@ -94,7 +95,7 @@ class WeightWriter:
             Names of this rank's tensors that hold NaN or an infinity. `write` of any rank must come after all ranks'
             `begin`.
         """
-        self._say(0)
+        self._report_progress(0)
         if self.gathers or not self._with_digests:
             return find_non_finite(weights.slices())
         # The engine's cores have nothing to do yet.
@@ -114,12 +115,12 @@ class WeightWriter:
             return
         assert self.memory is not None
         for part in weights.slices():
-            self._say(self._position[part.name])
+            self._report_progress(self._position[part.name])
             cut(self.memory.tensors[part.name], part.ranges).copy_(part.values)
         if self._sums:
             sums = torch.frombuffer(bytearray(self._sums), dtype=torch.uint8).view(-1, NUM_DIGEST_BYTES)
             self.memory.digests[self._first_slice : self._first_slice + len(sums)] = sums
-        self._say(len(self._position) + 1)
+        self._report_progress(len(self._position) + 1)
 
     def checksum(self) -> str:
         """Of the checksums of all parts; on ranks that do not write, of nothing."""
@@ -142,9 +143,9 @@ class WeightWriter:
                 if self._with_digests:
                     sums = bytearray(digest(tensor))
                     self.memory.digests[number] = torch.frombuffer(sums, dtype=torch.uint8)
-                self._say(number + 1)
-        self._say(len(self._position) + 1)
+                self._report_progress(number + 1)
+        self._report_progress(len(self._position) + 1)
 
-    def _say(self, num_tensors: int) -> None:
+    def _report_progress(self, num_tensors: int) -> None:
         if self.memory is not None:
             self.memory.progress[self._writer] = num_tensors

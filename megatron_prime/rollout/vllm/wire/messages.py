@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_prime.config.schema import VllmSection
 from megatron_prime.rollout.vllm.wire.ipc import BucketOffer
 from megatron_prime.rollout.vllm.wire.shared_memory import SharedPlan
 
@@ -25,18 +26,11 @@ class EngineOptions:
     folder: str
     """Hugging Face folder; only its config.json is read, weights come by `LoadWeights`."""
     dtype: str
-    tensor_parallel_size: int
+    section: VllmSection
     max_model_len: int
-    """Longest prompt and answer together, in tokens."""
-    max_num_seqs: int
-    """Answers sampled at the same time."""
-    kv_cache_bytes: int | None
-    """Room for keys and values; None leaves it to vLLM (only with an accelerator)."""
-    gpu_memory_utilization: float
-    pack_weights: bool
-    """On a CPU: let oneDNN repack the matrices. Generates faster, loads slower."""
+    """What `section.max_model_len` stands for."""
     transfer: Literal["shared_memory", "ipc"]
-    """How weights come to an engine on the trainer's host."""
+    """What `section.transfer` stands for where the engine is on the trainer's host."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

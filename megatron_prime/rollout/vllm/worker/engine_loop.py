@@ -26,7 +26,7 @@ from megatron_prime.rollout.vllm.wire.messages import (
 
 logger = logging.getLogger(__name__)
 
-STEP_TOKENS = 8192
+_STEP_TOKENS = 8192
 """Prompt tokens that a CPU engine reads in one step, where no prompt is longer."""
 
 _SMALLEST_SHARE = 0.01
@@ -63,50 +63,59 @@ def build(options: EngineOptions, *, in_ranks: bool = False) -> Any:
 
     from megatron_prime.rollout.vllm.worker.transfer import leave_matrices_plain
 
-    if not options.pack_weights:
+    if not options.section.pack_weights:
         leave_matrices_plain()
-    limits = memory_limits(options, on_gpu=not current_platform.is_cpu())
-    if current_platform.is_cpu():
-        # vLLM takes the draw of a half-read prompt back by the generator's offset, which CPU generators do not have.
-        limits |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(options.max_model_len, STEP_TOKENS)}
-    else:
-        limits["enable_sleep_mode"] = in_ranks
+    on_gpu = not current_platform.is_cpu()
+    arguments = engine_arguments(options, options.transfer, on_gpu=on_gpu)
+    if on_gpu:
+        arguments["enable_sleep_mode"] = in_ranks
     if in_ranks:
-        limits["distributed_executor_backend"] = "external_launcher"
-    llm = LLM(
-        model=options.folder,
-        skip_tokenizer_init=True,
-        load_format="dummy",
-        dtype=options.dtype,  # type: ignore[arg-type]
-        tensor_parallel_size=options.tensor_parallel_size,
-        max_model_len=options.max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        enforce_eager=current_platform.is_cpu(),
-        enable_prefix_caching=True,
-        # Log-probs of the distribution that the token was drawn from, as the loss compares them.
-        logprobs_mode="processed_logprobs",
-        generation_config="vllm",
-        disable_log_stats=True,
-        seed=0,
-        worker_extension_cls="megatron_prime.rollout.vllm.worker.transfer.WorkerExtension",
-        weight_transfer_config={"backend": BACKENDS[options.transfer]},
-        **limits,
-    )
+        arguments["distributed_executor_backend"] = "external_launcher"
+    llm = LLM(**arguments, disable_log_stats=True)
     llm.init_weight_transfer_engine({"init_info": {}})
     # What this machine or model cannot do shows here, not in the middle of the first step.
     llm.generate({"prompt_token_ids": [0]}, SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
     return llm
 
 
-def memory_limits(options: EngineOptions, *, on_gpu: bool) -> dict[str, Any]:
-    """vLLM's arguments for how much memory an engine takes."""
-    if options.kv_cache_bytes is None:
-        return {"gpu_memory_utilization": options.gpu_memory_utilization}
-    limits: dict[str, Any] = {"kv_cache_memory_bytes": options.kv_cache_bytes}
-    if on_gpu:
-        # It is not used for anything else then, but vLLM does not start where less is free.
-        limits["gpu_memory_utilization"] = _SMALLEST_SHARE
-    return limits
+def engine_arguments(options: EngineOptions, transfer: str, *, on_gpu: bool) -> dict[str, Any]:
+    """vLLM's arguments for an engine with arbitrary weights; a server's command line has the same.
+
+    Args:
+        options: what it is built from.
+        transfer: how weights come, of `BACKENDS`.
+        on_gpu: whether it runs on GPUs.
+    """
+    section = options.section
+    arguments = {
+        "model": options.folder,
+        "skip_tokenizer_init": True,
+        "load_format": "dummy",
+        "dtype": options.dtype,
+        "tensor_parallel_size": section.tensor_parallel_size,
+        "max_model_len": options.max_model_len,
+        "max_num_seqs": section.max_num_seqs,
+        "enable_prefix_caching": True,
+        # Log-probs of the distribution that the token was drawn from, as the loss compares them.
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "seed": 0,
+        "worker_extension_cls": "megatron_prime.rollout.vllm.worker.transfer.WorkerExtension",
+        "weight_transfer_config": {"backend": BACKENDS[transfer]},
+    }
+    if section.kv_cache_gib is None:
+        arguments["gpu_memory_utilization"] = section.gpu_memory_utilization
+    else:
+        arguments["kv_cache_memory_bytes"] = int(section.kv_cache_gib * 2**30)
+        if on_gpu:
+            # It is not used for anything else then, but vLLM does not start where less is free.
+            arguments["gpu_memory_utilization"] = _SMALLEST_SHARE
+    if not on_gpu:
+        arguments["enforce_eager"] = True
+        # vLLM takes the draw of a half-read prompt back by the generator's offset, which CPU generators do not have.
+        arguments["enable_chunked_prefill"] = False
+        arguments["max_num_batched_tokens"] = max(options.max_model_len, _STEP_TOKENS)
+    return arguments
 
 
 def load(llm: Any, message: LoadWeights) -> Loaded:
@@ -131,7 +140,8 @@ def generate(
         llm: samples.
         message: the requests.
         send: takes answers.
-        report: is called after every step that gave tokens, before `send`: whoever got the last answer hears no more.
+        report: is called after every step that gave tokens, before `send`: the trainer does not listen after the last
+            answer.
     """
     engine = llm.llm_engine
     version, limit = llm.get_weight_version(), message.abort_after_seconds
@@ -144,7 +154,7 @@ def generate(
         outputs = engine.step()
         if outputs and report is not None:
             report()
-        # Whoever has not begun yet gets a first token, so that no answer is empty.
+        # A request that has not begun yet gets a first token, so that no answer is empty.
         late = [] if time.monotonic() < deadline else [output for output in outputs if not output.finished]
         engine.abort_request([output.request_id for output in late])
         for output in outputs:

@@ -40,7 +40,7 @@ def main(descriptor: int) -> None:
     gc.collect()
     gc.freeze()
 
-    # Ended engines need no funeral: their connection's end says it.
+    # The trainer learns of an engine's end by its connection; nobody waits for its exit status.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     control.send(b"ready")
     while True:

@@ -24,7 +24,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from megatron_prime.rollout.vllm.wire.broadcast import BrokenOff, Group
+from megatron_prime.rollout.vllm.wire.broadcast import Group, TransferAborted
 from megatron_prime.rollout.vllm.wire.buckets import BucketReceiver, Channel
 from megatron_prime.rollout.vllm.wire.ipc import BucketReader
 from megatron_prime.rollout.vllm.wire.messages import BACKENDS, PLAIN, BucketUpdate, SharedUpdate
@@ -141,28 +141,28 @@ class CheckedTransfer(WeightTransferEngine[Any, Any]):
 
 
 @dataclass
-class _NothingToSay(WeightTransferInitInfo):
+class _EmptyInit(WeightTransferInitInfo):
     pass
 
 
 @dataclass
-class _WhatIsInMemory(WeightTransferUpdateInfo):
+class _SharedMemoryInfo(WeightTransferUpdateInfo):
     update: SharedUpdate
 
 
 class SharedMemoryTransfer(CheckedTransfer):
     """Weights lie in memory that the trainer's ranks on this host write, many of them where they stay."""
 
-    init_info_cls = _NothingToSay
-    update_info_cls = _WhatIsInMemory
+    init_info_cls = _EmptyInit
+    update_info_cls = _SharedMemoryInfo
     _weights: SharedWeights | None = None
     _placement: Placement | None = None
     _update: SharedUpdate
 
-    def init_transfer_engine(self, init_info: _NothingToSay) -> None:
+    def init_transfer_engine(self, init_info: _EmptyInit) -> None:
         """Nothing to agree on: every update names its memory."""
 
-    def receive_weights(self, update_info: _WhatIsInMemory) -> None:
+    def receive_weights(self, update_info: _SharedMemoryInfo) -> None:
         """Loads while the trainer writes."""
         self._update = update = update_info.update
         if self._weights is None or self._weights.path != update.path:
@@ -223,26 +223,26 @@ class BucketTransfer(CheckedTransfer):
         return self._receiver.digests
 
     def shutdown(self) -> None:
-        """Leaves the trainer and frees the memory."""
+        """Frees the memory."""
         self._receiver = None
 
 
 @dataclass
-class _WhatIsInBuckets(WeightTransferUpdateInfo):
+class _BucketInfo(WeightTransferUpdateInfo):
     update: BucketUpdate
 
 
 class IpcTransfer(BucketTransfer):
     """Buckets are memory of the trainer's on this host, on a GPU or not."""
 
-    init_info_cls = _NothingToSay
-    update_info_cls = _WhatIsInBuckets
+    init_info_cls = _EmptyInit
+    update_info_cls = _BucketInfo
     _reader: BucketReader | None = None
 
-    def init_transfer_engine(self, init_info: _NothingToSay) -> None:
+    def init_transfer_engine(self, init_info: _EmptyInit) -> None:
         """Nothing to agree on: every update names its buckets."""
 
-    def receive_weights(self, update_info: _WhatIsInBuckets) -> None:
+    def receive_weights(self, update_info: _BucketInfo) -> None:
         """Loads while the trainer sends."""
         update = update_info.update
         if self._reader is None or self._reader.offer != update.offer:
@@ -279,7 +279,7 @@ class _Meeting(WeightTransferInitInfo):
 
 
 @dataclass
-class _TheSame(WeightTransferUpdateInfo):
+class _EmptyInfo(WeightTransferUpdateInfo):
     pass
 
 
@@ -287,7 +287,7 @@ class BroadcastTransfer(BucketTransfer):
     """Buckets come over the network."""
 
     init_info_cls = _Meeting
-    update_info_cls = _TheSame
+    update_info_cls = _EmptyInfo
     _group: Group | None = None
 
     def init_transfer_engine(self, init_info: _Meeting) -> None:
@@ -303,16 +303,16 @@ class BroadcastTransfer(BucketTransfer):
         address, timeout = (init_info.address, init_info.port), init_info.timeout_seconds
         self._group = Group(init_info.backend, *address, rank, init_info.size, timeout, self._bucket_device)
 
-    def receive_weights(self, update_info: _TheSame) -> None:
+    def receive_weights(self, update_info: _EmptyInfo) -> None:
         """Loads while buckets arrive."""
         assert self._group is not None
         bucket_bytes, compare_digests = self._meeting.bucket_bytes, self._meeting.compare_digests
         try:
             self.receive(self._plan, self._group, bucket_bytes, self._bucket_device, compare_digests=compare_digests)
-        except BrokenOff:
+        except TransferAborted:
             raise
         except Exception:
-            # vLLM hears its workers in turn: without this the trainer would know when the others are tired of waiting.
+            # vLLM collects its workers' results in order: without this the others would wait for their time-outs.
             with contextlib.suppress(RuntimeError):
                 self._group.abort()
             raise
@@ -331,7 +331,7 @@ class WorkerExtension:
     _weight_update_active: bool
 
     def prime_leave_update(self) -> None:
-        """Ends an update that nobody will finish: vLLM itself ends only those that raise."""
+        """Ends an update that was abandoned: vLLM itself ends only those that raise."""
         self._weight_update_active = False
         self.weight_transfer_engine.reset_weight_update_target()
 
@@ -369,5 +369,4 @@ def _repack_tied_head(model: Any) -> None:
 if os.environ.get(PLAIN) == "1":
     leave_matrices_plain()
 for _name, _transfer in zip(BACKENDS.values(), (SharedMemoryTransfer, IpcTransfer, BroadcastTransfer), strict=True):
-    if _name not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(_name, _transfer)
+    WeightTransferEngineFactory.register_engine(_name, _transfer)
