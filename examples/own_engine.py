@@ -10,11 +10,19 @@ of the factory and at the methods of the class that it says it makes, before any
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_prime import Engine, EngineSetup, ExportedWeights, OnAnswer, Prompt, Response, SamplingParams, collectives
-from megatron_prime.sockets import resolve
+from megatron_prime import (
+    Engine,
+    EngineSetup,
+    ExportedWeights,
+    Prompt,
+    Response,
+    SamplingParams,
+    is_main,
+    resolve,
+)
 
 
 class RecordingEngine:
@@ -30,11 +38,14 @@ class RecordingEngine:
         return self._engine.weight_version
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, on_answer: OnAnswer | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        on_answer: Callable[[int, int, Response], None] | None = None,
     ) -> list[list[Response]]:
         """Answers every prompt `sampling.num_responses` times; every rank returns all answers."""
         groups = self._engine.generate(prompts, sampling, on_answer)
-        if collectives.is_main():
+        if is_main():
             with self._path.open("a", encoding="utf-8") as file:
                 for prompt, group in zip(prompts, groups, strict=True):
                     for response in group:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         StepSpan,
         Verdict,
     )
+    from megatron_prime.collectives import is_main
     from megatron_prime.config import PrimeConfig, SftConfig, load_config
     from megatron_prime.config.schema import AdvantageSection, PolicySection, PrmSection
     from megatron_prime.data.own import PromptRequest, PromptSourceBase
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
         EngineSetup,
         ExportedWeights,
         MetricsLogger,
-        OnAnswer,
         PromptSource,
         Verifier,
     )
     from megatron_prime.observe.loggers import LoggerRequest
+    from megatron_prime.sockets import resolve
     from megatron_prime.verify.contract import Case, check_verifier
 
 __all__ = [
@@ -49,7 +50,6 @@ __all__ = [
     "Group",
     "LoggerRequest",
     "MetricsLogger",
-    "OnAnswer",
     "PolicySection",
     "PolicyTokens",
     "PrimeConfig",
@@ -72,7 +72,9 @@ __all__ = [
     "algorithm",
     "check_verifier",
     "generate",
+    "is_main",
     "load_config",
+    "resolve",
     "train",
 ]
 
@@ -85,7 +87,6 @@ _PLACES = {
     "Group": "batch",
     "LoggerRequest": "observe.loggers",
     "MetricsLogger": "interfaces",
-    "OnAnswer": "interfaces",
     "PolicySection": "config.schema",
     "PolicyTokens": "algorithm.policy_loss",
     "PrimeConfig": "config",
@@ -107,7 +108,9 @@ _PLACES = {
     "Verifier": "interfaces",
     "check_verifier": "verify.contract",
     "generate": "assembly.run",
+    "is_main": "collectives",
     "load_config": "config",
+    "resolve": "sockets",
     "train": "assembly.run:run",
 }
 """Name -> module, with a colon and the name there where it has another one."""

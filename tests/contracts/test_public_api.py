@@ -21,7 +21,6 @@ PACKAGE = [
     "Group",
     "LoggerRequest",
     "MetricsLogger",
-    "OnAnswer",
     "PolicySection",
     "PolicyTokens",
     "PrimeConfig",
@@ -44,7 +43,9 @@ PACKAGE = [
     "algorithm",
     "check_verifier",
     "generate",
+    "is_main",
     "load_config",
+    "resolve",
     "train",
 ]
 REQUESTS = {
