@@ -25,6 +25,7 @@ SYSTEM_PACKAGES = ("no Slurm", "no bubblewrap", "vLLM is not installed", "NeMo-R
 """How the reasons of tests begin that are skipped for want of something that can be installed."""
 
 LONG = (
+    "test_benches",
     "test_slurm",
     "test_vllm_training",
     "test_vllm_engine",

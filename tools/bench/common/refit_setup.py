@@ -1,4 +1,4 @@
-"""The model and the trainer ranks of `bench_refit.py`."""
+"""The model and the trainer ranks of `refit.py`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from measuring import Row, peak_bytes
 
+from common.measuring import Row, peak_bytes
 from megatron_prime.config.schema import VllmSection
 from megatron_prime.weights.architecture import read_architecture
 from megatron_prime.weights.families import weight_specs
@@ -35,6 +35,7 @@ class Place:
         self.tp_rank, self.tp_size = rank % tp_size, tp_size
         self.pp_rank, self.pp_size = rank // tp_size, pp_size
         self.copy_index, self.num_copies = 0, 1
+        self.device = torch.device("cpu")
 
     def export_groups(self) -> ParallelGroups:
         """The groups over which the model's weights are gathered."""
