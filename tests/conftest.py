@@ -31,6 +31,7 @@ SYSTEM_PACKAGES = (
 """How the reasons of tests begin that are skipped for want of something that can be installed."""
 
 LONG = (
+    "test_benches",
     "test_slurm",
     "test_vllm_training",
     "test_vllm_engine",

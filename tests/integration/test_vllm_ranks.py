@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from bench.engine_setup import engine_setup
+from bench.common.engine_setup import engine_setup
 from vllm_models import free_port, largest_gap, make_prompts, sampling, save_model, spell
 
 from megatron_prime.assembly.engines import rank_place

@@ -19,7 +19,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
-from bench.engine_setup import engine_setup
+from bench.common.engine_setup import engine_setup
 from vllm_models import VOCAB_SIZE, export, free_port, largest_gap, make_prompts, make_start, sampling, spell
 
 from megatron_prime.commands.main import main

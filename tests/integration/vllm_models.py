@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from bench.engine_setup import engine_setup
+from bench.common.engine_setup import engine_setup
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_prime.batch import Prompt, Response, SamplingParams

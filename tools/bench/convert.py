@@ -15,11 +15,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from half_billion import write_folder
-from measuring import BUILD, Row, machine, peak_bytes, resident_bytes, write_result
+from common.half_billion import CONFIG, TINY_CONFIG, write_folder
+from common.measuring import Row, bench_parser, machine, peak_bytes, resident_bytes, write_result
 
 
 def work_of(variant: str, direction: str, source: Path, target: Path) -> Callable[[], object]:
@@ -54,9 +55,9 @@ def run(variant: str, direction: str, source: Path, target: Path) -> Row:
     return json.loads(printed.splitlines()[-1])
 
 
-def bench(scratch: Path, num_repeats: int) -> list[Row]:
+def bench(scratch: Path, config: Mapping[str, Any], num_repeats: int) -> list[Row]:
     source, megatron, back = scratch / "source", scratch / "megatron", scratch / "back"
-    num_bytes = write_folder(source)
+    num_bytes = write_folder(source, config)
     turns = {
         ("ours", "to-megatron"): (source, megatron),
         ("ours", "to-hf"): (megatron, back),
@@ -77,7 +78,7 @@ def bench(scratch: Path, num_repeats: int) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = bench_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -85,17 +86,17 @@ def main() -> None:
         variant, direction, source, target = options.child
         print(json.dumps(measure(variant, direction, Path(source), Path(target))))
         return
-    scratch = BUILD / "convert.scratch"
+    scratch = options.output / "convert.scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        rows = bench(scratch, options.repeats)
+        rows = bench(scratch, *((TINY_CONFIG, 1) if options.tiny else (CONFIG, options.repeats)))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     print(f"{'variant':<14}{'direction':<14}{'seconds':>9}{'GB/s':>7}{'peak MB':>9}{'libraries MB':>14}")
     for row in rows:
         memory = f"{row['peak_bytes'] / 1e6:>9.0f}{row['library_bytes'] / 1e6:>14.0f}"
         print(f"{row['variant']:<14}{row['direction']:<14}{row['seconds']:>9.2f}{row['gb_per_second']:>7.2f}{memory}")
-    write_result("convert", machine("one thread"), rows)
+    write_result("convert", machine("one thread"), rows, options)
 
 
 if __name__ == "__main__":

@@ -5,22 +5,32 @@ Runs the shipped configurations through the command line, prints a table and wri
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from measuring import BUILD, ROOT, machine, write_result
+from common.measuring import ROOT, bench_parser, machine, write_result
 from rich.console import Console
 from rich.table import Table
 
-RUNS = BUILD / "demo_runs"
 # Longer than the demo, to see what comes after it; learning rates are constant, so the first steps are the demo's.
 NUM_STEPS = 40
 DEMO_STEPS = 28
 VARIANTS = {"ours": [], "outcome_only_rloo": ["advantage.process_coef=0"]}
+TINY = ["parallel.world_size=1", "data.num_problems=100", "checkpoint.every_steps=0", "run.plots=false"]
+TINY_SFT = [*TINY, "run.num_steps=5", "sft.optimizer.lr_warmup_steps=0", "sft.log_every_steps=1"]
+TINY_PRIME = [
+    *TINY,
+    "run.num_steps=2",
+    "parallel.tensor_model_parallel_size=1",
+    "rollout.num_prompts=4",
+    "rollout.max_response_tokens=16",
+    "filter.enabled=false",
+    "evaluation.num_prompts=8",
+    "evaluation.every_steps=1",
+]
 
 
 def run(command: str, config: str, *overrides: str) -> None:
@@ -36,16 +46,15 @@ def run(command: str, config: str, *overrides: str) -> None:
     subprocess.run(arguments, check=True, cwd=ROOT)
 
 
-def measure(variant: str, seed: int, start: Path) -> dict[str, Any]:
+def measure(variant: str, seed: int, runs: Path, overrides: list[str]) -> dict[str, Any]:
     """One PRIME run; its summary, and the AUC of process rewards from step 10 on."""
     name = f"{variant}_{seed}"
-    summary_path = RUNS / name / "summary.json"
+    summary_path = runs / name / "summary.json"
     if not summary_path.exists():
-        where = [f"run.directory={RUNS}", f"run.name={name}", f"run.seed={seed}", f"model.path={start}"]
-        where.append(f"run.num_steps={NUM_STEPS}")
-        run("train", "arithmetic.yaml", *where, "checkpoint.export_hf=false", *VARIANTS[variant])
+        where = [f"run.directory={runs}", f"run.name={name}", f"run.seed={seed}", f"model.path={runs / 'sft' / 'hf'}"]
+        run("train", "arithmetic.yaml", *where, "checkpoint.export_hf=false", *VARIANTS[variant], *overrides)
     summary = json.loads(summary_path.read_text())
-    rows = [json.loads(line) for line in (RUNS / name / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["step"] > 0]
     aucs = [row["prm/step_auc_recent"] for row in steps if row["step"] >= 10 and "prm/step_auc_recent" in row]
     singles = [row["prm/step_auc"] for row in steps if 10 <= row["step"] <= DEMO_STEPS and "prm/step_auc" in row]
@@ -68,14 +77,16 @@ def measure(variant: str, seed: int, start: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Measures every variant and seed that has no result yet, then reports all."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = bench_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    seeds = parser.parse_args().seeds
-    start = RUNS / "sft" / "hf"
-    if not start.exists():
-        run("sft", "arithmetic_sft.yaml", f"run.directory={RUNS}", "run.name=sft")
-    rows = [measure(variant, seed, start) for seed in seeds for variant in VARIANTS]
-    write_result("demo", machine(), rows)
+    options = parser.parse_args()
+    runs = (options.output / "demo_runs").resolve()
+    if not (runs / "sft" / "hf").exists():
+        sft = TINY_SFT if options.tiny else []
+        run("sft", "arithmetic_sft.yaml", f"run.directory={runs}", "run.name=sft", *sft)
+    seeds, prime = (options.seeds[:1], TINY_PRIME) if options.tiny else (options.seeds, [f"run.num_steps={NUM_STEPS}"])
+    rows = [measure(variant, seed, runs, prime) for seed in seeds for variant in VARIANTS]
+    write_result("demo", machine(), rows, options)
 
     table = Table(title="Arithmetic: PRIME (ours) beside outcome-only RLOO")
     for column in ("variant", "seed", "before", "after (95%)", "step AUC >= 10", "s/step", "seconds"):

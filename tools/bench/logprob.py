@@ -16,13 +16,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from logprob_variants import VARIANTS, NotHere, Problem, errors_against_float64
-from measuring import machine, peak_bytes, reset_peak, resident_bytes, write_result
+from common.logprob_variants import VARIANTS, NotHere, Problem, errors_against_float64
+from common.measuring import bench_parser, machine, peak_bytes, reset_peak, resident_bytes, write_result
 from rich.console import Console
 from rich.table import Table
 
 from megatron_prime.kernels import HeadOptions, choose_gemm
 from megatron_prime.kernels.gemm import Gemm
+
+TINY_VARIANTS = ["naive log_softmax", "F.linear_cross_entropy", "ours", "floor"]
+"""A tiny run starts a process for each of these only; `logprob_gpu.py --tiny --host` runs all."""
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -86,7 +89,7 @@ def floor(arguments: argparse.Namespace, dtype: torch.dtype, gemm: Any) -> dict[
 
 def main() -> None:
     """Runs every variant in its own process and reports."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = bench_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--hidden-size", type=int, default=896)
     parser.add_argument("--vocab-size", type=int, default=151936)
@@ -97,10 +100,13 @@ def main() -> None:
     parser.add_argument("--peers", action="append", default=[])
     parser.add_argument("--variant", choices=[*VARIANTS, "floor"], help="run only this, in this process")
     arguments = parser.parse_args()
+    if arguments.tiny:
+        arguments.tokens, arguments.hidden_size, arguments.vocab_size, arguments.repeats = 512, 32, 8000, 1
     if arguments.variant:
         print(json.dumps(measure(arguments)))
         return
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in [*VARIANTS, "floor"]}
+    names = TINY_VARIANTS if arguments.tiny else [*VARIANTS, "floor"]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(arguments.repeats):
         for name, results in found.items():
             command = [sys.executable, __file__, *sys.argv[1:], "--variant", name]
@@ -109,7 +115,7 @@ def main() -> None:
     rows = [min(results, key=lambda row: row.get("seconds", 0.0)) for results in found.values()]
     where = machine(f"{arguments.threads} thread(s)", arguments.dtype)
     report(rows, where, arguments)
-    write_result("logprob", where, rows)
+    write_result("logprob", where, rows, arguments)
 
 
 def report(rows: list[dict[str, Any]], machine: str, arguments: argparse.Namespace) -> None:

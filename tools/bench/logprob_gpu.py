@@ -1,21 +1,20 @@
 """Times the log-prob op on one GPU: heads of 7B, 32B and 72B models, whole and as shards of TP 4 and 8, beside peers.
 
 Reports time, TFLOP/s, the share of the floor (three or four matrix products at the rate that cuBLAS reaches on the
-card), peak memory and error against float64. A few minutes on one card. Writes build/bench/logprob_gpu.json. Without a
-GPU it measures nothing; `--smoke` runs every line of it on tiny shapes on the CPU, to show that it works.
+card), peak memory and error against float64. A few minutes on one card. Writes build/bench/logprob_gpu.json. Ends with
+status 77 where there is no GPU; `--tiny --host` runs every line of it on tiny shapes on the CPU, to show that it works.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from logprob_variants import VARIANTS, NotHere, Problem, errors_against_float64, ours_forward_only
-from measuring import write_result
+from common.logprob_variants import VARIANTS, NotHere, Problem, errors_against_float64, ours_forward_only
+from common.measuring import bench_parser, exit_without_gpu, write_result
 from rich.console import Console
 from rich.table import Table
 
@@ -23,7 +22,7 @@ from megatron_prime.kernels import HeadOptions
 
 VOCAB_SIZE = 152064
 HEADS = {"7B": 3584, "32B": 5120, "72B": 8192}
-SMOKE_HEADS = {"tiny": 48}
+TINY_HEADS = {"tiny": 48}
 # Products of 2 T d V that each variant makes at least.
 PRODUCTS = {"ours": 3, "ours, loss entry": 3, "ours, forward only": 1}
 RUNS: dict[str, Callable[[Problem], torch.Tensor]] = VARIANTS | {"ours, forward only": ours_forward_only}
@@ -91,19 +90,18 @@ def measure(name: str, problem: Problem, device: str, rate: float) -> dict[str, 
 
 def main() -> None:
     """Runs every shape and variant, prints one table and writes it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, on the CPU where there is no GPU")
+    parser = bench_parser(__doc__)
+    parser.add_argument("--host", action="store_true", help="on the CPU: shows that it runs")
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--variants", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--workspace-mib", type=float, default=1024)
     arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not arguments.smoke:
-        print("no GPU here: nothing was measured (--smoke runs the script on tiny shapes)")
-        return
-    heads = SMOKE_HEADS if arguments.smoke else {name: HEADS[name] for name in arguments.heads}
-    vocab_size = 400 if arguments.smoke else VOCAB_SIZE
-    token_counts = [64] if arguments.smoke else [8192, 32768]
+    device = "cpu" if arguments.host else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        exit_without_gpu()
+    heads = TINY_HEADS if arguments.tiny else {name: HEADS[name] for name in arguments.heads}
+    vocab_size = 400 if arguments.tiny else VOCAB_SIZE
+    token_counts = [64] if arguments.tiny else [8192, 32768]
     dtype = torch.bfloat16
     rate = product_rate(device, dtype)
     options = HeadOptions(workspace_bytes=int(arguments.workspace_mib * 2**20))
@@ -122,9 +120,9 @@ def main() -> None:
                 for name in arguments.variants:
                     rows.append({"head": head, "shards": shards} | measure(name, part, device, rate))
             del problem
-    machine = torch.cuda.get_device_name() if device == "cuda" else "CPU (smoke)"
+    machine = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     report(rows, machine, rate)
-    write_result("logprob_gpu", machine, rows, product_rate=rate)
+    write_result("logprob_gpu", machine, rows, arguments, product_rate=rate)
 
 
 def report(rows: list[dict[str, Any]], machine: str, rate: float) -> None:

@@ -7,7 +7,6 @@ the model down for machines with less than 24 GiB. Prints a table and writes bui
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -18,12 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from half_billion import make_trainable
-from measuring import BUILD, ROOT, machine, write_result
+from common.half_billion import CONFIG, TINY_CONFIG, make_trainable
+from common.measuring import ROOT, bench_parser, machine, write_result
 from rich.console import Console
 from rich.table import Table
 
-SCRATCH = BUILD / "memory"
 NUM_STEPS = 2
 STAGES = ("rollout", "score", "prm_update", "policy_update", "refit")
 FREED, NO_COPY = "parallel.offload_idle=gradients", "reference.source=policy"
@@ -54,30 +52,37 @@ COMMON = [
     "checkpoint.every_steps=0",
     "checkpoint.export_hf=false",
 ]
+TINY = ["run.num_threads=1", "rollout.num_prompts=1", "rollout.max_response_tokens=8", "data.num_problems=100"]
 
 
-def run(folder: Path, variant: str, overrides: list[str]) -> dict[str, Any]:
+def run(scratch: Path, folder: Path, variant: str, overrides: list[str]) -> dict[str, Any]:
     """Peaks by stage after the first step, which allocates, and seconds of a step."""
     name = variant.replace(" ", "_")
-    shutil.rmtree(SCRATCH / "runs" / name, ignore_errors=True)
+    runs = scratch / "runs"
+    shutil.rmtree(runs / name, ignore_errors=True)
     command = [sys.executable, "-m", "megatron_prime", "train", str(ROOT / "configs" / "arithmetic.yaml")]
-    command += [f"run.directory={SCRATCH / 'runs'}", f"run.name={name}", f"model.path={folder}", *COMMON, *overrides]
-    log = SCRATCH / f"{name}.log"
-    metrics = SCRATCH / "runs" / name / "metrics.jsonl"
+    command += [f"run.directory={runs}", f"run.name={name}", f"model.path={folder}", *COMMON, *overrides]
+    log = scratch / f"{name}.log"
+    metrics = runs / name / "metrics.jsonl"
     with log.open("w") as output:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
         # The last step would save a checkpoint of many GB.
-        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") == NUM_STEPS):
+        while process.poll() is None and num_lines(metrics) < NUM_STEPS:
             time.sleep(0.2)
-    if process.poll() is not None:
-        sys.exit(f"{variant} failed: see {log}")
     process.kill()
     process.wait()
+    if num_lines(metrics) < NUM_STEPS:
+        sys.exit(f"{variant} failed: see {log}")
     steps = [row for row in map(json.loads, metrics.read_text().splitlines()) if row["step"] > 1]
     peaks = {stage: max(row[f"memory/{stage}_gib"] for row in steps) for stage in STAGES}
     seconds = statistics.median(row["time/step_seconds"] for row in steps)
     return {"variant": variant, "seconds": seconds, "peak_gib": max(peaks.values()), **peaks}
+
+
+def num_lines(path: Path) -> int:
+    """Of a file that may not be there yet."""
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 def planned(folder: Path) -> dict[str, float]:
@@ -93,15 +98,18 @@ def planned(folder: Path) -> dict[str, float]:
 
 def main() -> None:
     """Measures every variant and reports."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = bench_parser(__doc__)
     parser.add_argument("--layers", type=int, default=24, help="of the model (default: 24, as Qwen2.5-0.5B has)")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    arguments = parser.parse_args()
-    folder = make_trainable(SCRATCH / f"qwen2.5_0.5b_{arguments.layers}_layers", arguments.layers)
-    rows = [run(folder, variant, VARIANTS[variant]) for variant in arguments.variants]
-    where = machine(f"{arguments.layers} layers")
+    options = parser.parse_args()
+    scratch = (options.output / "memory").resolve()
+    config = TINY_CONFIG if options.tiny else CONFIG | {"num_hidden_layers": options.layers}
+    where = machine(f"{config['num_hidden_layers']} layers")
+    folder = make_trainable(scratch / f"{config['num_hidden_layers']}_layers_of_{config['hidden_size']}", config)
+    variants, tiny = (["ours"], TINY) if options.tiny else (options.variants, [])
+    rows = [run(scratch, folder, variant, [*VARIANTS[variant], *tiny]) for variant in variants]
     parts = planned(folder)
-    write_result("memory", where, rows, planned_gib=parts)
+    write_result("memory", where, rows, options, planned_gib=parts)
     table = Table(title=f"Peak resident GiB by stage, {where}")
     for column in ("variant", *STAGES, "whole step", "s/step"):
         table.add_column(column)

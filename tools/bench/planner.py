@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from measuring import BUILD, ROOT, Row, machine, resident_bytes, write_result
+from common.measuring import ROOT, Row, bench_parser, machine, resident_bytes, write_result
 
 ARITHMETIC = ROOT / "configs" / "models" / "arithmetic"
 SHAPE = {
@@ -40,6 +40,8 @@ SHAPE = {
     "pad_token_id": 0,
 }
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "head_dim": 8, "vocab_size": 256}
+FEW_LAYERS, MANY_TOKENS, FEW_TOKENS = SHAPE | {"num_hidden_layers": 2, "vocab_size": 1024}, 96, 16
+"""The model and the answers of a tiny run are of FEW."""
 CASES: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"model.dtype": "bfloat16"},
@@ -83,7 +85,7 @@ def make_model(folder: Path, family: str, shape: Mapping[str, Any]) -> Path:
     return folder
 
 
-def make_config(case: Mapping[str, Any], model: Path, folder: Path, name: str) -> dict[str, Any]:
+def make_config(case: Mapping[str, Any], model: Path, folder: Path, name: str, num_tokens: int) -> dict[str, Any]:
     """The configuration of a case as YAML would have it."""
     config: dict[str, Any] = {
         "run": {"name": name, "directory": str(folder), "num_steps": 2},
@@ -91,7 +93,7 @@ def make_config(case: Mapping[str, Any], model: Path, folder: Path, name: str) -
         "parallel": {},
         "micro_batch": {"micro_batch_tokens": 1024},
         "data": {"kind": "arithmetic"},
-        "rollout": {"num_prompts": 4, "num_responses": 4, "max_response_tokens": 96},
+        "rollout": {"num_prompts": 4, "num_responses": 4, "max_response_tokens": num_tokens},
         "filter": {"enabled": False},
         "prm": {},
         "reference": {},
@@ -123,7 +125,7 @@ def run_rank(scratch: Path, second_port: str) -> int:
     return before
 
 
-def run_case(name: str, scratch: Path, models: Path) -> list[Row]:
+def run_case(name: str, scratch: Path, models: Path, measured_shape: Mapping[str, Any], num_tokens: int) -> list[Row]:
     """One configuration: planned and measured bytes by stage."""
     from megatron_prime.config.loader import load_config
     from megatron_prime.planner.hardware import PROFILES
@@ -134,11 +136,11 @@ def run_case(name: str, scratch: Path, models: Path) -> list[Row]:
     family = case.get("family", "llama")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    for file, shape in (("tiny", SHAPE | TINY), ("case", SHAPE)):
+    for file, shape in (("tiny", SHAPE | TINY), ("case", measured_shape)):
         model = make_model(models / f"{family}_{file}", family, shape)
-        (scratch / f"{file}.yaml").write_text(json.dumps(make_config(case, model, scratch, file)))
+        (scratch / f"{file}.yaml").write_text(json.dumps(make_config(case, model, scratch, file, num_tokens)))
     config = load_config(scratch / "case.yaml")
-    plan = make_plan(config, read_architecture(config.model.path), PROFILES["cpu"], mean_response_tokens=96)
+    plan = make_plan(config, read_architecture(config.model.path), PROFILES["cpu"], mean_response_tokens=num_tokens)
     before = run_ranks(name, scratch, config.parallel.world_size)
     metrics = json.loads((scratch / "case" / "metrics.jsonl").read_text().splitlines()[-1])
     rows = []
@@ -181,7 +183,7 @@ def run_ranks(name: str, scratch: Path, world_size: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = bench_parser(__doc__)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -191,21 +193,23 @@ def main() -> None:
         (Path(scratch) / f"rank_{os.environ['RANK']}.bytes").write_text(str(before))
         return
     rows: list[Row] = []
-    scratch = BUILD / "planner.scratch"
+    scratch = (options.output / "planner.scratch").resolve()
+    cases = options.cases[:1] if options.tiny else options.cases
+    sizes = (FEW_LAYERS, FEW_TOKENS) if options.tiny else (SHAPE, MANY_TOKENS)
     print(f"{'configuration':<42}{'stage':<15}{'planned MB':>11}{'measured MB':>12}{'ratio':>7}")
-    for name in options.cases:
-        for row in run_case(name, scratch / "case", scratch / "models"):
+    for name in cases:
+        for row in run_case(name, scratch / "case", scratch / "models", *sizes):
             rows.append(row)
             ratio = row["planned"] / row["measured"]
             sizes = f"{row['planned'] / 1e6:>11.0f}{row['measured'] / 1e6:>12.0f}{ratio:>7.2f}"
             print(f"{name:<42}{row['phase']:<15}{sizes}", flush=True)
     shutil.rmtree(scratch)
-    peaks = {name: max((r for r in rows if r["case"] == name), key=lambda r: r["measured"]) for name in options.cases}
+    peaks = {name: max((r for r in rows if r["case"] == name), key=lambda r: r["measured"]) for name in cases}
     ratios = {name: row["planned"] / row["measured"] for name, row in peaks.items()}
     within = [name for name, ratio in ratios.items() if abs(ratio - 1) <= 0.1]
     span = f"{min(ratios.values()):.2f} to {max(ratios.values()):.2f}"
     print(f"fullest stage within 10%: {len(within)} of {len(ratios)}; planned / measured {span}")
-    write_result("planner", machine("one thread"), rows)
+    write_result("planner", machine("one thread"), rows, options)
 
 
 if __name__ == "__main__":

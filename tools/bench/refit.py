@@ -9,7 +9,6 @@ rank, save_file, every worker loads. Prints a table and writes build/bench/refit
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import queue
@@ -21,11 +20,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engine_setup import engine_setup
-from half_billion import CONFIG, write_folder
-from measuring import Row, machine, reset_peak, write_result
-from refit_setup import peak_gb, section, timings, trainer_place
-from refit_simple_ways import FILE, bench_simple, file_rank
+from common.engine_setup import engine_setup
+from common.half_billion import CONFIG, TINY_CONFIG, write_folder
+from common.measuring import Row, bench_parser, machine, reset_peak, write_result
+from common.refit_setup import peak_gb, section, timings, trainer_place
+from common.refit_simple_ways import FILE, bench_simple, file_rank
 
 from megatron_prime.config.schema import VllmSection
 from megatron_prime.rollout.vllm.trainer.beside import VllmBeside
@@ -89,7 +88,7 @@ def bench_ranks(
             break
         except queue.Empty:
             if any(process.exitcode for process in ranks):
-                raise SystemExit(f"bench_refit: a rank of {layout} failed; its traceback is above") from None
+                raise SystemExit(f"refit: a rank of {layout} failed; its traceback is above") from None
     for process in ranks:
         process.join()
     return row
@@ -109,31 +108,35 @@ def memcpy_seconds(num_bytes: int) -> float:
 
 def main() -> None:
     """Runs everything and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = bench_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"], help="fewer for a quick look")
     options = parser.parse_args()
-    CONFIG["num_hidden_layers"] = options.layers
+    config = TINY_CONFIG if options.tiny else CONFIG | {"num_hidden_layers": options.layers}
+    repeats = 1 if options.tiny else options.repeats
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_folder(folder)
+        write_folder(folder, config)
         num_bytes = (folder / "model.safetensors").stat().st_size
         floor = memcpy_seconds(num_bytes)
         rows = [{"variant": "memcpy, one thread", "seconds": floor}]
         port = 29700 + os.getpid() % 200
-        rows += [row | {"layout": "TP1 -> 1"} for row in bench_simple(folder, options.repeats, port)]
+        rows += [row | {"layout": "TP1 -> 1"} for row in bench_simple(folder, repeats, port)]
         # One after the other what is compared: the machine's speed changes with its neighbours.
         plans = [
             (variant, layout, workers, False, variant == "ours")
-            for layout, workers in (("TP1", 1), ("TP2", 1), ("PP2", 1), ("TP1", 2), ("TP2", 2), ("PP2", 2))
+            for layout, workers in (("TP2", 1), ("PP2", 1), ("TP1", 2), ("TP2", 2), ("PP2", 2))
             for variant in (FILE, "ours")
         ]
+        plans.insert(0, ("ours", "TP1", 1, False, True))  # its file is one of the simple ways
         plans.append(("ours, no checksums", "TP1", 1, False, False))
         plans += [("ours, repacking", layout, 1, True, True) for layout in ("TP1", "TP2")]
+        if options.tiny:
+            plans = plans[:1]
         for number, (variant, layout, workers, pack, verify) in enumerate(plans, start=1):
             target = file_rank if variant == FILE else trainer_rank
             settings = section(workers, pack, verify)
-            row = bench_ranks(target, folder, layout, settings, options.repeats, port + number)
+            row = bench_ranks(target, folder, layout, settings, repeats, port + number)
             rows.append({"variant": variant, "layout": f"{layout} -> {workers}"} | row)
     by_file = {row["layout"]: row["seconds"] for row in rows if row["variant"] == FILE}
     print(f"{'variant':22}{'layout':12}{'s':>8}{'GB/s':>8}{'of memcpy':>11}{'vs file':>9}{'plan ms':>9}{'GB t/e':>12}")
@@ -148,7 +151,7 @@ def main() -> None:
             f"{row['share_of_memcpy']:10.0%} {row.get('speedup_over_save_file', float('nan')):8.2f}"
             f"{1e3 * row.get('plan_seconds', 0):9.2f}{peaks:>12}"
         )
-    write_result("refit", machine(), rows, bytes=num_bytes)
+    write_result("refit", machine(), rows, options, bytes=num_bytes)
 
 
 if __name__ == "__main__":

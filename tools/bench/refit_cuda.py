@@ -15,7 +15,6 @@ import importlib.util
 import multiprocessing
 import os
 import pickle
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,16 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_setup import engine_setup
-from half_billion import write_folder
-from measuring import Row, write_result
-from refit_setup import section, shards_of
+from common.engine_setup import engine_setup
+from common.half_billion import CONFIG, TINY_CONFIG, write_folder
+from common.measuring import Row, bench_parser, exit_without_gpu, write_result
+from common.refit_setup import section, shards_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_prime.interfaces import RankPlace
 from megatron_prime.rollout.vllm.engines import engine_beside
 from megatron_prime.rollout.vllm.trainer.base import VllmEngine
+from megatron_prime.rollout.vllm.trainer.process import EngineParent
 from megatron_prime.rollout.vllm.trainer.weight_writer import WeightWriter
 from megatron_prime.rollout.vllm.wire.broadcast import Group
 from megatron_prime.rollout.vllm.wire.buckets import BucketReceiver, BucketSender, Channel
@@ -49,7 +49,6 @@ from megatron_prime.weights.shards import cut
 from megatron_prime.weights.stream import ParallelGroups, WeightExport
 
 TIMEOUT_SECONDS = 60.0
-NO_GPU_STATUS = 77
 
 
 class StandIn:
@@ -256,10 +255,13 @@ def started(plan: SharedPlan, device: torch.device) -> Connection:
 def bench_vllm(bench: Bench, folder: Path) -> None:
     """A real engine, by both of our transfers."""
     place = RankPlace(device=bench.device)
+    parent = EngineParent(1, (0,) if bench.device.type == "cuda" else (), TIMEOUT_SECONDS)
     for transfer in ("ipc", "shared_memory"):
         settings = replace(section(1, False, True), transfer=transfer)
-        with closing(engine_beside(engine_setup(folder, settings, dtype="bfloat16", place=place))) as engine:
+        setup = engine_setup(folder, settings, dtype="bfloat16", place=place)
+        with closing(engine_beside(setup, parent)) as engine:
             bench.time(f"vLLM, ours, {transfer}", partial(refit, engine, bench.weights))
+    parent.close()
 
 
 def refit(engine: VllmEngine, weights: WeightExport) -> None:
@@ -269,23 +271,22 @@ def refit(engine: VllmEngine, weights: WeightExport) -> None:
 
 def main() -> None:
     """Runs everything and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = bench_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--host", action="store_true", help="host memory in place of a GPU's: shows that it runs")
     options = parser.parse_args()
     if not options.host and not torch.cuda.is_available():
-        print("no GPU here: nothing was measured (--host goes through the motions in host memory)")
-        sys.exit(NO_GPU_STATUS)
+        exit_without_gpu()
     device = torch.device("cpu") if options.host else torch.device("cuda", 0)
     machine = f"CPU, torch {torch.__version__}" if options.host else torch.cuda.get_device_name(0)
     print(f"{machine}, torch {torch.__version__}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_folder(folder)
+        write_folder(folder, TINY_CONFIG if options.tiny else CONFIG)
         architecture = read_architecture(folder)
         local = {name: tensor.to(device) for name, tensor in shards_of(folder, ParallelGroups()).items()}
         weights = WeightExport(weight_specs(architecture), architecture, lambda: local, ParallelGroups())
-        bench = Bench(weights, device, options.repeats)
+        bench = Bench(weights, device, 1 if options.tiny else options.repeats)
         bench.time("device memory to memory", bench.copied())
         with closing(started(bench.plan, device)) as other:
             bench.time("save_file + load", lambda: bench.by_file(other))
@@ -300,10 +301,10 @@ def main() -> None:
                 bench.time("ours, NCCL to GPU 1", bench.by_nccl(other))
         if importlib.util.find_spec("vllm") is not None:
             bench_vllm(bench, folder)
-    report(bench, machine, "refit_cuda_host" if options.host else "refit_cuda")
+    report(bench, machine, options)
 
 
-def report(bench: Bench, machine: str, name: str) -> None:
+def report(bench: Bench, machine: str, options: argparse.Namespace) -> None:
     """Prints the table and writes the file."""
     by_file = next(row["seconds"] for row in bench.rows if row["variant"] == "save_file + load")
     print(f"{'variant':26}{'s':>9}{'median':>9}{'GB/s':>9}{'vs file':>9}{'GPU GB':>8}")
@@ -314,7 +315,7 @@ def report(bench: Bench, machine: str, name: str) -> None:
             f"{row['variant']:26}{row['seconds']:9.4f}{row['median_seconds']:9.4f}{row['gb_per_second']:9.2f}"
             f"{row['speedup_over_save_file']:9.2f}{row['extra_gpu_gb']:8.2f}"
         )
-    write_result(name, machine, bench.rows, bytes=bench.num_bytes)
+    write_result("refit_cuda", machine, bench.rows, options, bytes=bench.num_bytes)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ the end token count. Prints a table and writes build/bench/rollout.json.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
 import tempfile
@@ -21,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_setup import engine_setup
-from measuring import machine, write_result
+from common.engine_setup import engine_setup
+from common.measuring import bench_parser, machine, write_result
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from megatron_prime.batch import Prompt, SamplingParams
@@ -48,6 +47,7 @@ CONFIG = Qwen2Config(
 )
 NUM_PROMPTS, NUM_RESPONSES, END_TOKEN = 64, 4, 1
 WORKLOADS = {"all 30 tokens": (30, False), "ending by themselves": (120, True)}
+TINY_WORKLOADS = {"all 4 tokens": (4, False), "ending by themselves": (8, True)}
 
 
 def make_models() -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -148,9 +148,10 @@ def best_of(repeats: int, run: Callable[[], int]) -> tuple[float, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = bench_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="the best of this many runs counts")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
+    workloads, repeats = (TINY_WORKLOADS, 1) if options.tiny else (WORKLOADS, options.repeats)
     torch.set_num_threads(1)
     ours, theirs = make_models()
     prompts = make_prompts()
@@ -163,13 +164,13 @@ def main() -> None:
         if importlib.util.find_spec("vllm") is not None:
             variants.insert(1, ("vllm", run_vllm, stack.enter_context(vllm_engine(ours))))
         print(f"{'workload':22}{'variant':14}{'seconds':>9}{'tokens/s':>10}")
-        for workload, (max_tokens, may_end) in WORKLOADS.items():
+        for workload, (max_tokens, may_end) in workloads.items():
             for variant, run, model in variants:
-                seconds, num_tokens = best_of(arguments.repeats, partial(run, model, prompts, max_tokens, may_end))
+                seconds, num_tokens = best_of(repeats, partial(run, model, prompts, max_tokens, may_end))
                 rate = num_tokens / seconds
                 rows.append({"workload": workload, "variant": variant, "seconds": seconds, "tokens_per_second": rate})
                 print(f"{workload:22}{variant:14}{seconds:9.3f}{rate:10.0f}")
-    write_result("rollout", machine("one thread"), rows)
+    write_result("rollout", machine("one thread"), rows, options)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ build/bench/scaling.json.
 
 from __future__ import annotations
 
-import argparse
 import json
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from measuring import machine, write_result
+from common.measuring import bench_parser, machine, write_result
 from rich.console import Console
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,6 +44,7 @@ SHAPE = {
     "tie_word_embeddings": True,
     "hidden_act": "silu",
 }
+TINY_SHAPE = SHAPE | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 256}
 NUM_RESPONSES, PROMPT_TOKENS, RESPONSE_TOKENS = 8, 32, 96
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2": {"tensor_model_parallel_size": 2},
@@ -107,7 +108,7 @@ def make_batch(num_responses: int) -> Any:
     shape = (num_responses, RESPONSE_TOKENS)
     return RolloutBatch(
         prompt_token_ids=tuple(tuple(range(10, 10 + PROMPT_TOKENS)) for _ in range(num_responses)),
-        response_ids=torch.randint(0, SHAPE["vocab_size"], shape, generator=generator),
+        response_ids=torch.randint(0, TINY_SHAPE["vocab_size"], shape, generator=generator),
         mask=torch.ones(shape, dtype=torch.bool),
         rollout_logprobs=torch.zeros(shape),
         outcomes=torch.tensor([1.0, 0.0, 1.0, 0.0] * (num_responses // 4)),
@@ -180,27 +181,33 @@ def work(
         Path(folder, f"rank{rank}.json").write_text(json.dumps(result))
 
 
-def measure(sizes: dict[str, Any], world_size: int, num_responses: int, num_timed: int) -> list[dict[str, Any]]:
+def measure(
+    shape: dict[str, Any], sizes: dict[str, Any], world_size: int, num_responses: int, num_timed: int
+) -> list[dict[str, Any]]:
     """The results of all ranks."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        Path(folder, "config.json").write_text(json.dumps(SHAPE))
+        Path(folder, "config.json").write_text(json.dumps(shape))
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
         arguments = (world_size, port, folder, sizes, num_responses, num_timed)
-        mp.start_processes(work, args=arguments, nprocs=world_size, start_method="spawn")
+        mp.start_processes(work, args=arguments, nprocs=world_size, start_method="forkserver")
         return [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in range(world_size)]
 
 
 def main() -> None:
     """Measures all layouts and reports."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    options = bench_parser(__doc__).parse_args()
+    # Ranks are forked from a process that has imported what they need.
+    multiprocessing.set_forkserver_preload(["megatron_prime.mcore.prime_roles", "torch.distributed"])
+    shape, repeats = (TINY_SHAPE, 1) if options.tiny else (SHAPE, 2)
+    layouts = dict(list(LAYOUTS.items())[:1]) if options.tiny else LAYOUTS
     rows: list[dict[str, Any]] = []
     traffic = Table(title="MiB that the busiest of two ranks sends in a PRIME step")
     for column in ("layout", *PHASES, "whole step", "of it"):
         traffic.add_column(column)
-    for name, sizes in LAYOUTS.items():
-        ranks = measure(sizes, 2, NUM_RESPONSES, num_timed=1)
+    for name, sizes in layouts.items():
+        ranks = measure(shape, sizes, 2, NUM_RESPONSES, num_timed=1)
         totals = [sum((Counter(phase) for phase in rank["sent"].values()), Counter()) for rank in ranks]
         busiest = max(range(2), key=lambda rank: totals[rank].total())
         by_phase = {phase: sum(ranks[busiest]["sent"][phase].values()) / 2**20 for phase in PHASES}
@@ -212,8 +219,10 @@ def main() -> None:
     scaling = Table(title="Weak scaling over data")
     for column in ("ranks", "answers", "seconds per step", "efficiency"):
         scaling.add_column(column)
-    alone = min(measure({}, 1, NUM_RESPONSES, num_timed=3)[0]["seconds"] for _ in range(2))
-    together = min(max(r["seconds"] for r in measure({}, 2, 2 * NUM_RESPONSES, num_timed=3)) for _ in range(2))
+    alone = min(measure(shape, {}, 1, NUM_RESPONSES, num_timed=3)[0]["seconds"] for _ in range(repeats))
+    together = min(
+        max(rank["seconds"] for rank in measure(shape, {}, 2, 2 * NUM_RESPONSES, num_timed=3)) for _ in range(repeats)
+    )
     rows += [
         {"variant": "1 rank", "seconds": alone},
         {"variant": "ours", "seconds": together, "efficiency": alone / together},
@@ -223,7 +232,7 @@ def main() -> None:
     console = Console(width=150)
     console.print(traffic)
     console.print(scaling)
-    write_result("scaling", machine(), rows)
+    write_result("scaling", machine(), rows, options)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ would not fit 24 GiB. Prints a table and writes build/bench/step.json.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -20,12 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from half_billion import make_trainable
-from measuring import BUILD, ROOT, machine, peak_bytes, write_result
+from common.half_billion import CONFIG, TINY_CONFIG, make_trainable
+from common.measuring import ROOT, bench_parser, machine, peak_bytes, write_result
 from rich.console import Console
 from rich.table import Table
 
-SCRATCH = BUILD / "step"
 PHASES = ("score", "prm_update", "policy_update", "step")
 # Everything is kept, because random weights solve nothing.
 LARGE = [
@@ -43,6 +41,7 @@ LARGE = [
     "evaluation.num_prompts=0",
     "micro_batch.micro_batch_tokens=2048",
 ]
+TINY = ["run.num_threads=1", "rollout.max_response_tokens=8", "data.num_problems=100"]
 COMMON = ["evaluation.every_steps=0", "checkpoint.every_steps=0", "checkpoint.export_hf=false"]
 
 
@@ -67,14 +66,13 @@ def children(process: int) -> list[int]:
     return found
 
 
-def run(code: Path, name: str, overrides: list[str]) -> dict[str, float]:
+def run(code: Path, folder: Path, overrides: list[str]) -> dict[str, float]:
     """Trains a few steps with the package in `code`; seconds of the median step by phase, and peak memory."""
-    folder = SCRATCH / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "megatron_prime", "train", str(ROOT / "configs" / "arithmetic.yaml")]
-    command += [f"run.directory={folder.parent}", f"run.name={name}", *COMMON, *overrides]
+    command += [f"run.directory={folder.parent}", f"run.name={folder.name}", *COMMON, *overrides]
     environment = os.environ | {"PYTHONPATH": str(code)}
-    log = folder.parent / f"{name}.log"
+    log = folder.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     peaks: dict[int, float] = {}
     with log.open("w") as output:
@@ -84,7 +82,7 @@ def run(code: Path, name: str, overrides: list[str]) -> dict[str, float]:
                 peaks[member] = max(peak, peaks.get(member, 0.0))
             time.sleep(0.1)
     if process.returncode:
-        sys.exit(f"{name} failed: see {log}")
+        sys.exit(f"{folder.name} failed: see {log}")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     # The first step also probes, plans and allocates.
     steps = [row for row in rows if row["step"] > 1]
@@ -97,52 +95,57 @@ def ranks(overrides: list[str]) -> int:
     return 1 if "parallel.world_size=1" in overrides else 2
 
 
-def small_model() -> Path:
+def small_model(runs: Path) -> Path:
     """The demo's starting model, shortly trained: its steps cost the same."""
-    folder = SCRATCH / "runs" / "sft" / "hf"
+    folder = runs / "sft" / "hf"
     if not folder.exists():
         config = str(ROOT / "configs" / "arithmetic_sft.yaml")
-        command = [
-            sys.executable,
-            "-m",
-            "megatron_prime",
-            "sft",
-            config,
-            f"run.directory={SCRATCH / 'runs'}",
-        ]
-        subprocess.run([*command, "run.name=sft", "run.num_steps=1300"], check=True, cwd=ROOT)
+        command = [sys.executable, "-m", "megatron_prime", "sft", config, f"run.directory={runs}", "run.name=sft"]
+        subprocess.run([*command, "run.num_steps=1300"], check=True, cwd=ROOT)
     return folder
+
+
+def overrides_of(case: str, scratch: Path) -> list[str]:
+    """The run of a case: its model, which is made where there is none yet, and how long it is."""
+    if case == "demo":
+        return [f"model.path={small_model(scratch / 'runs')}", "run.num_steps=12"]
+    if case == "tiny":
+        model = make_trainable(scratch / "tiny", TINY_CONFIG)
+        return [f"model.path={model}", "run.num_steps=2", *LARGE, *TINY]
+    model = make_trainable(scratch / "qwen2.5_0.5b_shape", CONFIG)
+    return [f"model.path={model}", "run.num_steps=2", *LARGE]
 
 
 def main() -> None:
     """Measures both commits on both models and reports."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = bench_parser(__doc__)
     parser.add_argument("--baseline", help="commit to compare with")
     parser.add_argument("--cases", nargs="+", choices=["demo", "0.5B"], default=["demo", "0.5B"])
     parser.add_argument("--repeats", type=int, default=2)
-    arguments = parser.parse_args()
+    options = parser.parse_args()
+    scratch = (options.output / "step").resolve()
     code = {"ours": ROOT}
-    if arguments.baseline:
-        tree = SCRATCH / "baseline"
+    if options.baseline:
+        tree = scratch / "baseline"
         shutil.rmtree(tree, ignore_errors=True)
         tree.mkdir(parents=True)
-        archive = subprocess.run(["git", "archive", arguments.baseline], check=True, cwd=ROOT, stdout=subprocess.PIPE)
+        archive = subprocess.run(["git", "archive", options.baseline], check=True, cwd=ROOT, stdout=subprocess.PIPE)
         subprocess.run(["tar", "-x", "-C", str(tree)], check=True, input=archive.stdout)
         code = {"before": tree, **code}
     rows: list[dict[str, Any]] = []
-    for case in arguments.cases:
-        model = small_model() if case == "demo" else make_trainable(SCRATCH / "qwen2.5_0.5b_shape", num_layers=24)
-        overrides = [f"model.path={model}", *(["run.num_steps=12"] if case == "demo" else ["run.num_steps=2", *LARGE])]
+    cases, repeats = (["tiny"], 1) if options.tiny else (options.cases, options.repeats)
+    for case in cases:
+        overrides = overrides_of(case, scratch)
         found: dict[str, list[dict[str, float]]] = {variant: [] for variant in code}
-        for _ in range(arguments.repeats):
+        for _ in range(repeats):
             for variant, package in code.items():
-                found[variant].append(run(package, f"{case}_{variant}", overrides))
+                found[variant].append(run(package, scratch / "runs" / f"{case}_{variant}", overrides))
         for variant, results in found.items():
             best = min(results, key=lambda result: result["step"])
             peak = min(result["peak_mib"] for result in results)
             rows.append({"variant": variant, "case": case, "seconds": best["step"], **best, "peak_mib": peak})
     report(rows, machine())
-    write_result("step", machine(), rows)
+    write_result("step", machine(), rows, options)
 
 
 def report(rows: list[dict[str, Any]], machine: str) -> None:

@@ -11,7 +11,6 @@ without it the small copies in tests/data are used. Prints tables and writes bui
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import os
@@ -23,23 +22,23 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from measuring import machine, write_result
+from common.measuring import ROOT, Row, bench_parser, machine, write_result
 
 from megatron_prime.batch import Prompt, Response, Verdict
 from megatron_prime.config.schema_verifier import CodeVerifierSection, VerifierSection
 from megatron_prime.errors import VerifierError
 from megatron_prime.verify.routing import RoutingVerifier, build_verifier
 
-SAMPLE = Path(__file__).resolve().parents[2] / "tests" / "data"
+SAMPLE = ROOT / "tests" / "data"
 NUM_WORKERS, NUM_PROGRAMS, NUM_REPEATS = 2, 200, 3
+NUM_TINY = 2
+"""Programs of each kind in a tiny run."""
 SHORT = """import sys, math, collections, heapq, itertools, functools, bisect
 # program {number}
 print(sum(map(int, sys.stdin.read().split())))
 """
 PLACES = ("/tmp", "/var/tmp", "/dev/shm", "/", "/home")
-Row = dict[str, Any]
 Item = tuple[Prompt, Response]
 
 
@@ -64,16 +63,16 @@ def timed(verifier: RoutingVerifier, items: Sequence[Item]) -> tuple[list[Verdic
 # Speed
 
 
-def bench_speed(isolations: Sequence[str]) -> list[Row]:
+def bench_speed(isolations: Sequence[str], num_programs: int, num_repeats: int) -> list[Row]:
     """Programs per second of every way to run them, interleaved; the best of several rounds."""
-    programs = [(SHORT.format(number=number), f"{number} 1\n", number + 1) for number in range(NUM_PROGRAMS)]
+    programs = [(SHORT.format(number=number), f"{number} 1\n", number + 1) for number in range(num_programs)]
     items = [item({"inputs": [text], "outputs": [str(total)]}, code) for code, text, total in programs]
     verifiers = {isolation: make_verifier(isolation) for isolation in isolations}
     best: dict[str, float] = {}
     for verifier in verifiers.values():
         # Workers start with the first programs.
         verifier.verify(items[: 2 * NUM_WORKERS])
-    for _ in range(NUM_REPEATS):
+    for _ in range(num_repeats):
         for name, verifier in verifiers.items():
             verdicts, seconds = timed(verifier, items)
             assert all(verdict.status == "pass" for verdict in verdicts), Counter(v.status for v in verdicts)
@@ -81,18 +80,14 @@ def bench_speed(isolations: Sequence[str]) -> list[Row]:
         best["plain subprocess"] = min(run_plainly(programs), best.get("plain subprocess", float("inf")))
     for verifier in verifiers.values():
         verifier.close()
-    names = {isolations[0]: f"ours ({isolations[0]})"} if isolations else {}
     rows = [
-        {
-            "variant": names.get(name, name),
-            "programs": NUM_PROGRAMS,
-            "seconds": seconds,
-            "per_second": NUM_PROGRAMS / seconds,
-        }
+        {"variant": "ours" if name in verifiers else name, "isolation": name if name in verifiers else None}
+        | {"programs": num_programs, "seconds": seconds, "per_second": num_programs / seconds}
         for name, seconds in best.items()
     ]
     for row in rows:
-        print(f"{row['variant']:34}{row['programs']:5} programs {row['seconds']:7.2f} s {row['per_second']:7.0f}/s")
+        name = " in ".join(filter(None, (row["variant"], row["isolation"])))
+        print(f"{name:34}{row['programs']:5} programs {row['seconds']:7.2f} s {row['per_second']:7.0f}/s")
     return rows
 
 
@@ -182,15 +177,17 @@ def squares_case(row: Row) -> tuple[Item, float]:
     return item(tests, row["code"]), row["expected_score"]
 
 
-def bench_verdicts(data: Path, isolation: str) -> list[Row]:
+def bench_verdicts(data: Path, isolation: str, at_most: int | None) -> list[Row]:
     rows: list[Row] = []
-    for name, (mode, pairs) in known_sets(data).items():
+    for name, (mode, found) in known_sets(data).items():
+        pairs = found[:at_most]
         with make_verifier(isolation, mode) as verifier:
             verdicts, seconds = timed(verifier, [case for case, _ in pairs])
         right = sum(verdict.reward == wanted for verdict, (_, wanted) in zip(verdicts, pairs, strict=True))
         statuses = dict(Counter(verdict.status for verdict in verdicts))
         rows.append(
-            {"variant": name, "cases": len(pairs), "as_expected": right, "seconds": seconds, "statuses": statuses}
+            {"variant": "ours", "set": name, "cases": len(pairs), "as_expected": right}
+            | {"seconds": seconds, "statuses": statuses}
         )
         print(f"{name:34}{right:5} of {len(pairs):4} {seconds:7.2f} s  {statuses}")
     return rows
@@ -199,9 +196,9 @@ def bench_verdicts(data: Path, isolation: str) -> list[Row]:
 # Attacks
 
 
-def bench_attacks(data: Path, isolation: str) -> Row:
+def bench_attacks(data: Path, isolation: str, at_most: int | None) -> Row:
     """Runs every hostile program, then looks for what is left."""
-    cases = with_samples(data, "hostile")
+    cases = with_samples(data, "hostile")[:at_most]
     contains = "def check(input, output, expected):\n    return expected in output"
     before = files_outside()
     with (
@@ -219,7 +216,9 @@ def bench_attacks(data: Path, isolation: str) -> Row:
         verdicts, seconds = timed(verifier, items)
         survivors = len(descendants()) - NUM_WORKERS * {"fork_server": 3, "bubblewrap": 1}[isolation]
     row = {
-        "variant": f"attacks in {isolation}",
+        "variant": "ours",
+        "set": "attacks",
+        "isolation": isolation,
         "cases": len(cases),
         "escapes": sum(verdict.status == "pass" for verdict in verdicts),
         "survivors": survivors,
@@ -228,8 +227,9 @@ def bench_attacks(data: Path, isolation: str) -> Row:
         "seconds": seconds,
         "statuses": dict(Counter(verdict.status for verdict in verdicts)),
     }
+    name = f"attacks in {isolation}"
     print(
-        f"{row['variant']:34}{row['cases']:5} programs: {row['escapes']} escapes, {row['survivors']} survivors, "
+        f"{name:34}{row['cases']:5} programs: {row['escapes']} escapes, {row['survivors']} survivors, "
         f"{row['files_outside']} files outside, longest {row['longest_seconds']:.1f} s, all {seconds:.1f} s"
     )
     return row
@@ -281,18 +281,20 @@ def available() -> list[str]:
 
 def main() -> None:
     """Runs all parts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("--data", type=Path, default=SAMPLE, help="folder of cases")
     parser.add_argument("--only", choices=["speed", "verdicts", "attacks"], action="append")
     options = parser.parse_args()
     parts = options.only or ["speed", "verdicts", "attacks"]
     isolations = available()
-    rows: list[Row] = bench_speed(isolations) if "speed" in parts else []
+    at_most = NUM_TINY if options.tiny else None
+    sizes = (NUM_TINY, 1) if options.tiny else (NUM_PROGRAMS, NUM_REPEATS)
+    rows: list[Row] = bench_speed(isolations, *sizes) if "speed" in parts else []
     if "verdicts" in parts and isolations:
-        rows += bench_verdicts(options.data, isolations[0])
+        rows += bench_verdicts(options.data, isolations[0], at_most)
     if "attacks" in parts:
-        rows += [bench_attacks(options.data, isolation) for isolation in isolations]
-    write_result("verify_code", machine(), rows)
+        rows += [bench_attacks(options.data, isolation, at_most) for isolation in isolations]
+    write_result("verify_code", machine(), rows, options)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ writes build/bench/verify_math.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import time
@@ -19,15 +18,17 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any
 
-from measuring import machine, write_result
+from common.measuring import ROOT, Row, bench_parser, machine, write_result
 
 from megatron_prime.batch import Prompt, Response
 from megatron_prime.config.schema_verifier import VerifierSection
 from megatron_prime.verify.math.answer import extract_answer
 from megatron_prime.verify.routing import RoutingVerifier, build_verifier
 
-SAMPLE = Path(__file__).resolve().parents[2] / "tests" / "data"
+SAMPLE = ROOT / "tests" / "data"
 NUM_REAL, NUM_BOMBS = 1024, 20
+NUM_TINY = 4
+"""Cases of each set, and real outputs with one bomb among them, in a tiny run."""
 REAL = ("model_outputs", "qwen", "gsm8k")
 """How the names of sets of real outputs begin or end."""
 BOMBS = (
@@ -138,7 +139,9 @@ def score(cases: Sequence[Case], statuses: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def mixed_with_bombs(sets: dict[str, list[Case]], verifier: RoutingVerifier) -> dict[str, Any] | None:
+def mixed_with_bombs(
+    sets: dict[str, list[Case]], verifier: RoutingVerifier, num_real: int, num_bombs: int
+) -> Row | None:
     """Real outputs with bombs among them, and how long one verdict took at the most."""
     real = [c for name, cases in sets.items() if name.startswith(REAL) or name.endswith(REAL) for c in cases]
     bombs = [c for name, cases in sets.items() if name.endswith(" bomb") for c in cases]
@@ -146,14 +149,15 @@ def mixed_with_bombs(sets: dict[str, list[Case]], verifier: RoutingVerifier) -> 
     if not real:
         return None
     chance = random.Random(0)
-    cases = [chance.choice(real) for _ in range(NUM_REAL)]
-    for place in chance.sample(range(NUM_REAL), NUM_BOMBS):
+    cases = [chance.choice(real) for _ in range(num_real)]
+    for place in chance.sample(range(num_real), num_bombs):
         cases[place] = chance.choice(bombs)
     items = [item(response_text(case), gold_text(case), number) for number, case in enumerate(cases)]
     begun = time.perf_counter()
     verdicts = verifier.verify(items)
     return {
-        "variant": f"ours: {NUM_REAL} real outputs, {NUM_BOMBS} bombs",
+        "set": f"{num_real} real outputs, {num_bombs} bombs",
+        "variant": "ours",
         "seconds": time.perf_counter() - begun,
         "longest_verdict_seconds": max(verdict.seconds for verdict in verdicts),
     }
@@ -169,13 +173,16 @@ def show(name: str, row: dict[str, Any]) -> None:
 
 def main() -> None:
     """Grades everything both ways."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = bench_parser(__doc__)
     parser.add_argument("--data", type=Path, default=SAMPLE, help="folder with grader_cases/*.jsonl")
     parser.add_argument("--only", help="substring of the sets to grade")
     parser.add_argument("--alone", action="store_true", help="leave math-verify out")
     parser.add_argument("--errors", action="store_true", help="print every disagreement")
     options = parser.parse_args()
     sets = {k: v for k, v in read_sets(options.data).items() if not options.only or options.only in k}
+    sizes = NUM_REAL, NUM_BOMBS
+    if options.tiny:
+        sets, sizes = {name: cases[:NUM_TINY] for name, cases in sets.items()}, (NUM_TINY, 1)
     rows: list[dict[str, Any]] = []
     print(f"{'set':34}{'variant':14}{'cases':>6}{'agree':>9}{'FP':>5}{'FN':>5}{'ms/case':>10}")
     graders: dict[str, Callable[[Sequence[Case]], tuple[list[str], float]]] = {}
@@ -192,11 +199,11 @@ def main() -> None:
                 show(name, row)
                 if options.errors and variant == "ours":
                     print_errors(cases, statuses)
-        if mixed := mixed_with_bombs(sets, verifier):
+        if mixed := mixed_with_bombs(sets, verifier, *sizes):
             rows.append(mixed)
             longest = mixed["longest_verdict_seconds"]
-            print(f"{mixed['variant']}: {mixed['seconds']:.2f} s, longest verdict {longest:.2f} s")
-    write_result("verify_math", machine(), rows, data=options.data.name)
+            print(f"{mixed['set']}: {mixed['seconds']:.2f} s, longest verdict {longest:.2f} s")
+    write_result("verify_math", machine(), rows, options, data=options.data.name)
 
 
 def print_errors(cases: Sequence[Case], statuses: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench.engine_setup import engine_setup
+from bench.common.engine_setup import engine_setup
 from transformers import Qwen2Config
 
 from megatron_prime.batch import Prompt, Response, SamplingParams

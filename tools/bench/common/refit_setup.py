@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from measuring import Row, peak_bytes
 
+from common.measuring import Row, peak_bytes
 from megatron_prime.config.schema import VllmSection
 from megatron_prime.interfaces import RankPlace
 from megatron_prime.weights.architecture import read_architecture

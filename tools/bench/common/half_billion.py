@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from measuring import ROOT
+from common.measuring import ROOT
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -29,10 +30,18 @@ CONFIG: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+TINY_CONFIG = CONFIG | {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "vocab_size": 512,
+}
+"""The same family for tiny runs, with heads of 32 channels, which vLLM's attention on CPUs takes."""
 
 
-def write_folder(folder: Path) -> int:
-    """A model of CONFIG's shape in bfloat16 and nothing to train it with; returns its bytes of weights."""
+def write_folder(folder: Path, config: Mapping[str, Any] = CONFIG) -> int:
+    """A model in bfloat16 and nothing to train it with; returns its bytes of weights."""
     import torch
     from safetensors.torch import save_file
 
@@ -40,7 +49,7 @@ def write_folder(folder: Path) -> int:
     from megatron_prime.weights.hf_folder import expected_shapes
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
     shapes = expected_shapes(read_architecture(folder))
     tensors = {name: (torch.randn(shape) * 0.02).bfloat16() for name, shape in shapes.items()}
@@ -48,15 +57,15 @@ def write_folder(folder: Path) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
 
 
-def make_trainable(folder: Path, num_layers: int) -> Path:
+def make_trainable(folder: Path, config: Mapping[str, Any] = CONFIG) -> Path:
     """A freshly initialized model with the arithmetic tokenizer, made once; returns the folder."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     if not (folder / "model.safetensors").exists():
         torch.manual_seed(0)
-        config = Qwen2Config(**CONFIG | {"num_hidden_layers": num_layers, "eos_token_id": 1, "pad_token_id": 0})
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        qwen = Qwen2Config(**{**config, "eos_token_id": 1, "pad_token_id": 0})
+        AutoModelForCausalLM.from_config(qwen, dtype=torch.bfloat16).save_pretrained(folder)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(ROOT / "configs" / "models" / "arithmetic" / file, folder)
     return folder

@@ -1,4 +1,4 @@
-"""The simple ways of putting weights into a vLLM engine, beside which `bench_refit.py` measures ours."""
+"""The simple ways of putting weights into a vLLM engine, beside which `refit.py` measures ours."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from measuring import Row, reset_peak
-from refit_setup import peak_gb, section, timings, trainer_place
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from common.measuring import Row, reset_peak
+from common.refit_setup import peak_gb, section, timings, trainer_place
 from megatron_prime.config.schema import VllmSection
 from megatron_prime.rollout.vllm.trainer.base import engine_options
 from megatron_prime.rollout.vllm.trainer.process import engine_environment
@@ -138,7 +138,7 @@ def received(meta: list[tuple[str, torch.Tensor]], group: Any) -> Iterator[tuple
 
 
 def bench_simple(folder: Path, repeats: int, port: int) -> list[Row]:
-    """The simple ways without a file, from one process that has whole tensors to an engine of one worker."""
+    """The simple ways from one process that has whole tensors to an engine of one worker."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False)
@@ -163,7 +163,11 @@ def bench_simple(folder: Path, repeats: int, port: int) -> list[Row]:
         ours.recv()
 
     rows = []
-    ways: dict[str, Callable[[], None]] = {"gloo broadcast": by_gloo, "pickled": pickled}
+    ways: dict[str, Callable[[], None]] = {
+        "gloo broadcast": by_gloo,
+        "pickled": pickled,
+        FILE: lambda: refit_by_file(weights, ours),
+    }
     for name, way in ways.items():
         way()
         reset_peak()

@@ -1,0 +1,1 @@
+"""What benches share: their options, the models they measure, and the other ways that ours stand beside."""
