@@ -1,4 +1,4 @@
-"""The package, its dependencies and its extras (reasons for each: docs/dependencies.md)."""
+"""The package, its dependencies and its extras (reasons for each: docs/reference/dependencies.md)."""
 
 from setuptools import find_packages, setup
 

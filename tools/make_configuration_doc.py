@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the schema: every key, its type, its default, its docstring and its range."""
+"""Writes docs/reference/configuration.md from the schema: every key, its type, its default, its docstring and its range."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from megatron_prime.config import PrimeConfig, SftConfig, schema
 from megatron_prime.config.ranges import RANGES
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "configuration.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "reference" / "configuration.md"
 
 INTRODUCTION = """# Configuration
 

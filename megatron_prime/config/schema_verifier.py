@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(kw_only=True, slots=True)
 class CodeVerifierSection:
-    """Programs against unit tests (docs/verifiers.md)."""
+    """Programs against unit tests (docs/reference/verifiers.md)."""
 
     isolation: Literal["auto", "fork_server", "bubblewrap", "rlimits_unsafe"] = "auto"
     """`auto`: the best safe one that the machine offers, tried out at the start. `rlimits_unsafe` lets programs see

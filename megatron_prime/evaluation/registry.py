@@ -124,7 +124,7 @@ def load_benchmarks(folder: str | Path, names: Sequence[str]) -> dict[str, list[
     """Reads benchmarks from a local folder.
 
     Args:
-        folder: data folder with one folder per benchmark (docs/evaluation.md has the layout).
+        folder: data folder with one folder per benchmark (docs/reference/evaluation.md has the layout).
         names: keys of `BENCHMARKS`.
 
     Returns:

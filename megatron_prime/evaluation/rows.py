@@ -1,7 +1,7 @@
 """From a row of each benchmark's published file to a question with PRIME's wording.
 
 Wordings are those of PRIME's evaluation scripts (PRIME-RL/PRIME, ``eval/``, Apache-2.0) and, for LiveCodeBench, of its
-own runner (LiveCodeBench/LiveCodeBench, MIT); docs/evaluation.md lists where ours differ.
+own runner (LiveCodeBench/LiveCodeBench, MIT); docs/reference/evaluation.md lists where ours differ.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a verifier of your own must do, as a check to call from a test of yours (docs/verifiers.md)."""
+"""What a verifier of your own must do, as a check to call from a test of yours (docs/reference/verifiers.md)."""
 
 from __future__ import annotations
 
