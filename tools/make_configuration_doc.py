@@ -1,4 +1,4 @@
-"""Writes docs/reference/configuration.md from the schema: every key, its type, its default, its docstring and its range."""
+"""Writes docs/reference/configuration.md from the schema: every key with its type, default, range and docstring."""
 
 from __future__ import annotations
 
