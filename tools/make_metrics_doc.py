@@ -47,7 +47,7 @@ NOTES = {
     "sft": "Logged every `sft.log_every_steps` steps; values are those of the last one.",
 }
 
-TABLE_HEAD = "| Metric | Unit | Meaning | Healthy | Only |\n|---|---|---|---|---|"
+TABLE_HEAD = "| Metric | Unit | Meaning | Healthy | When |\n|---|---|---|---|---|"
 
 
 def row_text(metric: Metric) -> str:

@@ -70,7 +70,8 @@ def choose_libraries(model: ModelSection, *, packed: bool) -> Libraries:
         hint = "Transformer Engine's attention over packed sequences needs flash-attn on this GPU"
         if model.transformer_impl == "transformer_engine" or model.fp8 is not None:
             raise ConfigError(
-                f"model.transformer_impl: {hint}; install flash-attn (docs/reference/dependencies.md), or use 'auto' without FP8"
+                f"model.transformer_impl: {hint}; install flash-attn (docs/reference/dependencies.md), "
+                "or use 'auto' without FP8"
             )
         return Libraries(transformer_engine=False, adam=adam, hint=hint)
     return Libraries(transformer_engine=True, adam=adam)

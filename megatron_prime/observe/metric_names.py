@@ -152,7 +152,7 @@ GROUPS: Mapping[str, tuple[Metric, ...]] = {
             "prm/loss",
             "nats (cross-entropy)",
             "PRM loss over the window, mean over optimizer steps.",
-            "Starts at 0.69 (a PRM that equals its reference) and falls below 0.6.",
+            "Starts at 0.69 (log 2: the PRM equals its reference) and falls. Flat: raise its learning rate.",
             "runs that train a PRM",
         ),
         Metric(
@@ -196,7 +196,7 @@ GROUPS: Mapping[str, tuple[Metric, ...]] = {
             "prm/fresh_auc",
             "share",
             "(Right, wrong) pairs of answers to one prompt that the PRM orders rightly, on the new batch.",
-            "0.5 at first (chance), above 0.6 after some steps. It decides the gate.",
+            "0.5 at first (chance), above 0.6 after some steps; scatters with few groups. It decides the gate.",
             "likewise; null without such pairs",
         ),
         Metric(
@@ -217,7 +217,7 @@ GROUPS: Mapping[str, tuple[Metric, ...]] = {
             "prm/gate",
             "share",
             "Weight that the process rewards get (`advantage.process_gate`); 1 where there is no gate.",
-            "0 in the first steps, then 0.3 to 0.9.",
+            "0 in the first step, then 0.1 to 0.9.",
             "runs with process rewards",
         ),
     ),
