@@ -1,7 +1,7 @@
-"""How well the PRM orders answers it has not trained on, and the weight that this earns its rewards.
+"""Measures how well the PRM orders answers it has not trained on, and derives the weight of its rewards from that.
 
-A PRM that does not know right from wrong is not neutral: it pays the policy for unlikely tokens. So its
-rewards are scaled by what its scores prove on fresh rollouts.
+A PRM that cannot tell right from wrong is not neutral: it rewards the policy for unlikely tokens. So its rewards are
+scaled by a lower bound on its measured skill on fresh rollouts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class GroupedAuc(NamedTuple):
     """Ordering within groups and how much it rests on."""
 
     auc: float
-    """nan without pairs."""
+    """NaN without pairs."""
     num_pairs: int
 
 
@@ -39,7 +39,7 @@ def auc(scores: torch.Tensor, labels: torch.Tensor) -> float:
         labels: [N]; above 0.5 (or True) is right.
 
     Returns:
-        In [0, 1], ties counted half; nan if only one kind is there.
+        In [0, 1], ties counted half; NaN if only one kind is present.
     """
     right = labels > 0.5 if labels.is_floating_point() else labels.bool()
     num_pairs = int(right.sum()) * int((~right).sum())

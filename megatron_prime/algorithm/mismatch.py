@@ -15,10 +15,10 @@ from megatron_prime.algorithm.policy_loss import MAX_LOG_RATIO
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mismatch:
-    """Of some tokens, in nats."""
+    """Differences between the engine's and the trainer's log-probs of some tokens, in nats."""
 
     mean: float
-    """Of |d|."""
+    """Mean of |d|."""
     max: float
     kl: float
     """k3 estimate of KL(rollout, train): mean of exp(d) - 1 - d."""

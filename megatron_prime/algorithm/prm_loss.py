@@ -1,4 +1,4 @@
-"""Losses of the implicit PRM: outcome labels teach it, token rewards come for free.
+"""Losses of the implicit PRM, which learns token rewards from outcome labels.
 
 Every loss is a sum over the responses it is given divided by the responses of the whole mini-batch, so
 the losses (and gradients) of micro-batches and of data-parallel ranks add up to those of the mini-batch.
@@ -35,7 +35,7 @@ class PrmResponses:
     opponents: torch.Tensor | None
     """[b], `opponent_logits` of the PRM before its update; None unless the loss has the attribute ``needs_scores``."""
     num_responses: int
-    """Of the whole mini-batch."""
+    """Responses of the whole mini-batch."""
     section: PrmSection
 
     @property
@@ -51,7 +51,7 @@ class PrmResponses:
 
 
 PrmLoss = Callable[[PrmResponses], torch.Tensor]
-"""What `prm.loss` names: a scalar that sums over micro-batches to the loss of the mini-batch."""
+"""The function that `prm.loss` names: its scalars sum over micro-batches to the loss of the mini-batch."""
 
 
 def sequence_logits(

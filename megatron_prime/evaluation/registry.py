@@ -28,7 +28,7 @@ class Benchmark:
     read: Callable[[Row, str], Question | None]
     """None: the row is of another test set in the same file."""
     num_problems: int | None
-    """As published; None where releases differ."""
+    """Number of published problems; None: releases differ."""
     max_response_tokens: int = 4096
     num_responses: int = 1
     temperature: float = 0.0
@@ -112,7 +112,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         ),
     )
 }
-"""In the order of tables."""
+"""All benchmarks, in the order of tables."""
 
 
 def available(folder: Path) -> list[str]:
@@ -131,7 +131,7 @@ def load_benchmarks(folder: str | Path, names: Sequence[str]) -> dict[str, list[
         By name, in the order asked for: (stable id, question) of each problem.
 
     Raises:
-        DataError: the folder, a name, a file or a row is at fault; lists all problems and what there is.
+        DataError: a problem with the folder, a name, a file or a row; lists all problems and what exists.
     """
     root = Path(folder)
     if not root.is_dir():

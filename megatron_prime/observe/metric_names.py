@@ -25,7 +25,7 @@ STAGES = (
 """Stages of a step that are timed; `update` is the only one of a supervised run beside `data` and `checkpoint`."""
 
 PLACEHOLDERS: Mapping[str, tuple[str, ...] | None] = {"stage": STAGES, "status": None}
-"""What stands for what; None: any word, because a verifier of the user's own may have its own statuses."""
+"""Values of each placeholder; None: any word, because a user's verifier may have statuses of its own."""
 
 
 @dataclass(frozen=True, slots=True)

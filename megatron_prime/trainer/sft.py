@@ -47,10 +47,10 @@ class SftTrainer(Loop):
         self.model = model
         self.examples = examples
         self.loss: float | None = None
-        """Of the latest step."""
+        """Loss of the latest step; None before the first."""
 
     def begin(self, *, is_resumed: bool) -> None:
-        """See `Loop.begin`: there is nothing to do."""
+        """Does nothing: a supervised run has no engine to prepare."""
 
     def step(self) -> dict[str, float]:
         """One optimizer step; returns its metrics."""
