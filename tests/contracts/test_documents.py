@@ -44,6 +44,12 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert (document.parent / target).exists(), target
 
 
+def test_the_index_of_decisions_has_all_of_them() -> None:
+    folder = ROOT / "docs" / "adr"
+    listed = re.findall(r"\]\(([^)]+)\)", (folder / "index.md").read_text())
+    assert listed == sorted(path.name for path in folder.glob("0*.md"))
+
+
 def test_commands_were_found() -> None:
     assert len(commands("megatron-prime")) >= 5
     assert "make demo" in commands("make")
