@@ -25,6 +25,7 @@ class GroupedAuc(NamedTuple):
 
 def _won_pairs(scores: torch.Tensor, right: torch.Tensor) -> float:
     """Pairs (right, wrong) in which the right one scores higher; ties count half (Mann-Whitney U)."""
+    # Mann-Whitney U by ranks, in O(N log N): tied scores share the mean of their ranks, which counts a tie as half.
     _, index, counts = torch.unique(scores, return_inverse=True, return_counts=True)
     mean_rank = counts.cumsum(0) - (counts - 1) / 2.0
     num_right = int(right.sum())
@@ -89,6 +90,7 @@ def auc_gate(auc: float, num_pairs: int, *, z: float = 1.645) -> float:
     """
     if num_pairs == 0 or math.isnan(auc):
         return 0.0
+    # Wilson's score interval (1927); `shrink` pulls the estimate towards 1/2, the more the fewer pairs there are.
     shrink = z * z / num_pairs
     deviation = z * math.sqrt(auc * (1.0 - auc) / num_pairs + shrink / (4 * num_pairs))
     lower_bound = (auc + shrink / 2 - deviation) / (1.0 + shrink)

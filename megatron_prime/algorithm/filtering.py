@@ -107,6 +107,7 @@ class GroupCollector:
             return "num_missing"
         if not self.enabled:
             return "num_kept"
+        # Checked before accuracy: a truncated answer counts as wrong and would blur both other counts.
         if self.drop_truncated and any(response.finish_reason != "stop" for response in group.responses):
             return "num_truncated"
         if keep_group(group.accuracy, min_accuracy=self.min_accuracy, max_accuracy=self.max_accuracy):

@@ -108,12 +108,15 @@ def ppo_clip(tokens: PolicyTokens, section: PolicySection) -> tuple[torch.Tensor
         Loss of each token and whether the clip has cut its gradient.
     """
     ratio = tokens.log_ratio.exp()
+    # Advantages of padding are not trusted to be finite: 0 times a weight of 0 is 0, NaN times 0 is NaN.
     advantages = torch.where(tokens.weights > 0, tokens.advantages, 0.0)
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - section.clip_ratio_low, 1.0 + section.clip_ratio_high)
+    # The maximum of the two losses is pessimistic: it clips moves that would improve the surrogate, never others.
     losses = torch.maximum(unclipped, clipped)
     if section.dual_clip is not None:
         losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * section.dual_clip), losses)
+    # Where the clipped branch won, the loss no longer depends on the ratio and the token's gradient is 0.
     return losses, losses != unclipped
 
 

@@ -120,11 +120,12 @@ def opponent_logits(logits: torch.Tensor, labels: torch.Tensor, group_index: tor
         group_index: int64 [B].
 
     Returns:
-        [B], without gradient; nan where the group has no answer of the other side.
+        [B], without gradient; NaN where the group has no answer of the other side.
     """
     logits = logits.detach()
     right = (labels > 0.5).to(logits.dtype)
     wrong = 1.0 - right
+    # A group without answers of one side divides 0 by 0: the NaN marks rows without opponents for `pairwise_loss`.
     right_mean = group_sum(logits * right, group_index) / group_sum(right, group_index)
     wrong_mean = group_sum(logits * wrong, group_index) / group_sum(wrong, group_index)
     return torch.where(labels > 0.5, wrong_mean, right_mean)
@@ -148,6 +149,7 @@ def pairwise_loss(
         Scalar; sums over micro-batches to the mini-batch mean.
     """
     has_opponent = ~opponent_logits.isnan()
+    # Replace NaN before the subtraction, not after: `where` would still pass NaN gradients through the other branch.
     margin = logits - torch.where(has_opponent, opponent_logits, 0.0).detach()
     losses = -F.logsigmoid(torch.where(labels > 0.5, margin, -margin))
     return torch.where(has_opponent, losses, 0.0).sum() / num_responses

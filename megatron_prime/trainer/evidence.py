@@ -64,6 +64,7 @@ def measure_evidence(
         step_spans: the true steps of a response, or None.
     """
     rollout, prm = inputs.rollout, inputs.prm
+    # Logits come from log-probs, not from `rewards`: with prm.aggregation the PRM is trained on sum or mean.
     if prm is None:
         logits = rewards.sum(dim=1)
     else:

@@ -97,6 +97,8 @@ class GroupSampler:
             counts = self.collector.counts
             if counts.num_seen > 0:
                 self.acceptance = counts.num_kept / counts.num_seen
+            # Sample as many prompts as should leave `missing` groups after the filter, but no more than a batch. The
+            # floor avoids a division by 0 after a round in which nothing was kept.
             missing = wanted - len(self.collector)
             fresh, judged = self._sample(min(wanted, math.ceil(missing / max(self.acceptance, _MIN_ACCEPTANCE))))
             sampled += fresh
@@ -127,6 +129,7 @@ class GroupSampler:
         """Samples groups for the next prompts; returns them and all verdicts. Answers without a reward are left out."""
         with self._stages("data"):
             prompts = self._prompts.take(self.position, num_prompts)
+        # The seed follows the position, not the step: a resumed run samples what the uninterrupted one would have.
         seed = derive_seed(self._config.run.seed, "rollout", self.position)
         sampling = sampling_params(self._config.rollout, seed)
         self.position += num_prompts

@@ -117,6 +117,7 @@ class PrimeTrainer(Loop):
             with self.stages("score", parts.reference):
                 reference = parts.reference.score(batch)
         elif config.reference.source == "policy":
+            # The reference is scored without temperature; at temperature 1 the policy's scores already are that.
             reference = policy
             if policy is None or temperature != 1.0:
                 with self.stages("score", parts.policy):
@@ -151,6 +152,7 @@ class PrimeTrainer(Loop):
             updated = update_or_keep(train, record, self.parts.failed_updates)
         self.metrics |= {f"prm/{name}": value for name, value in updated.metrics.items()}
         result = seen(updated.logprobs)
+        # The window keeps scores of each batch from when it was new; `pairwise` takes its opponents from them.
         num_older = self.config.prm.num_window_batches - 1
         self.window = [*self.window, result][-num_older:] if num_older else []
         return result
@@ -161,6 +163,7 @@ class PrimeTrainer(Loop):
         if config.advantage.process_coef == 0.0:
             return None
         inputs = ProcessInputs(groups=tuple(groups), rollout=batch, prm=prm, beta=config.prm.beta)
+        # Evidence comes before the optional second scoring: the updated PRM has trained on this batch.
         rewards = self._rewards(inputs)
         evidence = measure_evidence(inputs, rewards, config.prm, self.parts.prompts.step_spans)
         smoothing = config.advantage.gate_smoothing
@@ -214,6 +217,7 @@ class PrimeTrainer(Loop):
         with self.stages("policy_update", model, training=True):
             updated = update_or_keep(train, record, self.parts.failed_updates)
         self.metrics |= {f"policy/{name}": value for name, value in updated.metrics.items()}
+        # Without a scoring pass the canary can only run now, on the log-probs from before the update.
         if scores.policy is None:
             self._compare(batch, updated.logprobs)
 

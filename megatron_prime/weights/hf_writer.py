@@ -85,6 +85,7 @@ class _ShardFile:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._offsets: dict[str, int] = {}
         end = 0
+        # All offsets are known from the shapes, so the header can be written first and tensors in any order.
         for name in sorted(shapes):
             self._offsets[name] = end
             end += math.prod(shapes[name]) * dtype.itemsize
@@ -250,6 +251,7 @@ class HfWriter:
     def _commit(self) -> None:
         self._refuse_existing()
         if self.overwrite and self.path.is_dir():
+            # Two renames instead of removing first: a crash in between leaves either the old or the new folder whole.
             replaced = self._partial.with_suffix(".replaced")
             os.rename(self.path, replaced)
             os.rename(self._partial, self.path)

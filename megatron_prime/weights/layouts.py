@@ -100,6 +100,7 @@ def local_slice(
             return cut(0, 1, tp_rank * shape[1], (tp_rank + 1) * shape[1])
         case Layout.VOCAB:
             vocab_size = spec.hf_shapes[0][0]
+            # With much padding the last ranks may hold no real row at all: `start` stops at the vocabulary's end.
             start = min(tp_rank * shape[0], vocab_size)
             rows = cut(0, 0, start, min(start + shape[0], vocab_size))
             return (

@@ -111,6 +111,7 @@ def check_cover(shapes: Mapping[str, tuple[int, ...]], slices: Iterable[tuple[st
     Raises:
         WeightsError: lists all tensors that are not covered exactly.
     """
+    # Counting elements alone would miss one slice sent twice in place of another of the same size: hence the set.
     covered = dict.fromkeys(shapes, 0)
     problems: list[str] = []
     seen: set[tuple[str, Ranges]] = set()
