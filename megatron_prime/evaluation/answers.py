@@ -32,7 +32,7 @@ class Answer:
 
     @classmethod
     def of(cls, prompt: Prompt, number: int, response: Response, verdict: Verdict) -> Answer:
-        """From what engine and verifier have said."""
+        """Makes an answer from a response and its verdict."""
         return cls(
             prompt_id=prompt.prompt_id,
             number=number,
@@ -88,7 +88,7 @@ def answer_problems(
         should_stop: asked whenever an answer has ended.
 
     Raises:
-        RunInterrupted: `should_stop` said so; what had ended is graded and kept.
+        RunInterrupted: `should_stop` was true; answers that had ended are graded and kept.
     """
     numbers = range(sampling.num_responses)
     left = [prompt for prompt in prompts if any((prompt.prompt_id, number) not in kept for number in numbers)]

@@ -1,4 +1,4 @@
-"""The benchmarks that `megatron-prime evaluate` knows, and how each is asked by PRIME's protocol."""
+"""Lists the benchmarks of `megatron-prime evaluate`, with each one's protocol (PRIME's)."""
 
 from __future__ import annotations
 

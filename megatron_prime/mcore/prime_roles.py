@@ -43,7 +43,7 @@ class PolicyRole(TrainableRole):
     """The model that learns to answer.
 
     Args:
-        setup: as for every model.
+        setup: shape, layout and batching of the model.
         section: of the configuration.
         num_steps: steps of the run in which it trains; PRM warm-up steps do not count.
     """
@@ -112,8 +112,8 @@ class PolicyRole(TrainableRole):
 
         Args:
             batch: rollouts with the log-probs that the update had.
-            advantages: as for `update`.
-            temperature: as for `update`.
+            advantages: float32 [B, R].
+            temperature: of the sampling.
 
         Returns:
             Metrics of `TrainableRole.measure` per response.
@@ -147,7 +147,7 @@ class PrmRole(TrainableRole):
     """The implicit process reward model.
 
     Args:
-        setup: as for every model.
+        setup: shape, layout and batching of the model.
         section: of the configuration.
         num_steps: steps of the run; it trains in all of them.
     """

@@ -305,7 +305,7 @@ class TrainableRole(ModelRole):
         Args:
             rows: the whole batch.
             selected: rows of the mini-batch.
-            loss: as for `measure`.
+            loss: see `measure`.
             temperature: divides the logits.
             keep_logprobs: return the log-probs from before the step.
 

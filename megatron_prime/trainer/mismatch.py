@@ -53,7 +53,7 @@ def advantage_weights(
 
     Args:
         batch: rollouts.
-        policy_logprobs: as for `compare_logprobs`; not needed where nothing is switched on.
+        policy_logprobs: [B, R] as in `compare_logprobs`; None is fine if neither correction is on.
         section: `importance_cap` and `max_sequence_ratio`.
     """
     if section.importance_cap is None and section.max_sequence_ratio is None:

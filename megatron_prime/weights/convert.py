@@ -149,7 +149,7 @@ def to_hf(
         progress: called after each weight.
 
     Raises:
-        CheckpointError: the source is no checkpoint, damaged, of another model, or says not of which; or the
+        CheckpointError: the source is no checkpoint, is damaged, or does not name its model, or names another; or the
             target holds something, or cannot be written.
     """
     _refuse_existing(target)

@@ -339,7 +339,7 @@ def _copies(chunks: Sequence[StoredChunk]) -> Iterator[StoredChunk]:
 
 
 def _copies_of(role: TrainableRole, chunks: Sequence[StoredChunk]) -> Iterator[StoredChunk]:
-    """Copies that are made when they are asked for."""
+    """Yields copies, each made when it is taken."""
     with awake(role):
         yield from _copies(chunks)
 
