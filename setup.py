@@ -1,4 +1,4 @@
-"""The package, its dependencies and its extras (reasons for each: docs/dependencies.md)."""
+"""The package, its dependencies and its extras (reasons for each: docs/reference/dependencies.md)."""
 
 from setuptools import find_packages, setup
 
@@ -36,6 +36,7 @@ setup(
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "triton>=3.6,<4"],
         "wandb": ["wandb>=0.31,<1"],
         "launch": ["nemo-run==0.11.1", "leptonai<0.28"],
+        "docs": ["mkdocs-material>=9.7,<10"],
         "dev": [
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",

@@ -1,6 +1,6 @@
 """What the parts of a run are to each other: every protocol that crosses rooms, once.
 
-The trainer knows its parts by these alone; users who bring their own part implement one of them (docs/own_parts.md).
+The trainer knows its parts by these alone; users who bring their own part implement one of them (docs/howto/).
 """
 
 from __future__ import annotations

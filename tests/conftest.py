@@ -43,7 +43,8 @@ LONG = (
     "test_vllm_ipc",
     "test_vllm_ranks",
     "test_resume",
-    "test_readme",
+    "test_own_model_page",
+    "test_tutorial",
     "test_checkpoints",
 )
 """Files of a minute or more, longest first: they begin first, so that no process is left alone with one at the end."""

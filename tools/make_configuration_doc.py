@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the schema: every key, its type, its default, its docstring and its range."""
+"""Writes docs/reference/configuration.md from the schema: every key with its type, default, range and docstring."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_prime.config.keys import annotations, hints_of, kinds, range_of, s
 from megatron_prime.config.section import Named
 from megatron_prime.sockets import BUILT_IN
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "configuration.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "reference" / "configuration.md"
 
 INTRODUCTION = """# Configuration
 

@@ -1,4 +1,4 @@
-"""Writes docs/recipes.md: the plan of every recipe in configs/, as `megatron-prime check` prints it."""
+"""Writes docs/reference/recipes.md: the plan of every recipe in configs/, as `megatron-prime check` prints it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_prime.planner.plan import make_plan
 from megatron_prime.planner.plan_text import plan_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENT = ROOT / "docs" / "recipes.md"
+DOCUMENT = ROOT / "docs" / "reference" / "recipes.md"
 
 RECIPES = (
     ("prime_qwen2.5_math_7b", "qwen2.5-math-7b", "h100"),

@@ -52,6 +52,8 @@ def _from_group_minimum(
     rewards: torch.Tensor, mask: torch.Tensor, group_index: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rewards above their group's smallest one [B, R], their means [B], and the group's non-empty responses [B]."""
+    # Any constant may be subtracted from a group's rewards without changing a baselined advantage. Subtracting the
+    # minimum makes equal rewards exactly 0, so that no rounding is left for later normalisation to amplify.
     lengths = mask.sum(dim=1)
     minimum = -group_max(-rewards.masked_fill(~mask, torch.inf).amin(dim=1), group_index)
     shifted = torch.where(mask, rewards - minimum[:, None], 0.0)
@@ -102,6 +104,7 @@ def leave_one_out(values: torch.Tensor, group_index: torch.Tensor) -> torch.Tens
     Returns:
         [B]; 0 for a group of one, exactly 0 where all members are equal.
     """
+    # With one token per response the process baseline is the leave-one-out baseline of the outcomes.
     everywhere = torch.ones_like(values, dtype=torch.bool)[:, None]
     return rloo_process(values[:, None], everywhere, group_index, baseline="strict").squeeze(1)
 
@@ -124,6 +127,7 @@ def grpo_process(rewards: torch.Tensor, mask: torch.Tensor, group_index: torch.T
     squares = torch.where(mask.any(dim=1), (means - centre).square(), 0.0)
     std = (group_sum(squares, group_index) / (size - 1).clamp(min=1)).sqrt()
     spread = group_max(shifted.amax(dim=1), group_index)
+    # A zero test on std would miss means that differ by float32 rounding only.
     all_equal = std <= RELATIVE_NOISE * spread
     standardised = (shifted - centre[:, None]) / torch.where(all_equal, 1.0, std)[:, None]
     return torch.where(mask & ~all_equal[:, None], standardised, 0.0)
@@ -145,6 +149,7 @@ def discounted_returns(rewards: torch.Tensor, mask: torch.Tensor, gamma: float) 
     """
     returns = torch.where(mask, rewards, 0.0)
     horizon, factor = 1, gamma
+    # Invariant: returns[t] holds the discounted sum of r[t] .. r[t + horizon - 1], and factor is gamma^horizon.
     while horizon < returns.shape[1] and factor != 0.0:
         returns[:, :-horizon] += factor * returns[:, horizon:]
         horizon, factor = 2 * horizon, factor * factor
@@ -240,6 +245,7 @@ def _outcome_returns(
     """Baselined outcomes, put on the last token of each response and discounted backwards from there, [B, R]."""
     everywhere = torch.ones_like(outcomes, dtype=torch.bool)[:, None]
     values = estimator(outcomes[:, None], everywhere, group_index, section)
+    # Right padding: the last token of a response of n tokens is column n - 1 (none for an empty response).
     is_last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(dim=1, keepdim=True) - 1
     return discounted_returns(torch.where(is_last, values, 0.0), mask, section.outcome_gamma)
 
@@ -282,6 +288,7 @@ def compute_advantages(
     process_returns, scale = torch.zeros_like(outcome_returns), 1.0
     if process_rewards is not None:
         scaled, scale = scale_process(process_rewards, mask, mode=section.process_scale, gamma=section.process_gamma)
+        # One divisor for the whole batch keeps the groups' rewards comparable; the estimator then works within groups.
         centred = estimator(scaled, mask, group_index, section)
         process_returns = discounted_returns(centred, mask, section.process_gamma)
 
@@ -289,7 +296,7 @@ def compute_advantages(
     process_part = section.process_coef * gate * process_returns
     total = outcome_part + process_part
     outcome_size, process_size = (float(part.abs().sum(dtype=torch.float64)) for part in (outcome_part, process_part))
-    size = outcome_size + process_size or 1.0
+    size = outcome_size + process_size or 1.0  # shares of nothing are 0, not NaN
     return AdvantageResult(
         advantages=whiten(total, mask) if section.whiten else total,
         outcome_returns=outcome_returns,

@@ -1,7 +1,7 @@
-"""How well the PRM orders answers it has not trained on, and the weight that this earns its rewards.
+"""Measures how well the PRM orders answers it has not trained on, and derives the weight of its rewards from that.
 
-A PRM that does not know right from wrong is not neutral: it pays the policy for unlikely tokens. So its
-rewards are scaled by what its scores prove on fresh rollouts.
+A PRM that cannot tell right from wrong is not neutral: it rewards the policy for unlikely tokens. So its rewards are
+scaled by a lower bound on its measured skill on fresh rollouts.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ class GroupedAuc(NamedTuple):
     """Ordering within groups and how much it rests on."""
 
     auc: float
-    """nan without pairs."""
+    """NaN without pairs."""
     num_pairs: int
 
 
 def _won_pairs(scores: torch.Tensor, right: torch.Tensor) -> float:
     """Pairs (right, wrong) in which the right one scores higher; ties count half (Mann-Whitney U)."""
+    # Mann-Whitney U by ranks, in O(N log N): tied scores share the mean of their ranks, which counts a tie as half.
     _, index, counts = torch.unique(scores, return_inverse=True, return_counts=True)
     mean_rank = counts.cumsum(0) - (counts - 1) / 2.0
     num_right = int(right.sum())
@@ -39,7 +40,7 @@ def auc(scores: torch.Tensor, labels: torch.Tensor) -> float:
         labels: [N]; above 0.5 (or True) is right.
 
     Returns:
-        In [0, 1], ties counted half; nan if only one kind is there.
+        In [0, 1], ties counted half; NaN if only one kind is present.
     """
     right = labels > 0.5 if labels.is_floating_point() else labels.bool()
     num_pairs = int(right.sum()) * int((~right).sum())
@@ -89,6 +90,7 @@ def auc_gate(auc: float, num_pairs: int, *, z: float = 1.645) -> float:
     """
     if num_pairs == 0 or math.isnan(auc):
         return 0.0
+    # Wilson's score interval (1927); `shrink` pulls the estimate towards 1/2, the more the fewer pairs there are.
     shrink = z * z / num_pairs
     deviation = z * math.sqrt(auc * (1.0 - auc) / num_pairs + shrink / (4 * num_pairs))
     lower_bound = (auc + shrink / 2 - deviation) / (1.0 + shrink)

@@ -1,4 +1,4 @@
-"""Which groups are worth training on, and the buffer that fills a step's batch with them."""
+"""Selects the groups worth training on, and buffers them until a step's batch is full."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def keep_group(accuracy: float, *, min_accuracy: float, max_accuracy: float) -> 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FilterCounts:
-    """What became of the groups; every group seen is in exactly one of the other counts."""
+    """Counts of groups by fate; every group seen is in exactly one of the other counts."""
 
     num_seen: int = 0
     num_kept: int = 0
@@ -49,10 +49,9 @@ class FilterCounts:
 
 
 class GroupCollector:
-    """Collects kept groups until a step's batch is full; what is too much waits for the next step.
+    """Collects kept groups until a step's batch is full; surplus groups wait for the next step.
 
-    Surplus groups are reused with their rollouts, first in first out, so that what waits is never older than it
-    must be.
+    Surplus groups are used with their rollouts, first in first out, so that no group is older than necessary.
 
     Args:
         section: which groups are kept; not enabled, every group of at least two responses is.
@@ -71,12 +70,12 @@ class GroupCollector:
 
     @property
     def is_full(self) -> bool:
-        """Whether the waiting groups make a batch."""
+        """Returns whether the waiting groups fill a batch."""
         return len(self._groups) >= self.num_groups
 
     @property
     def counts(self) -> FilterCounts:
-        """What became of the groups added since the last `take_counts`."""
+        """Counts of the groups added since the last `take_counts`."""
         return self._counts
 
     def add(self, groups: Sequence[Group]) -> None:
@@ -99,6 +98,7 @@ class GroupCollector:
         section = self.section
         if not section.enabled:
             return "num_kept"
+        # Checked before accuracy: a truncated answer counts as wrong and would blur both other counts.
         if section.drop_truncated and any(response.finish_reason != "stop" for response in group.responses):
             return "num_truncated"
         if keep_group(group.accuracy, min_accuracy=section.min_accuracy, max_accuracy=section.max_accuracy):
@@ -124,7 +124,7 @@ class GroupCollector:
         return counts
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs, in built-in types."""
+        """Returns everything that a resumed run needs, in built-in types."""
         return {"groups": [asdict(group) for group in self._groups], "counts": asdict(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

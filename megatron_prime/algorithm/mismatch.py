@@ -15,10 +15,10 @@ from megatron_prime.algorithm.policy_loss import MAX_LOG_RATIO
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mismatch:
-    """Of some tokens, in nats."""
+    """Differences between the engine's and the trainer's log-probs of some tokens, in nats."""
 
     mean: float
-    """Of |d|."""
+    """Mean of |d|."""
     max: float
     kl: float
     """k3 estimate of KL(rollout, train): mean of exp(d) - 1 - d."""
@@ -65,6 +65,7 @@ def importance_weights(
     difference = torch.where(mask, train_logprobs - rollout_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     factors = torch.ones_like(difference) if cap is None else difference.exp().clamp(max=cap)
     if max_sequence_ratio is not None:
+        # The sequence ratio is a geometric mean, so that its limit does not depend on the length.
         mean = difference.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         outside = mean.abs() > torch.tensor(max_sequence_ratio, dtype=torch.float64).log()
         factors = torch.where(outside[:, None] & mask, 0.0, factors)

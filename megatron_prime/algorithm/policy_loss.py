@@ -1,7 +1,7 @@
 """Policy losses, normalised over the whole mini-batch.
 
-Normalisation is in the weights: they are computed once for the mini-batch, and the loss of any part of it is a
-weighted sum. Losses, gradients and metrics of micro-batches and ranks therefore add up to those of the mini-batch,
+The token weights carry the normalisation: they are computed once for the mini-batch, and the loss of any part of it is
+a weighted sum. Losses, gradients and metrics of micro-batches and ranks therefore add up to those of the mini-batch,
 however it is cut.
 """
 
@@ -26,7 +26,7 @@ class PolicyTokens:
     logprobs: torch.Tensor
     """With gradient, at the sampling temperature."""
     old_logprobs: torch.Tensor
-    """Of the policy before this step's update."""
+    """Log-probs of the policy before this step's update."""
     advantages: torch.Tensor
     weights: torch.Tensor
     """The part's rows of `loss_weights`; tokens of weight 0 (padding) are ignored entirely."""
@@ -43,8 +43,8 @@ class PolicyTokens:
 
 
 Surrogate = Callable[[PolicyTokens, PolicySection], tuple[torch.Tensor, torch.Tensor]]
-"""What `policy.loss` names: the loss of each token, with gradient, and whether a clip has cut its gradient; both as the
-tokens are shaped. Weights, KL and metrics are `policy_loss`'s."""
+"""The function that `policy.loss` names. It returns the loss of each token, with gradient, and whether a clip has cut
+its gradient, both in the tokens' shape. Weights, KL and metrics are `policy_loss`'s."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,12 +108,15 @@ def ppo_clip(tokens: PolicyTokens, section: PolicySection) -> tuple[torch.Tensor
         Loss of each token and whether the clip has cut its gradient.
     """
     ratio = tokens.log_ratio.exp()
+    # Advantages of padding are not trusted to be finite: 0 times a weight of 0 is 0, NaN times 0 is NaN.
     advantages = torch.where(tokens.weights > 0, tokens.advantages, 0.0)
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - section.clip_ratio_low, 1.0 + section.clip_ratio_high)
+    # The maximum of the two losses is pessimistic: it clips moves that would improve the surrogate, never others.
     losses = torch.maximum(unclipped, clipped)
     if section.dual_clip is not None:
         losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * section.dual_clip), losses)
+    # Where the clipped branch won, the loss no longer depends on the ratio and the token's gradient is 0.
     return losses, losses != unclipped
 
 

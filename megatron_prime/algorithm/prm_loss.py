@@ -1,4 +1,4 @@
-"""Losses of the implicit PRM: outcome labels teach it, token rewards come for free.
+"""Losses of the implicit PRM, which learns token rewards from outcome labels.
 
 Every loss is a sum over the responses it is given divided by the responses of the whole mini-batch, so
 the losses (and gradients) of micro-batches and of data-parallel ranks add up to those of the mini-batch.
@@ -35,7 +35,7 @@ class PrmResponses:
     opponents: torch.Tensor | None
     """[b], `opponent_logits` of the PRM before its update; None unless the loss has the attribute ``needs_scores``."""
     num_responses: int
-    """Of the whole mini-batch."""
+    """Responses of the whole mini-batch."""
     section: PrmSection
 
     @property
@@ -51,7 +51,7 @@ class PrmResponses:
 
 
 PrmLoss = Callable[[PrmResponses], torch.Tensor]
-"""What `prm.loss` names: a scalar that sums over micro-batches to the loss of the mini-batch."""
+"""The function that `prm.loss` names: its scalars sum over micro-batches to the loss of the mini-batch."""
 
 
 def sequence_logits(
@@ -120,11 +120,12 @@ def opponent_logits(logits: torch.Tensor, labels: torch.Tensor, group_index: tor
         group_index: int64 [B].
 
     Returns:
-        [B], without gradient; nan where the group has no answer of the other side.
+        [B], without gradient; NaN where the group has no answer of the other side.
     """
     logits = logits.detach()
     right = (labels > 0.5).to(logits.dtype)
     wrong = 1.0 - right
+    # A group without answers of one side divides 0 by 0: the NaN marks rows without opponents for `pairwise_loss`.
     right_mean = group_sum(logits * right, group_index) / group_sum(right, group_index)
     wrong_mean = group_sum(logits * wrong, group_index) / group_sum(wrong, group_index)
     return torch.where(labels > 0.5, wrong_mean, right_mean)
@@ -148,6 +149,7 @@ def pairwise_loss(
         Scalar; sums over micro-batches to the mini-batch mean.
     """
     has_opponent = ~opponent_logits.isnan()
+    # Replace NaN before the subtraction, not after: `where` would still pass NaN gradients through the other branch.
     margin = logits - torch.where(has_opponent, opponent_logits, 0.0).detach()
     losses = -F.logsigmoid(torch.where(labels > 0.5, margin, -margin))
     return torch.where(has_opponent, losses, 0.0).sum() / num_responses

@@ -69,7 +69,9 @@ def build_parser(functions: Mapping[str, Callable[..., int]]) -> argparse.Argume
 def _add_evaluate(parser: argparse.ArgumentParser, overrides: dict[str, Any]) -> None:
     parser.add_argument("config", help="YAML file; with --benchmarks a Hugging Face folder or Megatron checkpoint")
     parser.add_argument("overrides", **overrides)
-    group = parser.add_argument_group("benchmarks (docs/evaluation.md)", "defaults are each benchmark's own protocol")
+    group = parser.add_argument_group(
+        "benchmarks (docs/reference/evaluation.md)", "defaults are each benchmark's own protocol"
+    )
     group.add_argument("--benchmarks", metavar="NAME,NAME", help="aime24, math500, gsm8k, humaneval, ...")
     group.add_argument("--data", default="data", help="folder with one folder per benchmark (default: data)")
     group.add_argument("--output", help="answers, results.json, results.txt (default: evaluations/MODEL)")
@@ -120,7 +122,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN.jsonl", help=text)
     text = "the same rows with status, reward and seconds; goes on where an earlier call has stopped"
     parser.add_argument("target", metavar="OUT.jsonl", help=text)
-    parser.add_argument("overrides", nargs="*", metavar="verifier.KEY=VALUE", help="docs/configuration.md")
+    parser.add_argument("overrides", nargs="*", metavar="verifier.KEY=VALUE", help="docs/reference/configuration.md")
     parser.add_argument("--config", help="YAML file whose section `verifier` says how to grade")
 
 

@@ -70,7 +70,7 @@ def prepare(options: PrepareOptions) -> Mapping[str, Any]:
 def _contamination(folder: str) -> Contamination:
     names = available(Path(folder))
     if not names:
-        raise DataError(f"{folder}: holds no benchmark; see docs/evaluation.md for the files")
+        raise DataError(f"{folder}: holds no benchmark; see docs/reference/evaluation.md for the files")
     return Contamination(
         (problem_id, question.extra_info.get("statement") or question.messages[-1]["content"])
         for problems in load_benchmarks(folder, names).values()

@@ -51,7 +51,7 @@ class RunSection(Section):
         default_factory=lambda: ["tensorboard"]
     )
     """Where metrics go besides metrics.jsonl and the console: `tensorboard`, `wandb`, or `package.module:function` of
-    your own (docs/own_parts.md)."""
+    your own (docs/howto/)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -119,7 +119,7 @@ class FileData(Section):
 
 @dataclass(kw_only=True, slots=True)
 class OwnData(Section):
-    """Prompts of your own, made by a function (docs/own_parts.md); PRIME runs only."""
+    """Prompts of your own, made by a function (docs/howto/); PRIME runs only."""
 
     kind: Literal["own"] = "own"
     factory: Annotated[str, Named("data.factory")]
@@ -185,7 +185,7 @@ class RolloutSection(Section):
 
     engine: Annotated[str, Named("rollout.engine")] = "transformers"
     """`transformers`: embedded in every process. `vllm`: a process beside each data-parallel group of ranks. An engine
-    of your own: `package.module:function` (docs/rollouts.md)."""
+    of your own: `package.module:function` (docs/reference/rollouts.md)."""
     num_prompts: Count
     """Groups of a step's batch (after filtering)."""
     # One answer has nothing to be compared with, and the filter keeps no such group.

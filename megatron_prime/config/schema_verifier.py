@@ -10,7 +10,7 @@ from megatron_prime.config.section import Count, CountOrZero, Named, Positive, S
 
 @dataclass(kw_only=True, slots=True)
 class CodeVerifierSection(Section):
-    """Programs against unit tests (docs/verifiers.md)."""
+    """Programs against unit tests (docs/reference/verifiers.md)."""
 
     isolation: Literal["auto", "fork_server", "bubblewrap", "rlimits_unsafe"] = "auto"
     """`auto`: the best safe one that the machine offers, tried out at the start. `rlimits_unsafe` lets programs see

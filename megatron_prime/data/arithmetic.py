@@ -118,7 +118,7 @@ def write_answer(problem: Problem, *, step_error_rate: float, rng: random.Random
 
     Args:
         problem: the problem.
-        step_error_rate: share of the steps with a wrong result, from which the chain goes on.
+        step_error_rate: share of the steps with a wrong result, from which the chain continues.
         rng: source of the errors.
 
     Returns:

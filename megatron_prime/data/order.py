@@ -8,7 +8,7 @@ _NUM_ROUNDS = 4
 
 
 def shuffled_index(position: int, length: int, seed: int) -> int:
-    """Which row of a dataset is the `position`-th since the start of training.
+    """Returns the dataset row that is the `position`-th since the start of training.
 
     Each epoch is its own pseudo-random permutation: a Feistel network on the smallest even number of bits that
     covers `length`, walked until it lands below `length` (Black and Rogaway, "Ciphers with arbitrary finite

@@ -37,7 +37,7 @@ _RAW = "do without (data.template: raw in a configuration; generate --raw; evalu
 def complete_messages(
     messages: Sequence[Message], *, ability: str, system_prompt: Literal["prime", "none"], task_suffix: bool
 ) -> list[Message]:
-    """Adds PRIME's system prompt and task suffix where they are wanted and not there yet.
+    """Adds PRIME's system prompt and task suffix if they are wanted and missing.
 
     Args:
         messages: a conversation that ends with the user.

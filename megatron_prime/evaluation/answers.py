@@ -1,4 +1,4 @@
-"""Answers to the problems of a benchmark, graded and kept as they come, so that an interrupted evaluation goes on."""
+"""Answers, grades and stores a benchmark's problems one by one, so that an interrupted evaluation can continue."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Answer:
 
     prompt_id: str
     number: int
-    """Which of the problem's answers."""
+    """Number of the answer among the problem's answers."""
     text: str
     finish_reason: str
     num_tokens: int
@@ -28,11 +28,11 @@ class Answer:
     reward: float | None
     extracted: str | None
     seconds: float
-    """Of grading."""
+    """Seconds of grading."""
 
     @classmethod
     def of(cls, prompt: Prompt, number: int, response: Response, verdict: Verdict) -> Answer:
-        """From what engine and verifier have said."""
+        """Makes an answer from a response and its verdict."""
         return cls(
             prompt_id=prompt.prompt_id,
             number=number,
@@ -58,7 +58,7 @@ class Answer:
             raise DataError(f"{where}: not an answer of this evaluation; move the folder away") from error
 
     def row(self) -> dict[str, Any]:
-        """As it is written to JSON."""
+        """Returns the row as it is written to JSON."""
         return asdict(self)
 
 
@@ -82,13 +82,13 @@ def answer_problems(
         verifier: for all abilities of the prompts.
         prompts: all problems.
         sampling: how to answer.
-        kept: (prompt id, number) of the answers that are there already. A problem is asked again as long as one of its
+        kept: (prompt id, number) of the answers that exist already. A problem is asked again as long as one of its
             answers is missing.
         keep: takes new answers as soon as they are graded, while others are still sampled.
         should_stop: asked whenever an answer has ended.
 
     Raises:
-        RunInterrupted: `should_stop` said so; what had ended is graded and kept.
+        RunInterrupted: `should_stop` was true; answers that had ended are graded and kept.
     """
     numbers = range(sampling.num_responses)
     left = [prompt for prompt in prompts if any((prompt.prompt_id, number) not in kept for number in numbers)]
@@ -123,7 +123,7 @@ def answer_problems(
 
 
 def summarize(answers: Sequence[Answer]) -> dict[str, Any]:
-    """What goes into the result of a benchmark."""
+    """Returns the result of a benchmark."""
     by_prompt: dict[str, list[float | None]] = {}
     for answer in answers:
         by_prompt.setdefault(answer.prompt_id, []).append(answer.reward)

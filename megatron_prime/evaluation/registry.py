@@ -1,4 +1,4 @@
-"""The benchmarks that `megatron-prime evaluate` knows, and how each is asked by PRIME's protocol."""
+"""Lists the benchmarks of `megatron-prime evaluate`, with each one's protocol (PRIME's)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Benchmark:
     read: Callable[[Row, str], Question | None]
     """None: the row is of another test set in the same file."""
     num_problems: int | None
-    """As published; None where releases differ."""
+    """Number of published problems; None: releases differ."""
     max_response_tokens: int = 4096
     num_responses: int = 1
     temperature: float = 0.0
@@ -112,7 +112,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         ),
     )
 }
-"""In the order of tables."""
+"""All benchmarks, in the order of tables."""
 
 
 def available(folder: Path) -> list[str]:
@@ -124,14 +124,14 @@ def load_benchmarks(folder: str | Path, names: Sequence[str]) -> dict[str, list[
     """Reads benchmarks from a local folder.
 
     Args:
-        folder: data folder with one folder per benchmark (docs/evaluation.md has the layout).
+        folder: data folder with one folder per benchmark (docs/reference/evaluation.md has the layout).
         names: keys of `BENCHMARKS`.
 
     Returns:
         By name, in the order asked for: (stable id, question) of each problem.
 
     Raises:
-        DataError: the folder, a name, a file or a row is at fault; lists all problems and what there is.
+        DataError: a problem with the folder, a name, a file or a row; lists all problems and what exists.
     """
     root = Path(folder)
     if not root.is_dir():

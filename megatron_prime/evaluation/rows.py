@@ -1,7 +1,7 @@
 """From a row of each benchmark's published file to a question with PRIME's wording.
 
 Wordings are those of PRIME's evaluation scripts (PRIME-RL/PRIME, ``eval/``, Apache-2.0) and, for LiveCodeBench, of its
-own runner (LiveCodeBench/LiveCodeBench, MIT); docs/evaluation.md lists where ours differ.
+own runner (LiveCodeBench/LiveCodeBench, MIT); docs/reference/evaluation.md lists where ours differ.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def read_math(row: Row, where: str) -> Question:
 
 
 def read_aime24(row: Row, where: str) -> Question | None:
-    """PRIME's file holds AIME 2022 to 2024; those of 2024 are told by their address."""
+    """PRIME's file holds AIME 2022 to 2024; those of 2024 are recognised by their address."""
     return read_math(row, where) if "2024" in str(row.get("url", "2024")) else None
 
 
@@ -109,7 +109,7 @@ def code_question(content: str, tests: Mapping[str, Any], *, statement: str) -> 
     Args:
         content: what is asked.
         tests: in a form of the code verifier.
-        statement: the problem without the benchmark's wording, by which training data is told to hold it.
+        statement: the problem without the benchmark's wording, for finding it in training data.
     """
     messages = ({"role": "user", "content": content},)
     extra_info = {"statement": statement}

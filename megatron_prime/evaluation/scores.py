@@ -1,4 +1,4 @@
-"""What graded answers say of a model: avg@k and pass@k with bootstrap intervals."""
+"""Scores a model by its graded answers: avg@k and pass@k with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Score:
     """Problems that the mean is over."""
 
     def row(self) -> dict[str, float | int]:
-        """As it is written to JSON."""
+        """Returns the score as it is written to JSON."""
         return {"value": self.value, "low": self.low, "high": self.high, "num_problems": self.num_problems}
 
 

@@ -1,4 +1,4 @@
-"""Which backend computes a head, by device and by wish."""
+"""Selects the backend of a head by device and option."""
 
 from __future__ import annotations
 

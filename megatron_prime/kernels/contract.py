@@ -1,4 +1,4 @@
-"""What the op promises: its options, its results, and the arguments that it refuses."""
+"""The contract of the log-prob op: options, results, and checks of arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EntropyMode = Literal["none", "metric", "grad"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadOptions:
-    """How the op is computed. Nothing here changes a result by more than rounding."""
+    """Options of the computation. None of them changes a result by more than rounding."""
 
     backend: BackendName = "auto"
     """`auto`: Triton on GPUs of compute capability 8.0 and up where it is installed, else torch."""
@@ -27,7 +27,7 @@ class HeadOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogprobResult:
-    """What the op returns for T tokens, float32 (float64 for float64 inputs)."""
+    """Results for T tokens, float32 (float64 for float64 inputs)."""
 
     logprobs: torch.Tensor
     """[T], differentiable, never above 0."""
@@ -63,7 +63,7 @@ def check_arguments(
     accumulate_main_grad: bool,
     options: HeadOptions,
 ) -> None:
-    """Refuses what does not belong together.
+    """Checks that the arguments fit together.
 
     Raises:
         ValueError: names the argument.
@@ -105,7 +105,9 @@ def _check_shapes(
             raise ValueError(f"targets {list(targets.shape)} must be [T={hidden.shape[0]}], one for each row of hidden")
         return
     if tp_group is None:
-        raise ValueError("sequence_shards without tp_group: there is nobody to share the sequence with")
+        raise ValueError(
+            "sequence_shards needs tp_group: without it there are no other ranks to share the sequence with"
+        )
     rank, size = dist.get_rank(tp_group), dist.get_world_size(tp_group)
     if len(sequence_shards) != size or sequence_shards[rank] != hidden.shape[0]:
         raise ValueError(

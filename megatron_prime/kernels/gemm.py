@@ -1,8 +1,8 @@
 """The matrix products of the torch backend: logits in full precision, gradients rounded at most once.
 
 Torch sends float32 products on a CPU to MKL, and oneDNN is up to twice as fast on some processors. Which one is
-better can only be measured, so a run measures once, where its ranks can agree on the outcome and keep it
-(`choose_gemm`); here nothing is measured behind the caller's back.
+better can only be measured, so a run measures once, where its ranks can agree on the result and store it
+(`choose_gemm`). Nothing else in this module measures.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Gemm:
         onednn = name == "onednn" and device.type == "cpu" and dtype != torch.float64
         self._product = _onednn_product if onednn else _mm_product
         self._cuda_half = dtype == torch.bfloat16 and device.type == "cuda"
-        # bfloat16 products of a processor that has none would be slower than float32 ones.
+        # Emulated bfloat16 products would be slower than float32 ones.
         self._cpu_half = dtype == torch.bfloat16 and device.type == "cpu" and has_bfloat16_products()
         self._accumulator = accumulator_dtype(dtype)
 
     @property
     def rounds(self) -> bool:
-        """Whether `accumulate` multiplies bfloat16 numbers."""
+        """True if `accumulate` multiplies bfloat16 numbers."""
         return self._cuda_half or self._cpu_half
 
     def prepare(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def has_bfloat16_products() -> bool:
-    """Whether the processor multiplies bfloat16 numbers with instructions of its own."""
+    """Returns whether the processor has bfloat16 matrix instructions."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -86,7 +86,7 @@ def choose_gemm(dtype: torch.dtype, num_rows: int, hidden_size: int, device: tor
     """Measures which float32 product is faster here. Takes about 0.1 s, or nothing where it cannot matter.
 
     Timings scatter, and the products differ in their last bits: call it once per run, on one rank, and give the
-    answer to all others and to whoever resumes the run.
+    answer to all others and to resumed runs.
 
     Args:
         dtype: of the head.

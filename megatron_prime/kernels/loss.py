@@ -93,7 +93,7 @@ def fused_linear_logprob_loss(
 
 
 def cut_chunks(num_tokens: int, max_tokens: int, sequence_lengths: Sequence[int] | None) -> Iterator[slice]:
-    """Consecutive slices of at most so many tokens, of whole sequences where lengths are given.
+    """Yields consecutive slices of at most `max_tokens` tokens, of whole sequences if lengths are given.
 
     A longer sequence has a chunk of its own.
     """
@@ -137,6 +137,8 @@ class _LinearLogprobLoss(torch.autograd.Function):
         )
         losses = torch.zeros((), dtype=head.dtype, device=hidden.device)
         logprobs, entropies = (losses.new_empty(len(rows)) for _ in range(2))
+        # Every rank cuts the same chunks: `token_bytes` counts padding rows, so it is equal on all of them. Each chunk
+        # needs one all-gather of its statistics, and a rank with other chunks would hang the group.
         for chunk in cut_chunks(len(rows), max(1, head.workspace_bytes // head.token_bytes), sequence_lengths):
             part = tokens.take(chunk)
             statistics, kept = head.statistics(
@@ -182,7 +184,9 @@ class _LinearLogprobLoss(torch.autograd.Function):
 def _evaluate(
     loss: ChunkLoss, merged: Merged, chunk: slice, entropy: EntropyMode
 ) -> tuple[torch.Tensor, TokenGradients]:
-    """The chunk's loss and what it makes of its log-probs and entropies."""
+    """Returns the chunk's loss and its gradients with respect to log-probs and entropies."""
+    # The loss sees fresh leaves: autograd inside this forward pass stops at the log-probs, and the head's own formula
+    # (`TorchTiles.gradients`) takes over from there.
     logprobs, entropies = merged.logprobs.detach().requires_grad_(), merged.entropies.detach()
     leaves = [logprobs, entropies.requires_grad_()] if entropy == "grad" else [logprobs]
     with torch.enable_grad():

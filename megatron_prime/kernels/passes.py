@@ -1,4 +1,4 @@
-"""Both passes over all tokens of a call, block by block, in front of whichever backend computes a block."""
+"""Runs both passes over all tokens of a call, block by block, on either backend."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_prime.kernels.tiles import Block, TokenGradients
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What the passes know of T tokens."""
+    """Inputs of the passes for T tokens."""
 
     hidden: torch.Tensor
     """[T, d]."""
@@ -48,7 +48,7 @@ class Head:
         self.dtype = accumulator_dtype(weight.dtype)
         self.workspace_bytes = options.workspace_bytes
         self.backend = make_backend(options, weight.dtype, weight.device)
-        # Padding included: all ranks must cut their tokens alike.
+        # Counts padding rows too, so that it is equal on all ranks: they must cut their tokens in the same way.
         self.token_bytes = weight.shape[0] * self.backend.kept_itemsize(weight.dtype)
 
     def _blocks(self, tokens: Tokens) -> Iterator[tuple[slice, Block]]:
@@ -60,7 +60,7 @@ class Head:
             yield part, Block(taken.hidden, self.weight, taken.rows, taken.temperatures)
 
     def fits(self, num_tokens: int) -> bool:
-        """Whether the exponentials of so many tokens may be kept."""
+        """Returns whether the exponentials of `num_tokens` tokens fit the workspace."""
         return num_tokens * self.token_bytes <= self.workspace_bytes
 
     def statistics(self, tokens: Tokens, *, with_entropy: bool, keep: bool) -> tuple[torch.Tensor, list[Any]]:
@@ -111,7 +111,7 @@ def token_temperatures(
 
 
 class WeightGradient:
-    """Where the gradient of the head is summed, and how autograd gets it.
+    """Accumulates the gradient of the head and hands it to autograd.
 
     Args:
         weight: [V_local, d], the parameter itself.
@@ -126,7 +126,7 @@ class WeightGradient:
         )
 
     def hand_over(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """What the autograd function returns for the weight.
+        """Returns the value that the autograd function must return for the weight.
 
         Megatron's data-parallel hook runs when a parameter's `grad` is set, and ignores its content once
         `grad_added_to_main_grad` is true, which its own fused linear layers promise by the same means. The embedding

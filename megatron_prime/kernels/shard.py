@@ -1,4 +1,4 @@
-"""The head's vocabulary over tensor-parallel ranks: whose row is whose, and how their statistics become one.
+"""Divides the head's vocabulary over tensor-parallel ranks and merges their statistics.
 
 Rank r holds the rows from r * V_local. Four numbers per token (maximum, sum of exponentials, weighted sum, target
 logit) are gathered and merged in rank order, so that every rank computes bitwise the same result.
@@ -53,6 +53,7 @@ class Shard:
         longest = max(counts)
         if self.group is None or longest == 0:
             return hidden
+        # all_gather_into_tensor needs equal sizes: pad to the longest share, cut the padding off again below.
         padded = hidden.new_zeros(longest, hidden.shape[1])
         padded[: hidden.shape[0]] = hidden
         gathered = hidden.new_empty(self.size, *padded.shape)
@@ -79,7 +80,7 @@ class Merged:
     """Statistics of the whole vocabulary, each [T]."""
 
     maximum: torch.Tensor
-    """Largest logit. Apart from the next field: their sum would round away what a common offset leaves."""
+    """Largest logit. Kept apart from `log_total`: their sum would round away small differences under a large offset."""
     log_total: torch.Tensor
     """Logarithm of the sum of exp(logit - maximum)."""
     logprobs: torch.Tensor
@@ -106,7 +107,7 @@ def combine_statistics(parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     """
     maxima, sums, weighted_sums, target_logits = parts.unbind(dim=2)
     maximum = maxima.amax(dim=0)
-    # A part without rows has -inf here, and -inf * 0 would be nan.
+    # A part without rows has a maximum of -inf, and -inf * 0 would be NaN.
     shifts = torch.where(sums > 0, maxima - maximum, 0.0)
     factors = shifts.exp()
     return (

@@ -98,10 +98,13 @@ class TorchTiles:
                 kept.append(Kept(exponentials, tile_maximum))
             tile_total = exponentials.sum(dim=1)
             common = torch.maximum(maximum, tile_maximum)
-            # Before the first tile the maximum is -inf with a total of 0, and -inf * 0 would be nan.
+            # Online softmax: rescale the running sums to the new common maximum. Before the first tile the maximum is
+            # -inf with a total of 0, and -inf * 0 would be NaN.
             before = torch.where(total > 0, maximum - common, 0.0)
             here = tile_maximum - common
             if with_entropy:
+                # sum (z - m) e^(z - m) for the entropy. Moving its maximum from m to m + s turns a term (z - m) into
+                # (z - m - s), so each sum of exponentials enters with its shift.
                 tile_weighted = shifted.mul_(exponentials).sum(dim=1)
                 weighted_sum = (weighted_sum + before * total) * before.exp()
                 weighted_sum = weighted_sum + (tile_weighted + here * tile_total) * here.exp()
@@ -143,6 +146,7 @@ class TorchTiles:
                 logits = _scaled(gemm.logits(hidden, block.weight[tile]), block.temperatures)
                 logs = logits.sub_(merged.maximum[:, None]).sub_(merged.log_total[:, None])
                 grad_logits = _grad_logits(logs, scale, merged, upstream, block.temperatures)
+            # The target's column is replaced as a whole: -g p + g would cancel to rounding where p is near 1.
             column, is_here = _columns(block.rows, tile)
             values = torch.where(is_here, at_target, grad_logits.gather(1, column).squeeze(1))
             grad_logits.scatter_(1, column, values[:, None])
@@ -166,9 +170,9 @@ def _columns(rows: torch.Tensor, tile: slice) -> tuple[torch.Tensor, torch.Tenso
 def coefficients(
     merged: Merged, upstream: TokenGradients, temperatures: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What p is multiplied with where log p plays no part, and the whole gradient of the target's logit; each [t].
+    """Returns the factor of p where log p plays no part, and the whole gradient of the target's logit; each [t].
 
-    1 - p of a confident target is taken from its logarithm: a difference would be rounding only.
+    1 - p of a confident target is computed as -expm1(log p): the difference 1 - p would be nothing but rounding.
     """
     g = upstream.logprobs
     scale, at_target = -g, g * -torch.expm1(merged.logprobs)
@@ -192,6 +196,6 @@ def _grad_logits(
     if upstream.entropies is None:
         return logs.exp_().mul_(scale[:, None])
     h = upstream.entropies if temperatures is None else upstream.entropies / temperatures
-    # p log p is 0 where p is: the logarithm of a probability that underflows is finite here.
+    # p log p is 0 where p underflows, because log p comes from logits and stays finite.
     factor = logs.mul(-h[:, None]).add_(scale[:, None])
     return logs.exp_().mul_(factor)

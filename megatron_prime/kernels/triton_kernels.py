@@ -22,7 +22,7 @@ from megatron_prime.kernels.shard import Merged, combine_statistics
 from megatron_prime.kernels.tiles import Block, TokenGradients, coefficients
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether Triton runs kernels as Python on CPU tensors (its own TRITON_INTERPRET=1), for tests."""
+"""True if Triton runs kernels as Python on CPU tensors (TRITON_INTERPRET=1), for tests."""
 
 _MAX_BLOCK_TOKENS = 16384
 _SLAB_BYTES = 64 * 2**20
@@ -37,7 +37,7 @@ class TileShape:
     tokens: int
     columns: int
     depth: int
-    """Of one step along the hidden size."""
+    """Channels of one step along the hidden size."""
     tiles_per_split: int
     num_warps: int = 8
     num_stages: int = 3
@@ -117,7 +117,7 @@ def _statistics_kernel(
     ENTROPY: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Statistics of TOKENS tokens over one split of TILES tiles; grid: token tiles x splits, grouped."""
+    """Statistics of TOKENS tokens over one split; consecutive programs share a split's TILES weight tiles in L2."""
     program = tl.program_id(0)
     first = program // (GROUP * num_splits) * GROUP
     width = tl.minimum(tl.cdiv(num_tokens, TOKENS) - first, GROUP)
@@ -149,7 +149,7 @@ def _statistics_kernel(
         target_logit += tl.sum(tl.where(valid & (columns[None, :] == target[:, None]), logits, 0.0), axis=1)
         tile_maximum = tl.max(tl.where(valid, logits, -float("inf")), axis=1)
         common = tl.maximum(maximum, tile_maximum)
-        # A tile behind the shard's last row has -inf on both sides where nothing came before it.
+        # A tile beyond the shard's last row may have -inf in both maxima: -inf - -inf would be NaN.
         shifted = tl.where(valid, logits - common[:, None], 0.0)
         powers = tl.where(valid, tl.exp(shifted), 0.0)
         before = tl.where(total > 0.0, maximum - common, 0.0)

@@ -1,4 +1,4 @@
-"""Context parallelism: which tokens of a micro-batch a rank computes, and which answers it puts through the head.
+"""Plans context parallelism: which tokens of a micro-batch a rank computes, and which answers reach its head.
 
 Every sequence is cut into two chunks per rank, of which rank r takes the r-th from the front and the r-th from the end,
 so that under a causal mask all ranks have the same work (Transformer Engine cuts in the same way). Losses may want
@@ -24,7 +24,7 @@ class ContextPart:
     send_order: torch.Tensor
     """int64, this rank's response tokens by the rank that owns their answer."""
     send_counts: tuple[int, ...]
-    """How many of them go to each rank."""
+    """Number of these tokens that go to each rank."""
     receive_counts: tuple[int, ...]
     receive_order: torch.Tensor
     """int64, received tokens in the order of this rank's answers."""
@@ -65,6 +65,8 @@ def context_part(
     numbers[predicts] = torch.arange(len(owners))
     held = [numbers[:, places][predicts[:, places]] for places in parts]
     received = [mine[owners[mine] == rank] for mine in held]
+    # Sending sorts by destination and keeps the order within it; the receiver's `argsort` over token numbers then
+    # restores the order of whole answers, whichever rank each token came from.
     destinations = owners[held[rank]]
     return ContextPart(
         places=parts[rank],

@@ -1,4 +1,4 @@
-"""All that Megatron-Core needs to run without CUDA, switched on only while Megatron runs.
+"""Lets Megatron-Core run without CUDA, by patches that are active only while Megatron runs.
 
 Megatron asks `torch.cuda` for the device, streams, events and random state, writes ``device="cuda"``
 and compares ``param.type()`` with ``"torch.cuda.FloatTensor"``. `megatron_platform` answers these for
@@ -106,7 +106,7 @@ def _patches() -> list[tuple[Any, str, Any]]:
     exchange = torch.distributed.all_to_all_single
 
     def all_to_all_single(*args: Any, **kwargs: Any) -> Any:
-        # Megatron makes lists of the sizes only where they are on a GPU.
+        # Megatron converts split sizes from tensors to lists only if they are on a GPU.
         return exchange(*args, **{k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()})
 
     def not_compiled(function: Any = None, **kwargs: Any) -> Any:
@@ -147,7 +147,8 @@ def megatron_platform() -> Iterator[None]:
     if torch.cuda.is_available() or _depth > 0:
         yield
         return
-    # Megatron imports it, and it refuses to list functions of torch that are one and the same stand-in.
+    # Megatron imports torch._dynamo, which builds tables of torch's functions and refuses duplicates: import it before
+    # several of them are replaced by the same stand-in.
     importlib.import_module("torch._dynamo")
     with contextlib.ExitStack() as stack:
         for owner, name, value in _patches():

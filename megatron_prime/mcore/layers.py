@@ -1,4 +1,4 @@
-"""The layers of our own that fit into Megatron's local layer spec: norm, router, rotary positions, attention.
+"""Our own layers for Megatron's local layer spec: norm, router, rotary positions, attention.
 
 Import this module only inside `cpu.megatron_platform`: it imports Megatron.
 """
@@ -81,11 +81,12 @@ class PositionRotaryEmbedding(torch.nn.Module):
         """
         self.inverse_frequencies = self.inverse_frequencies.to(position_ids.device)
         angles = torch.outer(position_ids[0].float(), self.inverse_frequencies)
+        # Hugging Face and Megatron rotate channel i with channel i + dim/2, so each angle occurs in both halves.
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         self._angles = angles if packed else angles[:, None]
 
     def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
-        """Megatron asks before `forward`; the answer is in the positions already."""
+        """Returns the number of angles, which Megatron asks for before `forward`."""
         return self._angles.shape[0]
 
     def forward(self, max_seq_len: int, **kwargs: Any) -> torch.Tensor:
@@ -116,11 +117,11 @@ class PackedSequences(PackedSeqParams):
     slots: torch.Tensor | None = None
     """int64 [T], token -> place in a padded [num_sequences * max_length]; None: all lengths are equal."""
     queries: ContextQueries | None = None
-    """Under context parallelism; `slots` are then those of all ranks' tokens, rank after rank."""
+    """Set under context parallelism; `slots` then covers all ranks' tokens, rank after rank."""
 
 
 class _Scatter(torch.autograd.Function):
-    """Rows to slots of a larger zero tensor; backward picks the slots' gradients."""
+    """Copies rows to slots of a larger zero tensor; backward picks the slots' gradients."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, slots: torch.Tensor, num_slots: int) -> torch.Tensor:
@@ -134,7 +135,7 @@ class _Scatter(torch.autograd.Function):
 
 
 class _Pick(torch.autograd.Function):
-    """Slots to rows; slots are distinct, so backward is a copy and not an accumulation."""
+    """Copies slots to rows. Slots are distinct, so backward is a copy and not an accumulation."""
 
     @staticmethod
     def forward(ctx: Any, padded: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -158,9 +159,9 @@ def _to_rows(tokens: torch.Tensor, num_sequences: int, max_length: int, slots: t
 class SdpaAttention(MegatronModule):
     """Causal core attention over torch's scaled_dot_product_attention, packed or padded.
 
-    Packed sequences are spread to right-padded rows: under a causal mask no real token sees the
-    padding behind it, so one unmasked call serves all sequences of a micro-batch. Context-parallel ranks gather each
-    other's keys and values and mask what their own queries must not see.
+    Packed sequences are spread to right-padded rows. Under a causal mask no real token sees the padding behind it, so
+    one call without an explicit mask serves all sequences of a micro-batch. Context-parallel ranks gather each other's
+    keys and values and mask the keys that their own queries must not see.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Which optional libraries the models use: Transformer Engine for layers and FP8, it or apex for Adam.
+"""Selects optional libraries for the models: Transformer Engine for layers and FP8, it or apex for Adam.
 
 Import this module only inside `cpu.megatron_platform`: it imports Megatron.
 """
@@ -20,12 +20,12 @@ _FP8_CAPABILITY = (8, 9)
 _PACKED_CAPABILITY = (9, 0)
 """Compute capability from which cuDNN's fused attention, which Transformer Engine brings, takes packed sequences."""
 _FP8_TRANSFORMER_ENGINE = "2.2"
-"""First version whose FP8 scales may come from the values at hand (Megatron's recipe ``tensorwise``)."""
+"""First version whose FP8 scales may come from the current values (Megatron's recipe ``tensorwise``)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Libraries:
-    """What was chosen, for the whole process."""
+    """The selected libraries, for the whole process."""
 
     transformer_engine: bool
     """Layers and attention; otherwise Megatron's local ones with our norm and attention."""
@@ -33,7 +33,7 @@ class Libraries:
     """Package of the optimizer: Megatron takes Transformer Engine's, else apex's, else torch's."""
 
     hint: str = ""
-    """Why Transformer Engine is there and not taken."""
+    """Reason why an installed Transformer Engine is not used."""
 
     def __str__(self) -> str:
         layers = "Transformer Engine" if self.transformer_engine else "torch"
@@ -70,7 +70,8 @@ def choose_libraries(model: ModelSection, *, packed: bool) -> Libraries:
         hint = "Transformer Engine's attention over packed sequences needs flash-attn on this GPU"
         if model.transformer_impl == "transformer_engine" or model.fp8 is not None:
             raise ConfigError(
-                f"model.transformer_impl: {hint}; install flash-attn (docs/dependencies.md), or use 'auto' without FP8"
+                f"model.transformer_impl: {hint}; install flash-attn (docs/reference/dependencies.md), "
+                "or use 'auto' without FP8"
             )
         return Libraries(transformer_engine=False, adam=adam, hint=hint)
     return Libraries(transformer_engine=True, adam=adam)
@@ -82,7 +83,7 @@ def _means_local(model: ModelSection) -> bool:
 
 
 def _has_packed_attention() -> bool:
-    """Whether Transformer Engine has an attention over packed sequences here that does not keep all scores."""
+    """Returns whether Transformer Engine has a packed attention here that does not store all attention scores."""
     return torch.cuda.get_device_capability() >= _PACKED_CAPABILITY or (
         importlib.util.find_spec("flash_attn") is not None
     )

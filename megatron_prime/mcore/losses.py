@@ -26,12 +26,12 @@ class TokenLoss(Protocol):
 
     @property
     def whole_sequences(self) -> bool:
-        """Whether all tokens of a response must come at once."""
+        """True if all tokens of a response must arrive in one call."""
         ...
 
     @property
     def with_entropy(self) -> bool:
-        """Whether it is given entropies."""
+        """True if the loss wants entropies."""
         ...
 
     def __call__(self, logprobs: torch.Tensor, entropy: torch.Tensor | None, tokens: ResponseTokens) -> Terms:
@@ -106,7 +106,7 @@ class PrmTokenLoss:
     opponents: torch.Tensor | None
     """[B]."""
     num_responses: int
-    """Of the mini-batch."""
+    """Responses of the mini-batch."""
 
     @property
     def whole_sequences(self) -> bool:

@@ -42,7 +42,7 @@ from megatron_prime.weights.architecture import ModelArchitecture
 logger = logging.getLogger(__name__)
 
 _LENGTH_STEP = 1024
-"""Transformer Engine is told the longest sequence of a micro-batch in multiples of this."""
+"""The longest sequence of a micro-batch is rounded up to a multiple of this for Transformer Engine."""
 
 
 def transformer_config(
@@ -79,7 +79,8 @@ def transformer_config(
         **_experts(architecture, parallel),
         # Packed micro-batches differ in length, so pipeline stages tell each other the shape.
         variable_seq_lengths=True,
-        # Interleaved stages send in both directions; in one batch, two ranks could not tell which message is which.
+        # Interleaved stages send in both directions at once; in one batched call two ranks could mistake one message
+        # for another.
         overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
         batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
         moe_token_dispatcher_type="alltoall",
@@ -95,8 +96,8 @@ def transformer_config(
         apply_rope_fusion=transformer_engine,
         attention_softmax_in_fp32=True,
         fp8=model.fp8,
-        # Scales from the values at hand. Delayed ones come from a history that scoring begins without, and that ranks
-        # exchange in every micro-batch, of which data-parallel ranks may have different numbers.
+        # Scales come from the current values. Delayed scaling needs a history that scoring starts without, and that
+        # ranks exchange in every micro-batch, while data-parallel ranks may have different numbers of them.
         fp8_recipe="tensorwise",
         **_recompute(model),
     )
@@ -109,7 +110,7 @@ def _experts(architecture: ModelArchitecture, parallel: ParallelSection) -> dict
     return {
         "num_moe_experts": experts.num_experts,
         "moe_router_topk": experts.router_topk,
-        # A softmax over the chosen logits is one over all, normalised over the chosen.
+        # Softmax over the top-k logits equals softmax over all logits renormalised over the top k.
         "moe_router_pre_softmax": not experts.normalize_weights,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
@@ -192,7 +193,7 @@ class LogprobModel(GPTModel):
         context: ContextPart | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """GPTModel.forward, telling the rotary embedding the positions and the head its loss and tokens first."""
+        """Runs GPTModel.forward after passing positions to the rotary embedding, and loss and tokens to the head."""
         self.head_loss, self.context = head_loss, context
         if isinstance(self.rotary_pos_emb, PositionRotaryEmbedding):
             self.rotary_pos_emb.set_positions(position_ids, kwargs.get("packed_seq_params") is not None)
@@ -226,7 +227,8 @@ class LogprobModel(GPTModel):
         ).loss
 
     def _head_weight(self) -> Any:
-        # The op does without the layer's call, on which hang the hooks that wait for a gather of its parameters.
+        # The fused op uses the weight without calling the layer, so the layer's pre-forward hooks must be run by hand:
+        # with overlap_param_gather they wait for the all-gather of its parameters.
         for hook in self.output_layer._forward_pre_hooks.values():
             hook(self.output_layer, ())
         tied = self.share_embeddings_and_output_weights
@@ -241,10 +243,12 @@ class LogprobModel(GPTModel):
             selected = hidden_states.transpose(0, 1)[predicts]
             return (selected if context is None else self._to_owners(selected, context)), None
         if predicts.shape[0] > 1 or context is not None:
-            # Rank after rank would not be row after row. The head sums gradients itself, so backward only splits.
+            # Concatenating the ranks' selected rows would interleave sequences. The head reduces the gradient itself
+            # (tensor_parallel_output_grad=False), so backward must only split it.
             whole = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
             selected = whole.transpose(0, 1)[predicts]
             return (selected if context is None else self._to_owners(selected, context)), None
+        # One packed row: each rank's contiguous share of positions is a contiguous run of response tokens.
         shares = predicts.view(-1, hidden_states.shape[0])
         return hidden_states[shares[self.pg_collection.tp.rank()], 0], shares.sum(dim=1).tolist()
 
@@ -319,8 +323,8 @@ def _build_chunk(
         result.rotary_pos_emb = PositionRotaryEmbedding(inverse)  # type: ignore[assignment]
     for name, parameter in result.named_parameters():
         if ".experts." in name:
-            # Megatron sums gradients over the data-parallel ranks only where experts are not shared out; the
-            # tensor-parallel ranks, which have different tokens, hold further copies.
+            # Without expert parallelism Megatron would sum an expert's gradient over data-parallel ranks only; but
+            # tensor-parallel ranks hold copies of the expert too, and under sequence parallelism see other tokens.
             parameter.allreduce = False  # type: ignore[attr-defined]
     result.true_vocab_size = architecture.vocab_size
     result.head_options = head_options
@@ -330,7 +334,7 @@ def _build_chunk(
 def packed_parameters(
     micro_batch: MicroBatch, *, transformer_engine: bool, device: torch.device
 ) -> PackedSeqParams | None:
-    """How the packed sequences lie, for the attention in use; None for a padded micro-batch.
+    """Describes the packed sequences for the attention in use; None for a padded micro-batch.
 
     Args:
         micro_batch: on the CPU.
@@ -343,7 +347,8 @@ def packed_parameters(
     longest = int(lengths.max())
     if transformer_engine:
         bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
-        # A bound does. Megatron keeps the rotary embedding of 32 bounds per model, cuDNN a plan for each.
+        # An upper bound is enough, and few distinct values are better: Megatron caches the rotary embedding of 32
+        # bounds per model, and cuDNN builds a plan for each.
         bound = longest + -longest % _LENGTH_STEP
         return PackedSeqParams(
             qkv_format="thd",
@@ -372,7 +377,7 @@ def _context_queries(slots: torch.Tensor, longest: int, context: ContextPart, de
     width = int(counts.max())
     starts = counts.cumsum(0) - counts
     rows = sequences * width + torch.arange(len(mine)) - starts[sequences]
-    # Queries that are not there see the first key, so that their softmax has something to divide by.
+    # Padding queries see the first key: a softmax over no key at all would be NaN, and NaN spreads in backward.
     last_key = torch.zeros(num_sequences * width, dtype=torch.int64).index_copy_(0, rows, positions)
     allowed = torch.arange(longest) <= last_key.view(num_sequences, 1, width, 1)
     return ContextQueries(slots=rows.to(device), max_length=width, allowed=allowed.to(device))
@@ -381,7 +386,7 @@ def _context_queries(slots: torch.Tensor, longest: int, context: ContextPart, de
 def padded_attention_mask(
     micro_batch: MicroBatch, *, transformer_engine: bool, device: torch.device
 ) -> torch.Tensor | None:
-    """What the queries of a padded context-parallel micro-batch may see, bool [1, 1, s / size, s]; None for others."""
+    """Masks keys of a padded context-parallel micro-batch, bool [1, 1, s / size, s]; None for other micro-batches."""
     context = micro_batch.context
     if micro_batch.packed or context is None or transformer_engine:
         return None

@@ -29,7 +29,7 @@ def wrap_data_parallel(modules: Sequence[Any], parallel: ParallelSection) -> lis
         check_for_nan_in_grad=False,
     )
     model_config = modules[0].config
-    # Parts after the first finish their backward pass early enough without buckets.
+    # Only the first chunk's backward pass ends the step; the others have finished early enough without bucketing.
     wrapped = [
         DistributedDataParallel(model_config, config, module, disable_bucketing=number > 0)
         for number, module in enumerate(modules)
@@ -76,7 +76,7 @@ def build_optimizer(
 
 
 def _parts(optimizer: Any) -> list[Any]:
-    """Megatron's optimizers of which a model's is made, one of them for experts where there are any."""
+    """Returns the Megatron optimizers that make up a model's; experts have one of their own."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
@@ -114,12 +114,12 @@ def build_scheduler(optimizer: Any, section: OptimizerSection, num_steps: int) -
 
 def gradient_norm(optimizer: Any) -> float:
     """Norm of the accumulated gradients over all ranks, before anything is clipped or changed; collective."""
-    # True only where a loss scale found values that are not finite.
+    # `prepare_grads` returns true only if a loss scaler found NaN or Inf.
     return math.inf if optimizer.prepare_grads() else float(optimizer.get_grad_norm())
 
 
 def step_with_norm(optimizer: Any, norm: float) -> None:
-    """The optimizer step after `gradient_norm`: Megatron's own, but for computing that norm again."""
+    """Clips and steps after `gradient_norm`, as Megatron's own step does, without computing the norm again."""
     for inner in _parts(optimizer):
         parameters = inner.get_parameters()
         if parameters and inner.config.clip_grad > 0:
@@ -129,10 +129,10 @@ def step_with_norm(optimizer: Any, norm: float) -> None:
 
 
 def stepped_parameters_are_finite(optimizer: Any) -> bool:
-    """Whether the parameters, or shards of them, that this rank steps are numbers."""
+    """Returns whether the parameters (or shards of them) that this rank steps are free of NaN and Inf."""
     parameters = [parameter.data for inner in _parts(optimizer) for parameter in inner.get_parameters()]
     if not parameters:
         return True
-    # The largest value of each, which is not a number where one of its values is not.
+    # One fused call for all tensors: the infinity norm of a tensor with a NaN or Inf is NaN or Inf.
     largest = torch._foreach_norm(parameters, torch.inf)  # pyright: ignore[reportPrivateImportUsage]
     return all(bool(norm.isfinite()) for norm in largest)

@@ -1,4 +1,4 @@
-"""From the whole batch to this rank's micro-batches: sharding by tokens, packing, and the way back."""
+"""Cuts the whole batch into this rank's micro-batches (sharding by tokens, packing) and maps results back."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ class MicroBatch(ResponseTokens):
 
 
 def shard_rows(lengths: Sequence[int], rows: Sequence[int], num_shards: int) -> list[list[int]]:
-    """Rows to data-parallel shards, longest first onto the lightest shard; the same on every rank.
+    """Assigns rows to data-parallel shards, longest first onto the lightest shard; the same on every rank.
 
     Args:
         lengths: tokens of every row of the whole batch.
-        rows: the rows to share out.
+        rows: the rows to assign.
 
     Returns:
         Row numbers per shard, each sorted by falling length (equal lengths by row number).
@@ -142,10 +142,10 @@ def cut_micro_batches(
 
 
 def sequence_multiple(model: ModelSection, parallel: ParallelSection) -> int:
-    """What the length of each context-parallel rank's part of a micro-batch must be a multiple of.
+    """Returns the number that each context-parallel rank's sequence length must be a multiple of.
 
-    Sequence parallelism shares it out evenly, and FP8 products of Transformer Engine and cuBLAS take 16 rows at a time
-    (weight gradients have the tokens as inner dimension).
+    Sequence parallelism divides the length evenly, and FP8 products of Transformer Engine and cuBLAS take 16 rows at a
+    time (weight gradients have the tokens as inner dimension).
     """
     num_shares = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     return num_shares * (16 if model.fp8 is not None else 1)
@@ -187,8 +187,11 @@ def build_micro_batch(
         line, offset = (0, start) if packed else (index, 0)
         arrays["input_ids"][line, offset : offset + length] = (*prompt, *response)[:-1]
         arrays["position_ids"][line, offset : offset + lengths[index]] = range(lengths[index])
+        # Position t predicts token t + 1: the prompt's last position predicts the first response token, and the
+        # last response token is only a target, never an input.
         arrays["predicts"][line, offset + len(prompt) - 1 : offset + length] = True
         start += lengths[index]
+    # Padding gets ordinary positions, so that it computes finite values; nothing reads them.
     if not packed:
         arrays["position_ids"][:] = range(shape[1])
     elif padding:
@@ -223,7 +226,7 @@ def _rounded_up(length: int, multiple_of: int) -> int:
 
 
 def _owners(num_tokens: Sequence[int], size: int) -> torch.Tensor:
-    """Which rank puts each answer through the head, int64 [rows]: balanced by tokens, the same on every rank."""
+    """Assigns each answer to the rank that puts it through the head, int64 [rows], balanced by tokens."""
     owners = torch.zeros(len(num_tokens), dtype=torch.int64)
     for rank, rows in enumerate(shard_rows(num_tokens, range(len(num_tokens)), size)):
         owners[rows] = rank

@@ -24,12 +24,12 @@ from megatron_prime.weights.stream import ParallelGroups
 logger = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 60.0
-"""Time for a watchdog, which knows who is missing, to speak before a collective gives up."""
+"""Time for a watchdog to name the hanging rank before a collective times out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where this process stands."""
+    """This process's coordinates and groups in the parallel layout."""
 
     tp_rank: int
     tp_size: int
@@ -62,7 +62,7 @@ class Layout:
 
     @property
     def copy_index(self) -> int:
-        """Which copy this rank holds a part of."""
+        """Index of the model copy that this rank holds a part of."""
         rank = (self.dp_rank * self.cp_size + self.cp_rank) * self.tp_size + self.tp_rank
         return rank // self.export_groups().stage_size
 
@@ -98,8 +98,8 @@ class Layout:
 
 
 def _local_device() -> torch.device:
-    # Megatron relies on it where communication shall begin before the computation beside it: with one queue, kernels
-    # run in the order of their launches. CUDA reads it once, when it is first used.
+    # Megatron relies on it to start communication before the computation that it overlaps with: with one hardware
+    # queue, kernels run in the order of their launches. CUDA reads the variable once, at its first use.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -127,7 +127,7 @@ def parallel_layout(config: ParallelSection, seed: int) -> Iterator[Layout]:
             f"start {config.world_size} with torchrun, or set parallel.world_size={started}"
         )
     device = _local_device()
-    # A process of its own needs no rendezvous; anything larger finds MASTER_ADDR in its environment.
+    # A single process needs no rendezvous; more of them find MASTER_ADDR in their environment.
     store = dist.HashStore() if started == 1 else None  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
@@ -140,7 +140,7 @@ def parallel_layout(config: ParallelSection, seed: int) -> Iterator[Layout]:
         from megatron.core import parallel_state as megatron_state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-        # Megatron's getters may also return integers (fake groups of tests), which no run has.
+        # By their types Megatron's getters may also return integers (fake groups in its tests), which no run has.
         parallel_state: Any = megatron_state
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor_model_parallel_size,
@@ -148,7 +148,7 @@ def parallel_layout(config: ParallelSection, seed: int) -> Iterator[Layout]:
             virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
             context_parallel_size=config.context_parallel_size,
             expert_model_parallel_size=config.expert_model_parallel_size,
-            # Experts are whole: cut ones would compute on ever narrower matrices, and exchange twice.
+            # Experts stay whole: cut ones would multiply narrower matrices and exchange tokens twice (ADR 15).
             expert_tensor_parallel_size=1,
             distributed_timeout_minutes=math.ceil((config.timeout_seconds + _REPORT_SECONDS) / 60),
         )

@@ -1,6 +1,6 @@
-"""The roles of a PRIME run: policy, reference, process reward model; and the SFT model.
+"""The roles of a PRIME run (policy, reference, process reward model) and the SFT model.
 
-Each puts the pure functions of `algorithm/` onto one Megatron model.
+Each applies the pure functions of `algorithm/` to one Megatron model.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PolicyRole(TrainableRole):
     """The model that learns to answer.
 
     Args:
-        setup: as for every model.
+        setup: shape, layout and batching of the model.
         section: of the configuration.
         num_steps: steps of the run in which it trains; PRM warm-up steps do not count.
     """
@@ -99,6 +99,7 @@ class PolicyRole(TrainableRole):
                         rows, selected, loss, temperature=temperature, keep_logprobs=old is None
                     )
                     reports.append(result.metrics)
+                    # The first forward pass ran before any weight changed, so its log-probs are the old policy's.
                     old = result.logprobs if old is None else old
         except NonFiniteError as error:
             raise NonFiniteError(str(error), error.logprobs if old is None else old) from error
@@ -111,8 +112,8 @@ class PolicyRole(TrainableRole):
 
         Args:
             batch: rollouts with the log-probs that the update had.
-            advantages: as for `update`.
-            temperature: as for `update`.
+            advantages: float32 [B, R].
+            temperature: of the sampling.
 
         Returns:
             Metrics of `TrainableRole.measure` per response.
@@ -146,7 +147,7 @@ class PrmRole(TrainableRole):
     """The implicit process reward model.
 
     Args:
-        setup: as for every model.
+        setup: shape, layout and batching of the model.
         section: of the configuration.
         num_steps: steps of the run; it trains in all of them.
     """
@@ -163,7 +164,7 @@ class PrmRole(TrainableRole):
 
     @property
     def scores_in_update(self) -> bool:
-        """Whether `update` can do without scores: it sees the whole batch before any weight changes."""
+        """True if `update` needs no scores, because its forward pass sees the whole batch before any weight changes."""
         return self.section.num_minibatches * self.section.num_window_batches == 1 and not self._needs_scores
 
     def score(self, batch: RolloutBatch) -> torch.Tensor:
@@ -205,6 +206,7 @@ class PrmRole(TrainableRole):
                     loss = self._loss(*part, num_responses=len(selected))
                     result = self.optimizer_step(rows, selected, loss, keep_logprobs=before is None)
                     reports.append(result.metrics)
+                    # Without scores there is one optimizer step only (`scores_in_update`), so these are from before it.
                     before = result.logprobs if before is None else before
         except NonFiniteError as error:
             raise NonFiniteError(str(error), error.logprobs if before is None else before) from error
@@ -248,7 +250,7 @@ class PrmRole(TrainableRole):
 
 
 class SftRole(TrainableRole):
-    """A model that imitates."""
+    """A model that imitates given answers (SFT)."""
 
     def update(self, examples: Sequence[SftExample]) -> Metrics:
         """One optimizer step on the token-mean negative log-likelihood of the answers."""

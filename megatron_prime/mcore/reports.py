@@ -1,4 +1,4 @@
-"""Losses and metrics on their way from the head's chunks over micro-batches to all ranks."""
+"""Collects losses and metrics from the head's chunks, over micro-batches, to all ranks."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class ReportingLoss:
     loss: TokenLoss
     micro_batch: MicroBatch
     reports: list[Mapping[str, torch.Tensor]]
-    """Where loss and metrics of each chunk go."""
+    """Collects loss and metrics of each chunk."""
     kept: torch.Tensor | None
-    """[B, R], where log-probs go; None: nowhere."""
+    """[B, R], receives log-probs; None: they are not kept."""
 
     def __call__(self, logprobs: torch.Tensor, entropy: torch.Tensor | None, chunk: slice) -> torch.Tensor:
         """Loss of a chunk of the micro-batch's response tokens."""

@@ -1,4 +1,4 @@
-"""A model's memory given away while the model does not compute, and brought back."""
+"""Offloads a model's memory while the model does not compute, and restores it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _EXACT_SIZES = "pinned_max_cached_size_mb:4"
 
 
 class ParkedStorages:
-    """Tensors whose memory can be given away for a time; views of them stay what they are.
+    """Offloads the memory of tensors for a time; views of them stay valid objects.
 
-    On CUDA copies run on a stream of their own: giving away returns at once, and memory is used again after its copy.
-    The host memory is pinned once and kept.
+    On CUDA, copies run on a stream of their own: `park` returns at once, and the memory is reused after its copy has
+    finished. The host memory is pinned once and kept.
 
     Args:
-        keeps_values: false for memory whose values nobody needs again; it comes back as zeros.
+        keeps_values: false for memory whose values are not needed again; it comes back as zeros.
     """
 
     def __init__(self, *, keeps_values: bool = True) -> None:
@@ -37,12 +37,13 @@ class ParkedStorages:
         return bool(self._parked)
 
     def park(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Gives the tensors' memory away; none of them may be read until `restore`."""
+        """Frees the tensors' memory; none of them may be read until `restore`."""
         assert not self._parked
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
         for number, storage in enumerate(storages.values()):
             host = self._to_host(storage, number) if self._keeps_values else None
             self._parked.append((storage, storage.nbytes(), host))
+            # The storage object survives with no bytes, so that views, buckets and optimizer states still point at it.
             storage.resize_(0)
 
     def restore(self) -> None:
@@ -70,18 +71,18 @@ class ParkedStorages:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             host.copy_(values, non_blocking=True)
-        # The allocator hands this memory out again only after the copy.
+        # Without this the caching allocator could reuse the memory before the copy on the other stream has read it.
         values.record_stream(stream)
         return host
 
 
 @functools.cache
 def pin_exact_sizes() -> None:
-    """Has torch pin as much host memory as is asked for, up from a few MiB, and not the next power of two.
+    """Makes torch pin exactly as much host memory as requested (above a few MiB) instead of the next power of two.
 
-    Torch gives back such memory when it is freed, instead of keeping it for another tensor.
+    Torch also returns such memory when it is freed, instead of caching it for another tensor.
     """
-    # What is not said again falls back to its default.
+    # A setting that is not repeated falls back to its default.
     settings = torch._C._accelerator_getAllocatorSettings()
     if _EXACT_SIZES.partition(":")[0] not in settings:
         torch._C._accelerator_setAllocatorSettings(",".join(filter(None, (settings, _EXACT_SIZES))))
@@ -92,10 +93,10 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
 
 
 class Residency:
-    """What of one model is in the accelerator's memory; all of it until the first `sleep`.
+    """Controls which parts of one model are in the accelerator's memory; all of it until the first `sleep`.
 
     Args:
-        gives_away: ``none``; ``gradients``: their buffers, whose values every update begins anew, and FP8 copies of
+        gives_away: ``none``; ``gradients``: their buffers, which every update fills from zero, and FP8 copies of
             weights, which every pass makes anew; ``all``: weights and optimizer states to host memory as well.
     """
 
@@ -106,7 +107,7 @@ class Residency:
         self._gradients = ParkedStorages(keeps_values=False)
 
     def sleep(self, chunks: Sequence[torch.nn.Module], wrapped: Sequence[Any] = (), optimizer: Any = None) -> None:
-        """Gives away what may be given away and is there.
+        """Offloads what may be offloaded and has not been yet.
 
         Args:
             chunks: the parts of the model.
@@ -122,7 +123,7 @@ class Residency:
         if self._gives_away == "gradients":
             return
         weights = [p.data for chunk in chunks for p in chunk.parameters()]
-        # Weights without masters are what the optimizer steps.
+        # A float32 model has no masters: its optimizer steps the weights themselves, which are parked below.
         shared = {weight.untyped_storage().data_ptr() for weight in weights}
         if not self._states.is_parked:
             self._states.park(s for s in _states_of(optimizer) if s.untyped_storage().data_ptr() not in shared)
@@ -139,7 +140,7 @@ class Residency:
 
 @contextmanager
 def awake(role: ModelRole) -> Iterator[None]:
-    """A ``with`` block in which a model's weights, gradients and optimizer states are there; behind it they sleep."""
+    """Keeps a model's weights, gradients and optimizer states in memory during a ``with`` block."""
     role.wake(training=True)
     yield
     role.sleep()

@@ -38,7 +38,7 @@ from megatron_prime.weights.stream import WeightExport, import_weights
 
 @dataclass(frozen=True, kw_only=True)
 class RoleSetup:
-    """What every model of a run is built from."""
+    """Everything that a model of a run is built from."""
 
     architecture: ModelArchitecture
     model: ModelSection
@@ -50,10 +50,10 @@ class RoleSetup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What one optimizer step has shown, the same on every rank."""
+    """Results of one optimizer step, the same on every rank."""
 
     metrics: dict[str, float]
-    """Of the loss, with ``grad_norm``, ``lr`` and ``max_imbalance`` (of data-parallel ranks)."""
+    """Metrics of the loss, with ``grad_norm``, ``lr`` and ``max_imbalance`` (of data-parallel ranks)."""
     logprobs: torch.Tensor | None
     """float32 [B, R] of the selected rows from before the step, 0 elsewhere; None unless asked for."""
 
@@ -149,7 +149,7 @@ class ModelRole:
                 torch.distributed.broadcast(weight, src=source, group=parallel_state.get_embedding_group())
 
     def sleep(self) -> None:
-        """Gives memory away until `wake`, as `parallel.offload_idle` says."""
+        """Offloads memory until `wake`, as `parallel.offload_idle` says."""
         self.residency.sleep(self.chunks)
 
     def wake(self, *, training: bool = False) -> None:
@@ -161,7 +161,7 @@ class ModelRole:
         return self._export
 
     def _awake_weights(self) -> dict[str, torch.Tensor]:
-        """`local_weights`, brought back if they are away: an engine may be lost, and need them, while models sleep."""
+        """Returns `local_weights`, waking the model if it sleeps: a lost engine may need them again at any time."""
         self.wake()
         return self.local_weights()
 
@@ -170,7 +170,7 @@ class ModelRole:
         shards = shard_rows(lengths, selected, self.layout.dp_size)
         loads = [sum(lengths[row] for row in shard) for shard in shards]
         self.imbalance = max(loads) * len(loads) / max(sum(loads), 1)
-        # Every rank looks at all shards: one that raised alone would leave the others in a collective.
+        # Every rank checks all shards, not only its own: a rank that raised alone would leave the others in a hang.
         if not all(shards):
             raise TrainingError(
                 f"{len(selected)} responses cannot be shared by {self.layout.dp_size} data-parallel ranks; "
@@ -180,7 +180,7 @@ class ModelRole:
         limits = {"micro_batch_size": section.micro_batch_size, "micro_batch_tokens": section.micro_batch_tokens}
         cuts = [cut_micro_batches(lengths, shard, **limits) for shard in shards]
         mine = cuts[self.layout.dp_rank]
-        # Data-parallel ranks that share out experts meet in every layer of every micro-batch.
+        # Data-parallel ranks that share experts exchange tokens in each layer: they need equally many micro-batches.
         meets_others = self.layout.tp_size * self.layout.cp_size % self.layout.ep_size > 0
         num_cuts = max(map(len, cuts)) if meets_others else len(mine)
         if self.setup.parallel.virtual_pipeline_model_parallel_size is not None:
@@ -287,7 +287,7 @@ class TrainableRole(ModelRole):
     def load_hf(self, folder: HfFolder) -> None:
         super().load_hf(folder)
         with megatron_platform():
-            # bfloat16 models keep float32 masters, which were copied from the random start.
+            # The float32 masters of a bfloat16 model were copied from the random initialisation: copy them again.
             self.optimizer.reload_model_params()
 
     @on_megatron_platform
@@ -305,7 +305,7 @@ class TrainableRole(ModelRole):
         Args:
             rows: the whole batch.
             selected: rows of the mini-batch.
-            loss: as for `measure`.
+            loss: see `measure`.
             temperature: divides the logits.
             keep_logprobs: return the log-probs from before the step.
 
@@ -314,7 +314,7 @@ class TrainableRole(ModelRole):
 
         Raises:
             NonFiniteError: loss, metrics or gradient norm are not finite (nothing has changed then), or the weights
-                are not after the step; go on from the last checkpoint. It carries the log-probs.
+                are not after the step; continue from the last checkpoint. It carries the log-probs.
         """
         from megatron_prime.mcore.optimizer import step_with_norm, stepped_parameters_are_finite
 
@@ -329,7 +329,7 @@ class TrainableRole(ModelRole):
         if collectives.any_process(not stepped_parameters_are_finite(self.optimizer)):
             raise NonFiniteError(
                 f"weights are NaN or Inf after the step (learning rate {found.metrics['lr']:g}); lower it "
-                "and go on from the last checkpoint",
+                "and continue from the last checkpoint",
                 found.logprobs,
             )
         self.scheduler.step(increment=1)

@@ -1,4 +1,4 @@
-"""Optimizer steps whose loss or gradients are infinite or no numbers: the run ends, or goes on without them."""
+"""Handles optimizer steps whose loss or gradients are NaN or Inf: ends the run, or skips them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Skips:
         self._num_in_row = 0
 
     def skip(self, metrics: Mapping[str, float]) -> bool:
-        """Whether to leave a step out.
+        """Returns whether to skip an optimizer step.
 
         Args:
             metrics: of its forward and backward pass, the same on every rank.
 
         Raises:
-            NonFiniteError: it must not be left out, or too many were.
+            NonFiniteError: skipping is off, or too many steps in a row were skipped.
         """
         values = ", ".join(f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value))
         if not values:
@@ -43,8 +43,8 @@ class Skips:
         limit = self._section.max_skipped_steps
         if self._num_in_row > limit:
             raise NonFiniteError(
-                f"{text}, and the {limit} optimizer steps before it were left out as well (max_skipped_steps); go on "
-                "from an earlier checkpoint with a lower learning rate"
+                f"{text}, and the {limit} optimizer steps before it were left out as well (max_skipped_steps); "
+                "continue from an earlier checkpoint with a lower learning rate"
             )
         logger.warning("left out an optimizer step, %d in a row: %s", self._num_in_row, text)
         return True

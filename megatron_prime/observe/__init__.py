@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: its folder, its metrics, its plots."""
+"""Observes a run: its folder, metrics and plots."""
 
 from megatron_prime.observe.metrics import RunLog
 from megatron_prime.observe.report import draw_plots, final_table, read_metrics, write_summary

@@ -16,22 +16,22 @@ from megatron_prime.errors import ConfigError, DataError
 
 _VERSION = 2
 _MAX_FILES = 5
-"""Of one run: a file has a whole batch, or a window of them."""
+"""Files kept per run; each holds a whole batch, or a window of them."""
 _WHERE = "those are runs/NAME/failures/step_*.pt"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FailedUpdate:
-    """What a file holds."""
+    """Contents of a file."""
 
     update: ModelUpdate
     reason: str
     config: PrimeConfig
-    """Of the run."""
+    """Configuration of the run."""
 
 
 class FailedUpdateFiles:
-    """Writes the files; the main process does, every one is told the path.
+    """Writes the files on the main process; every process gets the path.
 
     Args:
         folder: made with the first file.

@@ -1,4 +1,4 @@
-"""The numbers of a run as they come: one row of JSON per step, a line on the console, and the loggers chosen."""
+"""Writes a run's metrics: one row of JSON per step, a line on the console, and the chosen loggers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LINE: Mapping[str, str] = {
     "policy/kl": "KL",
     "evaluation/accuracy": "evaluation",
 }
-"""Which numbers a step's line shows, in this order: key of the metric and its name on the console."""
+"""Metrics on a step's console line, in this order: key and displayed name."""
 
 _NUM_TIMED_STEPS = 20
 
@@ -59,7 +59,7 @@ class RunLog:
         self._line = line
         self._console = console or Console()
         self._step: int | None = None
-        # The process's own steps only: a resumed run must not count the steps that it did not make.
+        # This process's own steps only: a resumed run must not count earlier steps into its speed.
         self._times: deque[tuple[int, float]] = deque(maxlen=_NUM_TIMED_STEPS + 1)
         self._file: IO[str] | None = None
         self._bar: Progress | None = None

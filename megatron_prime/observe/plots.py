@@ -104,7 +104,7 @@ def _accuracy(metrics: Metrics) -> Figure | None:
 
 
 def _trust(metrics: Metrics) -> Figure | None:
-    """What the PRM knows of rollouts that it has not trained on."""
+    """Draws how well the PRM judges rollouts that it has not trained on."""
     lines = [line for line in TRUST if line.key in metrics]
     if not lines:
         return None

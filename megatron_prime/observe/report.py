@@ -1,4 +1,4 @@
-"""What a run has shown: plots of its metrics, the final table, summary.json."""
+"""Reports of a run: plots of its metrics, the final table, summary.json."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write_summary(run_folder: RunFolder, summary: Mapping[str, Any]) -> None:
 
 
 def final_table(summary: Mapping[str, Any], width: int = 100) -> str:
-    """The summary as a plain-text table.
+    """Formats the summary as a plain-text table.
 
     Args:
         summary: name -> value; ``[low, high]`` lists are intervals, shares are shown in percent where the
@@ -77,7 +77,7 @@ def final_table(summary: Mapping[str, Any], width: int = 100) -> str:
 
 
 def benchmark_table(results: Mapping[str, Any], width: int = 120) -> str:
-    """The result of an evaluation as a plain-text table.
+    """Formats the result of an evaluation as a plain-text table.
 
     Args:
         results: what `evaluate` writes to results.json.
@@ -105,7 +105,7 @@ def benchmark_table(results: Mapping[str, Any], width: int = 120) -> str:
 
 
 def cleaning_table(report: Mapping[str, Any], width: int = 100) -> str:
-    """What `prepare` kept and left out, as a plain-text table.
+    """Formats what `prepare` kept and left out as a plain-text table.
 
     Args:
         report: what it writes to OUT.report.json.

@@ -1,4 +1,4 @@
-"""A file of rows that grows: whatever was appended before the process died is there afterwards."""
+"""Append-only file of rows: what was appended before the process died is still there afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind, and where."""
+"""Defines the files of a run and their places."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class RunFolder:
         return self.tensorboard if name == "tensorboard" else self.loggers / name.replace(":", ".")
 
     def has_checkpoint(self) -> bool:
-        """Whether there is a checkpoint to go on from."""
+        """Returns whether there is a checkpoint to continue from."""
         return bool(committed(self.checkpoints))
 
     def prepare(self, config: AnyConfig, resume: Literal["auto", "never"]) -> None:
@@ -68,7 +68,7 @@ class RunFolder:
             resume: ``never`` refuses a folder that holds a checkpoint.
 
         Raises:
-            ConfigError: on every process, where ``resume`` forbids the folder, the run that is to go on had another
+            ConfigError: on every process, where ``resume`` forbids the folder, the resumed run had another
                 configuration, a finished run's checkpoints are gone, or another process trains in the folder.
         """
         if problem := collectives.broadcast(self._keep_others_out() if collectives.is_main() else None):
@@ -126,7 +126,7 @@ class RunFolder:
         may_change = set(changeable_keys(type(config)))
         problems = [
             f"{key}: {now.get(key)!r}, but the run in {self.path} began with {before.get(key)!r}"
-            "; go on with that, or choose another run.name"
+            "; continue with that, or choose another run.name"
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key) and key not in may_change
         ]
@@ -139,7 +139,7 @@ class RunFolder:
             write_atomically(self.versions_path, json.dumps(versions(), indent=2) + "\n")
 
     def recorded_head(self) -> dict[str, str] | None:
-        """How the log-prob op was computed by the run that is to go on; None where there is none."""
+        """Returns the log-prob op's settings of the run that is resumed; None for a new run."""
         if self.has_checkpoint() and self.head_path.exists():
             return json.loads(self.head_path.read_text(encoding="utf-8"))
         return None

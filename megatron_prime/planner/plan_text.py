@@ -1,4 +1,4 @@
-"""A plan in words, for `megatron-prime check` and docs/recipes.md."""
+"""A plan in words, for `megatron-prime check` and docs/reference/recipes.md."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _Z95 = 1.959964
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Accuracy:
-    """avg@k with its 95% interval."""
+    """Mean reward over k answers (avg@k) with its 95% interval."""
 
     value: float
     low: float
@@ -29,7 +29,7 @@ class Accuracy:
     """Answers without a verdict; they are left out."""
 
     def metrics(self) -> dict[str, float]:
-        """Under the names of the metrics log."""
+        """Returns the values under their names in the metrics log."""
         return {
             "evaluation/accuracy": self.value,
             "evaluation/accuracy_low": self.low,
@@ -44,7 +44,7 @@ def derive_seed(*parts: object) -> int:
 
 
 def evaluation_sampling(config: PrimeConfig) -> SamplingParams:
-    """How evaluation samples: seeded by the run and by nothing that training changes."""
+    """Returns sampling parameters for evaluation, seeded by the run and by nothing that training changes."""
     return SamplingParams(
         num_responses=config.evaluation.num_responses,
         temperature=config.evaluation.temperature,
@@ -58,17 +58,17 @@ def evaluation_sampling(config: PrimeConfig) -> SamplingParams:
 def sample_and_verify(
     engine: Engine, verifier: Verifier, prompts: Sequence[Prompt], sampling: SamplingParams
 ) -> list[list[tuple[Response, Verdict]]]:
-    """Answers with verdicts, per prompt.
+    """Samples and grades answers; returns them with their verdicts, per prompt, on every rank.
 
-    What the engine hands out early is graded by the rank that it ended on, while the others are still sampled; the
-    rest is shared out. Every rank gets all verdicts. A prompt that is there twice gets answers of its own each time.
+    Answers that the engine reports early are graded on the rank that received them, while others are still sampled.
+    The rest is divided over the ranks. A prompt that occurs twice gets different answers each time.
     """
     pending: dict[tuple[int, int], Future[Verdict]] = {}
 
     def grade(prompt: int, answer: int, response: Response) -> None:
         pending[prompt, answer] = verifier.submit(prompts[prompt], response)
 
-    responses = engine.generate(_told_apart(prompts), sampling, grade)
+    responses = engine.generate(_deduplicated(prompts), sampling, grade)
     early = set().union(*collectives.all_gather(set(pending)))
     places = [(prompt, answer) for prompt, answers in enumerate(responses) for answer in range(len(answers))]
     for prompt, answer in collectives.my_share([place for place in places if place not in early]):
@@ -81,8 +81,8 @@ def sample_and_verify(
     return [[(response, verdicts[i, j]) for j, response in enumerate(row)] for i, row in enumerate(responses)]
 
 
-def _told_apart(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts, with other names where one is there again: seeds follow names."""
+def _deduplicated(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Returns the prompts with distinct ids: seeds derive from ids, and equal seeds would give equal answers."""
     counts: Counter[str] = Counter()
     result = []
     for prompt in prompts:

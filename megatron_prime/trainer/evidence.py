@@ -1,4 +1,4 @@
-"""How much the PRM knows about rollouts that it has not trained on."""
+"""Measures how well the PRM judges rollouts that it has not trained on."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class Evidence:
     accuracy: float
     """Share of responses on whose outcome the sign of the sequence logit agrees."""
     auc: float
-    """Share of (right, wrong) answer pairs of a group that the PRM orders rightly; nan without pairs."""
+    """Share of (right, wrong) answer pairs of a group that the PRM orders rightly; NaN without pairs."""
     gate: float
     """Weight in [0, 1] that this AUC earns process rewards."""
     step_auc: float
-    """AUC of mean process rewards per step against true step correctness; nan where steps are unknown."""
+    """AUC of mean process rewards per step against true step correctness; NaN where steps are unknown."""
     num_step_pairs: int
     """(Right, wrong) pairs of steps behind it."""
 
     def metrics(self) -> dict[str, float]:
-        """Under the names of the metrics log."""
+        """Returns the values under their names in the metrics log."""
         return {
             "prm/fresh_loss": self.loss,
             "prm/fresh_accuracy": self.accuracy,
@@ -42,7 +42,7 @@ class Evidence:
 
 
 def recent_step_auc(history: Sequence[Evidence]) -> float:
-    """Step AUC over the pairs of several batches, each pair within its own batch; nan without pairs."""
+    """Returns the step AUC over the pairs of several batches, each pair within its own batch; NaN without pairs."""
     num_pairs = sum(e.num_step_pairs for e in history)
     won = sum(e.step_auc * e.num_step_pairs for e in history if e.num_step_pairs)
     return won / num_pairs if num_pairs else math.nan
@@ -64,6 +64,7 @@ def measure_evidence(
         step_spans: the true steps of a response, or None.
     """
     rollout, prm = inputs.rollout, inputs.prm
+    # Logits come from log-probs, not from `rewards`: with prm.aggregation the PRM is trained on sum or mean.
     if prm is None:
         logits = rewards.sum(dim=1)
     else:

@@ -1,4 +1,4 @@
-"""From prompts to the groups that a step trains on: sample, verify, filter, and sample again where too few are kept."""
+"""Collects the groups that a step trains on: samples, verifies, filters, and repeats while too few are kept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def sampling_params(section: RolloutSection, seed: int) -> SamplingParams:
-    """How a step's answers are sampled."""
+    """Returns the sampling parameters of a step."""
     return SamplingParams(
         num_responses=section.num_responses,
         temperature=section.temperature,
@@ -37,7 +37,7 @@ def sampling_params(section: RolloutSection, seed: int) -> SamplingParams:
 
 
 class GroupSampler:
-    """Batches of groups for one step after the other; kept groups beyond a batch wait for the next step.
+    """Makes the batch of groups of each step; groups kept beyond a batch wait for the next step.
 
     Args:
         config: the checked configuration.
@@ -59,11 +59,11 @@ class GroupSampler:
     ) -> None:
         self.collector = GroupCollector(config.filter, num_groups=config.rollout.num_prompts)
         self.position = 0
-        """How many prompts have been sampled."""
+        """Number of prompts sampled since the start of training."""
         self.acceptance = 1.0
         """Share of groups that were kept lately."""
         self.num_empty_steps = 0
-        """In a row, up to now."""
+        """Consecutive steps without a batch, up to now."""
         self._config = config
         self._engine = engine
         self._verifier = verifier
@@ -80,7 +80,7 @@ class GroupSampler:
             The groups and metrics of all that was sampled. Too few for a training step: an empty list, and they wait.
 
         Raises:
-            TrainingError: several steps in a row without a batch.
+            TrainingError: several consecutive steps without a batch.
         """
         wanted = self._config.rollout.num_prompts
         sampled: list[Group] = []
@@ -91,6 +91,8 @@ class GroupSampler:
             counts = self.collector.counts
             if counts.num_seen > 0:
                 self.acceptance = counts.num_kept / counts.num_seen
+            # Sample as many prompts as should leave `missing` groups after the filter, but no more than a batch. The
+            # floor avoids a division by 0 after a round in which nothing was kept.
             missing = wanted - len(self.collector)
             fresh, judged = self._sample(min(wanted, math.ceil(missing / max(self.acceptance, _MIN_ACCEPTANCE))))
             sampled += fresh
@@ -118,9 +120,10 @@ class GroupSampler:
         return [], metrics
 
     def _sample(self, num_prompts: int) -> tuple[list[Group], list[Verdict]]:
-        """Fresh groups of the next prompts, and all verdicts; answers without one are left out of their groups."""
+        """Samples groups for the next prompts; returns them and all verdicts. Answers without a reward are left out."""
         with self._stages("data"):
             prompts = self._prompts.take(self.position, num_prompts)
+        # The seed follows the position, not the step: a resumed run samples what the uninterrupted one would have.
         seed = derive_seed(self._config.run.seed, "rollout", self.position)
         sampling = sampling_params(self._config.rollout, seed)
         self.position += num_prompts
@@ -136,7 +139,7 @@ class GroupSampler:
         return groups, [verdict for row in answers for _, verdict in row]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs."""
+        """Returns everything that a resumed run needs."""
         return {
             "position": self.position,
             "acceptance": self.acceptance,
@@ -145,7 +148,7 @@ class GroupSampler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undoes `state_dict`; other entries do not matter."""
+        """Restores what `state_dict` returned; other entries are ignored."""
         self.position = state["position"]
         self.acceptance = state["acceptance"]
         self.num_empty_steps = state["num_empty_steps"]

@@ -17,20 +17,20 @@ logger = logging.getLogger(__name__)
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens after this one."""
+    """Returns whether something that happens every `every` steps (0: never) happens after `step`."""
     return every > 0 and step % every == 0
 
 
 class Loop(ABC):
-    """Runs steps to the last one, or until asked to stop; a resumed run goes on as if nothing had happened.
+    """Runs steps to the last one, or until asked to stop; a resumed run continues as if nothing had happened.
 
     Args:
         num_steps: of the whole run.
-        section: when to save.
-        checkpoints: where the state goes.
-        metrics: where metrics go.
+        section: says when to save.
+        checkpoints: saves and restores the state.
+        metrics: receives metrics.
         should_stop: asked after every step, by all ranks together; true on one is true on all.
-        enter: called with where the run is, and the step, whenever a stage starts or ends.
+        enter: called with the phase and the step whenever a stage starts or ends.
         log_every_steps: steps between rows of the metrics log; the last step always has one.
     """
 
@@ -61,31 +61,31 @@ class Loop(ABC):
 
     @abstractmethod
     def summary(self) -> dict[str, Any]:
-        """What the run leaves in summary.json, less the launcher's part (commit, machine)."""
+        """Returns the contents of summary.json, without the launcher's part (commit, machine)."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """The loop's own state; models and optimizers are the checkpointer's."""
+        """Returns the loop's own state; the checkpointer adds models and optimizers."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undoes `state_dict`."""
+        """Restores what `state_dict` returned."""
 
     @abstractmethod
     def begin(self, *, is_resumed: bool) -> None:
-        """Does what comes before the first step of this process."""
+        """Prepares the first step of this process."""
 
     def evaluate(self, *, is_last: bool) -> dict[str, float]:
-        """Metrics of an evaluation after a step, where one is due."""
+        """Returns the metrics of an evaluation after a step, if one is due."""
         return {}
 
     def before_save(self) -> float | None:
-        """Makes room for a save; returns the accuracy that it is kept for, where it is known."""
+        """Frees memory for a save; returns the accuracy that ranks the checkpoint, if known."""
         return None
 
     @property
     def seconds(self) -> float:
-        """Of the whole run, earlier processes included."""
+        """Seconds of the whole run, earlier processes included."""
         return time.perf_counter() - self._started
 
     def train(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Loop(ABC):
         saving = is_last or stopping or is_due(self.num_steps_done, self._save_every_steps)
         if saving:
             self._save(background=not (is_last or stopping))
-        # A request that came while it was saved needs no other step.
+        # A stop request that arrived during the save must not cost another step.
         stopping = stopping or (saving and not is_last and self._should_stop())
         if is_last or stopping:
             with self.stages("checkpoint"):
@@ -129,7 +129,7 @@ class Loop(ABC):
             raise RunInterrupted(f"stopped as asked and saved after step {self.num_steps_done}")
 
     def _save(self, *, background: bool) -> None:
-        """Saves everything, or begins to: in the background training goes on meanwhile."""
+        """Saves everything, or starts to: in the background, training continues meanwhile."""
         accuracy = self.before_save()
         with self.stages("checkpoint"):
             state = {"num_steps_done": self.num_steps_done, "seconds": self.seconds, **self.state_dict()}

@@ -1,4 +1,4 @@
-"""Peak memory of a part of a run."""
+"""Peak memory of the stages of a run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _PEAK = re.compile(rb"VmHWM:\s+(\d+) kB")
 
 
 class PeakMemory:
-    """The largest resident size of this process, and of CUDA's allocations where there are any, since `reset`."""
+    """Peak resident memory of this process, and of CUDA's allocations if there are any, since `reset`."""
 
     def reset(self) -> None:
-        """Starts from the present sizes; where the system does not allow it, peaks are those of the whole run."""
+        """Starts anew from the current sizes; if the system does not allow it, peaks are those of the whole run."""
         # 5 resets the peak resident size, and nothing else (man 5 proc).
         with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
             file.write("5")
@@ -24,7 +24,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
 
     def gib(self, name: str) -> dict[str, float]:
-        """The peaks as metrics of a stage; nothing where the system does not say."""
+        """Returns the peaks as metrics of a stage; {} if the system does not report them."""
         found: dict[str, float] = {}
         with contextlib.suppress(OSError):
             if peak := _PEAK.search(Path("/proc/self/status").read_bytes()):

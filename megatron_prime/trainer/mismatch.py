@@ -1,4 +1,4 @@
-"""Whether the engine samples from the policy that trains, and what to do about the difference."""
+"""Checks that the engine samples from the policy that trains, and corrects for the difference."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from megatron_prime.errors import TrainingError
 def compare_logprobs(
     batch: RolloutBatch, policy_logprobs: torch.Tensor, weight_version: int, section: RolloutSection
 ) -> dict[str, float]:
-    """How far the engine's log-probs of the sampled tokens are from the trainer's, in nats.
+    """Measures how far the engine's log-probs of the sampled tokens are from the trainer's, in nats.
 
-    Every batch is thus a canary for the refit before it, with all of its tokens and at no cost. Answers of older
-    weights (`rollout/stale`) are expected to differ and are left out.
+    Every batch is thus a canary for the refit before it, over all of its tokens and at no cost. Answers sampled with
+    older weights (`rollout/stale`) are expected to differ and are left out.
 
     Args:
         batch: rollouts.
@@ -25,7 +25,7 @@ def compare_logprobs(
         section: rollout settings.
 
     Raises:
-        TrainingError: they are so far apart that the engine cannot be sampling from the trainer's weights.
+        TrainingError: they differ so much that the engine cannot be sampling with the trainer's weights.
     """
     is_fresh = batch.weight_versions == weight_version
     metrics = {"rollout/stale": 1.0 - float(is_fresh.double().mean())}
@@ -36,7 +36,7 @@ def compare_logprobs(
     if found.mean > section.max_logprob_gap and section.top_p == 1.0:
         raise TrainingError(
             f"rollout.max_logprob_gap: the engine's log-probs are {found.mean:.3g} nats from the trainer's on average "
-            f"(limit {section.max_logprob_gap:g}); the engine does not compute what the policy does, so no weights "
+            f"(limit {section.max_logprob_gap:g}); the engine does not compute what the policy computes, so no weights "
             "trained on these answers are kept"
         )
     return metrics | {
@@ -53,7 +53,7 @@ def advantage_weights(
 
     Args:
         batch: rollouts.
-        policy_logprobs: as for `compare_logprobs`; not needed where nothing is switched on.
+        policy_logprobs: [B, R] as in `compare_logprobs`; None is fine if neither correction is on.
         section: `importance_cap` and `max_sequence_ratio`.
     """
     if section.importance_cap is None and section.max_sequence_ratio is None:

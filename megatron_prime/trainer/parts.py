@@ -1,4 +1,4 @@
-"""What a PRIME run is put together from, and what its models say of a batch."""
+"""The parts that a PRIME run is assembled from, and the models' scores of a batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_prime.interfaces import (
 
 @dataclass(frozen=True, kw_only=True)
 class PrimeParts:
-    """Everything the loop is put together from."""
+    """The parts of a run, as the loop sees them."""
 
     policy: Policy
     reference: Reference | None
@@ -35,7 +35,7 @@ class PrimeParts:
     checkpoints: Checkpoints
     logger: Logger
     failed_updates: FailedUpdates
-    """Where updates go that are not finite."""
+    """Keeps updates that had NaN or Inf."""
     enter: Callable[[str, int], None] = lambda phase, step: None
     """Called with where the run is, and the step, whenever a stage starts or ends."""
     should_stop: Callable[[], bool] = bool

@@ -56,19 +56,19 @@ class PrimeTrainer(Loop):
         self.groups = GroupSampler(config, parts.engine, parts.verifier, parts.prompts, self.stages, parts.min_groups)
         self.process_source = resolve("advantage.process_source", config.advantage.process_source)
         self.weight_version = -1
-        """Of the engine."""
+        """Version of the engine's weights: the number of steps that they have seen."""
         self.gate = 0.0
         self.window: list[PrmBatch] = []
         """Batches that the PRM trains on again, oldest first."""
         self.evaluations: dict[int, Accuracy] = {}
         self.evidence: list[Evidence] = []
-        """Of the latest batches."""
+        """Measurements of the latest batches, oldest first."""
         self.metrics: dict[str, float] = {}
-        """Of the running step."""
+        """Metrics of the running step."""
 
     def train(self) -> dict[str, Any]:
         """See `Loop.train`."""
-        # Where engine and models take turns in one memory, it is the models' turn.
+        # Engine and models may share an accelerator's memory; now it belongs to the models.
         self.parts.engine.sleep()
         return super().train()
 
@@ -101,10 +101,10 @@ class PrimeTrainer(Loop):
         return groups
 
     def score(self, batch: RolloutBatch) -> Scores:
-        """Log-probs of the models, but for those that their own update gives on its way; nothing trains.
+        """Computes the models' log-probs, except those that the update's own forward pass will give; nothing trains.
 
         Raises:
-            TrainingError: those of the policy are not the engine's.
+            TrainingError: the policy's log-probs differ too much from the engine's.
         """
         config, parts = self.config, self.parts
         temperature = config.rollout.temperature
@@ -117,6 +117,7 @@ class PrimeTrainer(Loop):
             with self.stages("score", parts.reference):
                 reference = parts.reference.score(batch)
         elif config.reference.source == "policy":
+            # The reference is scored without temperature; at temperature 1 the policy's scores already are that.
             reference = policy
             if policy is None or temperature != 1.0:
                 with self.stages("score", parts.policy):
@@ -127,7 +128,7 @@ class PrimeTrainer(Loop):
         return Scores(policy=policy, reference=reference, prm=prm)
 
     def train_prm(self, batch: RolloutBatch, scores: Scores) -> PrmBatch | None:
-        """Trains the PRM on the batch and its window; returns what it said of the batch before that."""
+        """Trains the PRM on the batch and its window; returns its scores of the batch from before the update."""
         model, reference, window = self.parts.prm, scores.reference, tuple(self.window)
         if model is None or reference is None:
             return None
@@ -151,16 +152,18 @@ class PrimeTrainer(Loop):
             updated = update_or_keep(train, record, self.parts.failed_updates)
         self.metrics |= {f"prm/{name}": value for name, value in updated.metrics.items()}
         result = seen(updated.logprobs)
+        # The window keeps scores of each batch from when it was new; `pairwise` takes its opponents from them.
         num_older = self.config.prm.num_window_batches - 1
         self.window = [*self.window, result][-num_older:] if num_older else []
         return result
 
     def judge(self, groups: Sequence[Group], batch: RolloutBatch, prm: PrmBatch | None) -> torch.Tensor | None:
-        """Process rewards [B, R], and how far they are to be believed: the gate, from rewards before any training."""
+        """Computes process rewards [B, R], and updates the gate from rewards of before any training on this batch."""
         config = self.config
         if config.advantage.process_coef == 0.0:
             return None
         inputs = ProcessInputs(groups=tuple(groups), rollout=batch, prm=prm, beta=config.prm.beta)
+        # Evidence comes before the optional second scoring: the updated PRM has trained on this batch.
         rewards = self._rewards(inputs)
         evidence = measure_evidence(inputs, rewards, config.prm, self.parts.prompts.step_spans)
         smoothing = config.advantage.gate_smoothing
@@ -175,7 +178,7 @@ class PrimeTrainer(Loop):
         return rewards
 
     def advantages(self, batch: RolloutBatch, rewards: torch.Tensor | None) -> torch.Tensor:
-        """Advantages [B, R] from outcomes and process rewards."""
+        """Computes advantages [B, R] from outcomes and process rewards."""
         with self.stages("advantage"):
             result = compute_advantages(
                 batch.outcomes, rewards, batch.mask, batch.group_index, self.config.advantage, gate=self._gate()
@@ -187,7 +190,7 @@ class PrimeTrainer(Loop):
         """Trains the policy.
 
         Raises:
-            TrainingError: its log-probs from before the update are not the engine's.
+            TrainingError: its log-probs from before the update differ too much from the engine's.
         """
         config, model = self.config, self.parts.policy
         advantages = advantages * advantage_weights(batch, scores.policy, config.policy)
@@ -214,14 +217,15 @@ class PrimeTrainer(Loop):
         with self.stages("policy_update", model, training=True):
             updated = update_or_keep(train, record, self.parts.failed_updates)
         self.metrics |= {f"policy/{name}": value for name, value in updated.metrics.items()}
+        # Without a scoring pass the canary can only run now, on the log-probs from before the update.
         if scores.policy is None:
             self._compare(batch, updated.logprobs)
 
     def refit(self, version: int) -> None:
-        """Puts the policy's weights into the engine, which proves that they arrived.
+        """Sends the policy's weights to the engine, which verifies what it received.
 
         Args:
-            version: steps that the weights have seen.
+            version: number of steps that the weights have seen.
 
         Raises:
             RolloutError: the engine's weights are not the trainer's; it then samples nothing.
@@ -237,7 +241,7 @@ class PrimeTrainer(Loop):
         return {}
 
     def measure_accuracy(self) -> dict[str, float]:
-        """avg@k on the held-out prompts with the engine's current weights; nothing where it is switched off."""
+        """Measures avg@k on the held-out prompts with the engine's current weights; {} if evaluation is off."""
         if self.config.evaluation.num_prompts == 0:
             return {}
         prompts = self.parts.prompts.evaluation(self.config.evaluation.num_prompts)
@@ -257,7 +261,7 @@ class PrimeTrainer(Loop):
         return _finite(evaluated.value) if evaluated else None
 
     def summary(self) -> dict[str, Any]:
-        """What the run leaves in summary.json, less the launcher's part (commit, machine)."""
+        """Returns the contents of summary.json, without the launcher's part (commit, machine)."""
         first, last = self.evaluations.get(0), self.evaluations.get(self.num_steps_done)
         latest = self.evidence[-1] if self.evidence else None
         return {
@@ -303,7 +307,7 @@ class PrimeTrainer(Loop):
         self.metrics |= compare_logprobs(batch, policy_logprobs, self.weight_version, self.config.rollout)
 
     def _policy_waits(self) -> bool:
-        """Whether only the PRM trains in this step."""
+        """Returns whether only the PRM trains in this step."""
         return self.parts.prm is not None and self.num_steps_done < self.config.prm.warmup_steps
 
     def _rewards(self, inputs: ProcessInputs) -> torch.Tensor:

@@ -18,10 +18,10 @@ class SftTrainer(Loop):
         config: the checked configuration.
         model: the model to train.
         examples: prompts with answers.
-        checkpoints: as for `Loop`, like the rest.
-        metrics: the same.
-        should_stop: the same.
-        enter: the same.
+        checkpoints: saves and restores the state.
+        metrics: receives metrics.
+        should_stop: asked after every step, by all ranks together.
+        enter: called with the phase and the step whenever a stage starts or ends.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class SftTrainer(Loop):
         self.model = model
         self.examples = examples
         self.loss: float | None = None
-        """Of the latest step."""
+        """Loss of the latest step; None before the first."""
 
     def begin(self, *, is_resumed: bool) -> None:
-        """See `Loop.begin`: there is nothing to do."""
+        """Does nothing: a supervised run has no engine to prepare."""
 
     def step(self) -> dict[str, float]:
         """One optimizer step; returns its metrics."""

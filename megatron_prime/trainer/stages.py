@@ -1,4 +1,4 @@
-"""Time and memory of the stages of a step, and where a run is."""
+"""Time and memory of the stages of a step, and the phase that a run is in."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from megatron_prime.trainer.memory import PeakMemory
 
 
 class Stages:
-    """Adds up the seconds of named stages, remembers their peak memory, and tells which one is running.
+    """Times named stages, records their peak memory, and reports which one is running.
 
     Args:
         announce: called with a stage's name when it starts.
-        enter: called with where the run is, and the step, whenever a stage starts or ends.
+        enter: called with the phase and the step whenever a stage starts or ends.
     """
 
     def __init__(
         self, announce: Callable[[str], None], enter: Callable[[str, int], None] = lambda phase, step: None
     ) -> None:
         self.step = 0
-        """Of which the stages are; 0 before the first."""
+        """The running step; 0 before the first."""
         self._announce = announce
         self._enter_phase = enter
         self._phase = "step"
@@ -63,7 +63,7 @@ class Stages:
         self._enter_phase(phase, self.step)
 
     def drain(self) -> dict[str, float]:
-        """What has been since the last call; collective.
+        """Returns times and peak memory since the last call, and starts anew; collective.
 
         Returns:
             ``time/<stage>_seconds`` of this rank and all time as ``time/step_seconds``; ``memory/<stage>_gib``, and

@@ -1,4 +1,4 @@
-"""What a step's log says of its answers and their verdicts."""
+"""Metrics of a step's answers and their verdicts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from megatron_prime.batch import Group, Verdict
 
 _MAX_MISSING = 0.01
-"""Share of answers that may be left without a verdict before the log says so."""
+"""Share of answers without a verdict above which the log warns."""
 _PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "longest": 1.0}
 
 logger = logging.getLogger(__name__)

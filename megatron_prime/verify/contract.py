@@ -1,4 +1,4 @@
-"""What a verifier of your own must do: the check to call from your tests, and what `megatron-prime check` tries."""
+"""Checks what a verifier of your own must do, from your tests and from `megatron-prime check`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the exit statuses of a rank, and of the launcher that waits for ranks, mean (docs/faults.md)."""
+"""What the exit statuses of a rank, and of the launcher that waits for ranks, mean (docs/reference/faults.md)."""
 
 INPUT_AT_FAULT = 2
 """The configuration or its files; the same command fails again."""

@@ -1,4 +1,4 @@
-"""What a Hugging Face `config.json` says of a model, checked, in Megatron's words."""
+"""Reads a model's shape from a Hugging Face `config.json`, checks it, and names it as Megatron does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REQUIRED: Any = object()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Llama3RopeScaling:
-    """How Llama 3.x stretches its rotary frequencies (`rope_type: llama3`)."""
+    """Parameters of Llama 3's scaling of rotary frequencies (`rope_type: llama3`)."""
 
     factor: float
     low_freq_factor: float
@@ -40,9 +40,9 @@ class ExpertLayers:
     normalize_weights: bool
     """The weights of a token's experts sum to 1; else they are what the softmax over all experts gave them."""
     ffn_hidden_size: int
-    """Of one expert."""
+    """Channels of one expert."""
     shared_ffn_hidden_size: int | None
-    """Of the gated expert that sees every token, where there is one."""
+    """Channels of the gated expert that sees every token; None: there is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +53,7 @@ class ModelArchitecture:
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
-    """Of a feed-forward part without experts."""
+    """Channels of a feed-forward part without experts."""
     num_attention_heads: int
     num_query_groups: int
     """Key/value heads."""

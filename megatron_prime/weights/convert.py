@@ -2,7 +2,7 @@
 
 A Megatron checkpoint made here is self-contained: beside the weights it keeps the Hugging Face
 ``config.json`` and tokenizer in ``hf/``, from which the way back is built. What a conversion has written before it was
-killed is kept in a folder ``TARGET.writing``, proved by checksums, and the same conversion goes on from there.
+killed is kept in a folder ``TARGET.writing``, verified by checksums, and the same conversion continues from there.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ Progress = Callable[[int, int], None]
 """Told the bytes written so far and in all."""
 _SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _RELEASE_BYTES = 64 << 20
-"""How much is read before the source's pages are given back."""
+"""Bytes read before the source's pages are released."""
 _SLACK_BYTES = 2 * _RELEASE_BYTES
-"""What is read between, and what the libraries load at first use."""
+"""Bytes read between two releases, and what libraries load at first use."""
 _COPIES = 3
-"""Of the largest tensor: the source's pages or chunk, the tensor put together, and it cast or cut to pieces."""
+"""Copies of the largest tensor: the source's pages or chunk, the assembled tensor, and its cast or cut form."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,11 +63,11 @@ WHOLE = Cut()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionPlan:
-    """What a conversion would do."""
+    """The plan of a conversion."""
 
     num_tensors: int
     num_bytes: int
-    """Of the weights written, padding included."""
+    """Bytes of the weights written, padding included."""
     largest: str
     largest_bytes: int
     peak_bytes: int
@@ -88,10 +88,10 @@ def to_megatron(
 
     Args:
         source: folder with config.json and safetensors weights.
-        target: new or empty folder; it appears when it is complete. A conversion that was stopped goes on.
+        target: new or empty folder; it appears when it is complete. A conversion that was stopped continues.
         dtype: float32, bfloat16, or None for bfloat16 where all weights are stored so, else float32.
         cut: which layout reads it fastest.
-        progress: told after each weight.
+        progress: called after each weight.
 
     Raises:
         WeightsError: the folder's weights are incomplete, misshapen or damaged, or the model cannot be cut so;
@@ -143,13 +143,13 @@ def to_hf(
 
     Args:
         source: made by `to_megatron`, or a model of a run's checkpoint (``.../step_00000010/policy``), of any layout.
-        target: new folder; it appears when it is complete. A conversion that was stopped goes on.
+        target: new folder; it appears when it is complete. A conversion that was stopped continues.
         like: Hugging Face folder whose config.json and tokenizer to use; None: the checkpoint's own.
         dtype: float32, bfloat16, or None for what the checkpoint holds.
-        progress: told after each weight.
+        progress: called after each weight.
 
     Raises:
-        CheckpointError: the source is no checkpoint, damaged, of another model, or says not of which; or the
+        CheckpointError: the source is no checkpoint, is damaged, or does not name its model, or names another; or the
             target holds something, or cannot be written.
     """
     _refuse_existing(target)
@@ -191,7 +191,7 @@ def _resumable(target: Path, job: dict[str, Any]) -> Iterator[Journal]:
         raise
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"{target}: cannot be written: {error}; free space and run the same command, which goes on, or remove"
+            f"{target}: cannot be written: {error}; free space and run the same command, which continues, or remove"
             f" {target.name}.writing"
         ) from error
 
@@ -209,7 +209,7 @@ def hf_tensors(
 def plan_conversion(
     architecture: ModelArchitecture, *, megatron: bool, stored: torch.dtype, dtype: torch.dtype, cut: Cut = WHOLE
 ) -> ConversionPlan:
-    """What a conversion would write, and the memory that it would take.
+    """Returns what a conversion would write, and the memory that it would need.
 
     Args:
         architecture: the model.

@@ -17,7 +17,7 @@ Stage = Literal["embedding", "layer", "head"]
 
 
 class Layout(StrEnum):
-    """How a Megatron tensor is cut over tensor-parallel ranks."""
+    """The cut of a Megatron tensor over tensor-parallel ranks."""
 
     COLUMN = "column"
     """By output rows (dim 0)."""
@@ -26,13 +26,13 @@ class Layout(StrEnum):
     QKV = "qkv"
     """By query groups; rows are, group after group, the group's query heads, its key head, its value head."""
     QKV_BIAS = "qkv_bias"
-    """As `QKV`, for the vector."""
+    """The same as `QKV`, for the bias vector."""
     GATE_UP = "gate_up"
     """Every rank holds its rows of the gate, then its rows of the up projection."""
     VOCAB = "vocab"
     """By vocabulary rows, after padding the vocabulary with zero rows."""
     REPLICATED = "replicated"
-    """The same on every rank."""
+    """Not cut: every rank has all of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class WeightSpec:
     megatron_name: str
     """Name in a model with local layers, with the numbers of layer and expert in the whole model."""
     transformer_engine_name: str
-    """The same with layers of Transformer Engine, which fuse norms into the next projection."""
+    """Its name with layers of Transformer Engine, which fuse norms into the next projection."""
     hf_names: tuple[str, ...]
     layout: Layout
     hf_shapes: tuple[tuple[int, ...], ...]
@@ -51,11 +51,11 @@ class WeightSpec:
     """Number in the whole model, None outside of layers."""
     stage: Stage
     expert: int | None = None
-    """Number in the whole layer, None outside of experts. Experts are shared out, and never cut."""
+    """Number in the whole layer, None outside of experts. Experts are divided over ranks, and never cut."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether ranks that hold any of it hold all of it."""
+        """True if a rank that holds any of it holds all of it."""
         return self.layout is Layout.REPLICATED or self.expert is not None
 
 

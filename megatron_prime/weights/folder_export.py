@@ -15,7 +15,7 @@ from megatron_prime.weights.shards import ShardSlice
 
 
 class FolderExport:
-    """The same reading as `stream.WeightExport`, of a validated folder and in one process.
+    """Reads a validated folder in one process, with the interface of `stream.WeightExport`.
 
     Args:
         folder: checked with `HfFolder.validate`.

@@ -41,11 +41,11 @@ _COPIED = (
     "LICENSE*",
     "NOTICE*",
 )
-"""What goes from the source folder to an exported one besides weights and `config.json`."""
+"""Files copied from the source folder to an exported one besides weights and `config.json`."""
 
 
 def plan_shards(shapes: Mapping[str, Sequence[int]], itemsize: int, max_shard_bytes: int) -> dict[str, list[str]]:
-    """Which file holds which tensors.
+    """Assigns tensors to files.
 
     Args:
         shapes: of the tensors, in order.
@@ -85,6 +85,7 @@ class _ShardFile:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._offsets: dict[str, int] = {}
         end = 0
+        # All offsets are known from the shapes, so the header can be written first and tensors in any order.
         for name in sorted(shapes):
             self._offsets[name] = end
             end += math.prod(shapes[name]) * dtype.itemsize
@@ -109,7 +110,7 @@ class _ShardFile:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is left to write."""
+        """True if nothing is left to write."""
         return not self._offsets
 
     def close(self) -> None:
@@ -133,7 +134,7 @@ class HfWriter:
         architecture: the model; its `hf_config` becomes `config.json`.
         dtype: what weights are stored as.
         max_shard_bytes: a file holds no more than this (a larger tensor has a file of its own).
-        overwrite: replace a folder that is there.
+        overwrite: replace an existing folder.
         journal: of a sibling of the target.
 
     Raises:
@@ -167,7 +168,7 @@ class HfWriter:
         hidden = self.path.absolute().parent / f".{self.path.name}.{uuid.uuid4().hex[:8]}.partial"
         self._partial = journal.folder if journal else hidden
         self.written = frozenset(part["name"] for part in journal.parts) if journal else frozenset()
-        """Tensors that are there already; adding them is an error."""
+        """Tensors that are written already; adding them again is an error."""
         for name in self.written:
             self._total_bytes += math.prod(self._expected.pop(name)) * dtype.itemsize
 
@@ -250,6 +251,7 @@ class HfWriter:
     def _commit(self) -> None:
         self._refuse_existing()
         if self.overwrite and self.path.is_dir():
+            # Two renames instead of removing first: a crash in between leaves either the old or the new folder whole.
             replaced = self._partial.with_suffix(".replaced")
             os.rename(self.path, replaced)
             os.rename(self._partial, self.path)

@@ -1,4 +1,4 @@
-"""Cutting a tensor-parallel shard out of Hugging Face tensors, and putting shards together again.
+"""Cuts tensor-parallel shards out of Hugging Face tensors, and merges shards again.
 
 Column, qkv and gate_up are one layout with a different number of blocks: a shard is a sequence of
 blocks, and each block has its share of rows from every source tensor. qkv has a block per query
@@ -100,11 +100,13 @@ def local_slice(
             return cut(0, 1, tp_rank * shape[1], (tp_rank + 1) * shape[1])
         case Layout.VOCAB:
             vocab_size = spec.hf_shapes[0][0]
+            # With much padding the last ranks may hold no real row at all: `start` stops at the vocabulary's end.
             start = min(tp_rank * shape[0], vocab_size)
             rows = cut(0, 0, start, min(start + shape[0], vocab_size))
             return (
                 rows if len(rows) == shape[0] else torch.cat([rows, rows.new_zeros(shape[0] - len(rows), *shape[1:])])
             )
+    # Interleave the source tensors block by block: [q q k v | q q k v] for QKV, [gate | up] with one block.
     num_blocks = _num_blocks(spec, architecture, tp_size)
     parts = []
     for index, hf_shape in enumerate(spec.hf_shapes):
@@ -129,7 +131,7 @@ def merge(
         (Hugging Face name, contiguous tensor) in the order of `spec.hf_names`; may share memory with the shards.
 
     Raises:
-        WeightsError: a shard has not the shape that the architecture says.
+        WeightsError: a shard's shape is not the architecture's.
     """
     shards = shards[:1] if spec.is_whole else shards
     tp_size = len(shards)

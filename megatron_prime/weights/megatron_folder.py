@@ -56,7 +56,7 @@ def stored_shape(spec: WeightSpec, architecture: ModelArchitecture, padded_vocab
 def shard_chunks(
     spec: WeightSpec, shard: Tensor, *, tp_rank: int, tp_size: int
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Where a tensor-parallel shard lies in the stored tensor.
+    """Places a tensor-parallel shard in the stored tensor.
 
     Args:
         spec: the weight.
@@ -69,6 +69,7 @@ def shard_chunks(
     """
     stack = _place(spec)
     tp_size = 1 if spec.is_whole else tp_size
+    # Megatron stores gate and up projection one behind the other over all ranks, while a shard holds its rows of both.
     parts = shard.chunk(2) if spec.layout is Layout.GATE_UP else (shard,)
     dim = 1 if spec.layout is Layout.ROW else 0
     for number, part in enumerate(parts):
@@ -171,7 +172,7 @@ class MegatronFolder:
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """What the weights are stored as."""
+        """Types that the weights are stored in."""
         return {tensor.properties.dtype for tensor in self._tensors.values()}
 
     def num_rows(self, spec: WeightSpec) -> int:

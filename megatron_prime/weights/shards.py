@@ -1,4 +1,4 @@
-"""A rank's shards as slices of Hugging Face tensors: weights go where they belong without being gathered first."""
+"""Describes a rank's shards as slices of Hugging Face tensors, so that weights move without being gathered."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ShardSlice:
     ranges: Ranges
     values: Tensor
     dim: int = 0
-    """Along which tensor parallelism cuts the tensor, where it cuts it."""
+    """Dimension along which tensor parallelism cuts the tensor, if it does."""
 
 
 def cut(tensor: Tensor, ranges: Ranges) -> Tensor:
@@ -60,7 +60,7 @@ def cut_for_workers(part: ShardSlice, size: int, num_workers: int) -> list[Shard
 def shard_slices(
     spec: WeightSpec, architecture: ModelArchitecture, shard: Tensor, *, tp_rank: int, tp_size: int
 ) -> list[ShardSlice]:
-    """What a tensor-parallel shard holds of the Hugging Face tensors of a weight (the inverse of `local_slice`).
+    """Cuts a tensor-parallel shard into slices of the weight's Hugging Face tensors (the inverse of `local_slice`).
 
     Args:
         spec: the weight.
@@ -71,7 +71,7 @@ def shard_slices(
 
     Returns:
         Disjoint slices that cover the tensors together with those of the other ranks; a weight that is
-        whole on every rank is the first rank's alone, and padding rows of the vocabulary nobody's.
+        whole on every rank is given by the first rank only, and padding rows of the vocabulary by none.
     """
     first = spec.hf_shapes[0]
     if spec.is_whole:
@@ -93,7 +93,7 @@ def shard_slices(
     num_rows = [shape[0] // tp_size for shape in spec.hf_shapes]
     blocks = shard.reshape(num_blocks, sum(num_rows) // num_blocks, *first[1:])
     parts = blocks.split([rows // num_blocks for rows in num_rows], dim=1)
-    # Block by block: the rows of one tensor are not one piece of the shard's memory.
+    # One slice per block: in a fused shard (q, k, v per query group) a tensor's rows are not contiguous.
     return [
         _rows(name, shape, tp_rank * rows + number * rows // num_blocks, block)
         for name, shape, rows, part in zip(spec.hf_names, spec.hf_shapes, num_rows, parts, strict=True)
@@ -102,7 +102,7 @@ def shard_slices(
 
 
 def check_cover(shapes: Mapping[str, tuple[int, ...]], slices: Iterable[tuple[str, Ranges]]) -> None:
-    """Makes sure that slices tile tensors: nothing missing, nothing twice.
+    """Checks that slices tile tensors: nothing missing, nothing twice.
 
     Args:
         shapes: of the whole tensors.
@@ -111,6 +111,7 @@ def check_cover(shapes: Mapping[str, tuple[int, ...]], slices: Iterable[tuple[st
     Raises:
         WeightsError: lists all tensors that are not covered exactly.
     """
+    # Counting elements alone would miss one slice sent twice in place of another of the same size: hence the set.
     covered = dict.fromkeys(shapes, 0)
     problems: list[str] = []
     seen: set[tuple[str, Ranges]] = set()

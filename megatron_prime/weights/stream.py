@@ -1,4 +1,4 @@
-"""Moving weights between a Hugging Face folder, the ranks that hold them, and anyone who reads the stream."""
+"""Moves weights between a Hugging Face folder, the ranks that hold them, and readers of the stream."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class ParallelGroups:
     tp_group: dist.ProcessGroup | None = None
     pp_group: dist.ProcessGroup | None = None
     ep_group: dist.ProcessGroup | None = None
-    """Ranks of a stage that share out the experts, which are whole on one of them. It runs over the ranks of the
-    tensor-parallel group first, then over those of further copies of the rest, or over a part of them: the larger of
-    the two groups holds the whole stage."""
+    """Ranks of a stage over which the experts are divided; each expert is whole on one of them. The group takes ranks
+    of the tensor-parallel group first, then those of further copies of the other weights. The larger of the two groups
+    holds the whole stage."""
     tp_rank: int = 0
     tp_size: int = 1
     pp_rank: int = 0
@@ -42,7 +42,7 @@ class ParallelGroups:
 
     @property
     def stage_rank(self) -> int:
-        """Which of them this rank is."""
+        """This rank's number among them."""
         return self.ep_rank if self.ep_size > self.tp_size else self.tp_rank
 
     @property
@@ -61,22 +61,22 @@ class ParallelGroups:
 class _Owner:
     stage: int
     num_rows: int
-    """Of one shard."""
+    """Rows of one shard."""
     dtype: torch.dtype
     ep_rank: int | None
-    """Of an expert."""
+    """The expert-parallel rank that holds it; None: not an expert."""
 
 
 class WeightExport:
-    """A model's weights on their way out: whole tensors one by one, or each rank's own slices of them.
+    """Exports a model's weights: whole tensors one by one, or each rank's own slices of them.
 
-    Who sends what is agreed by all ranks at the first use and kept.
+    All ranks agree at the first use on who sends what, and keep it.
 
     Args:
         specs: `weight_specs` of the model.
         architecture: the model.
         local: gives this rank's shards by global Megatron name (see `export_stream`).
-        groups: where this rank is and whom it shares the model with.
+        groups: this rank's place among the ranks that share the model.
     """
 
     def __init__(
@@ -121,7 +121,8 @@ class WeightExport:
         owners, local, groups = self._agreed_owners(), self._local(), self.groups
         for spec in self._specs:
             owner = owners[spec.megatron_name]
-            # Where the one group is larger than the other, its first ranks hold all that is shared in the other.
+            # The larger of the tensor- and expert-parallel groups holds the stage several times over for the smaller
+            # one; only its first ranks send, so that nothing is sent twice.
             if owner.ep_rank is None:
                 mine = groups.stage_rank < groups.tp_size
             else:
@@ -249,7 +250,7 @@ def _problems_of(
 def _find_owners(
     specs: Sequence[WeightSpec], architecture: ModelArchitecture, local: Mapping[str, Tensor], groups: ParallelGroups
 ) -> dict[str, _Owner]:
-    """Which stage sends each weight; every rank sees every rank's shapes, so all reach the same verdict."""
+    """Finds the stage that sends each weight; every rank sees every rank's shapes, so all decide alike."""
     mine = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in local.items()}
     stages = _all_gather_object(
         _all_gather_object(mine, groups.stage_group, groups.stage_size), groups.pp_group, groups.pp_size
@@ -265,6 +266,8 @@ def _find_owners(
 
     for stage, ranks in enumerate(stages):
         for number, shards in enumerate(ranks):
+            # Weights outside of experts must be those of the stage's first rank, experts those of the rank with the
+            # same expert-parallel number.
             expert_rank = number % groups.ep_size
             if shards != held_by(ranks[0], None) | held_by(ranks[expert_rank], expert_rank):
                 problems.append(f"pipeline stage {stage}: its ranks differ in names, shapes or dtypes of weights")
@@ -272,7 +275,7 @@ def _find_owners(
         for name, (shape, dtype) in {name: what for shards in ranks for name, what in shards.items()}.items():
             num_rows = shape[0] if shape else 0
             owners.setdefault(name, _Owner(stage, num_rows, dtype, expert_ranks.get(name)))
-            # How far the vocabulary is padded is the trainer's choice, so any sufficient number of rows is right.
+            # The trainer decides how far the vocabulary is padded, so any sufficient number of rows is accepted.
             padded = max(num_rows, fewest_vocab_rows) * groups.tp_size
             problems += _problems_of(
                 name, shape, by_name, architecture, tp_size=groups.tp_size, padded_vocab_size=padded

@@ -1,4 +1,4 @@
-"""What README, docs and examples tell a user to type exists and is understood."""
+"""Commands, links and snippets in README, docs and examples exist and are understood."""
 
 from __future__ import annotations
 
@@ -44,7 +44,13 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert (document.parent / target).exists(), target
 
 
-def test_readme_commands_were_found() -> None:
+def test_the_index_of_decisions_has_all_of_them() -> None:
+    folder = ROOT / "docs" / "adr"
+    listed = re.findall(r"\]\(([^)]+)\)", (folder / "index.md").read_text())
+    assert listed == sorted(path.name for path in folder.glob("0*.md"))
+
+
+def test_commands_were_found() -> None:
     assert len(commands("megatron-prime")) >= 5
     assert "make demo" in commands("make")
 

@@ -132,7 +132,7 @@ def test_the_previous_checkpoint_is_used(kind: str, whole, broken, caplog: pytes
         train(broken)
     (warning,) = [record.getMessage() for record in caplog.records if "is damaged" in record.getMessage()]
     assert warning.startswith(f"{path} is damaged ({name or MANIFEST}") and message in warning
-    assert "going on from" in warning and "step_00000002, kept as step_00000003.damaged" in warning
+    assert "continuing from" in warning and "step_00000002, kept as step_00000003.damaged" in warning
     names = sorted(path.name for path in checkpoints_of(broken).iterdir())
     assert names == [*(f"step_0000000{n}" for n in (1, 2, 3)), "step_00000003.damaged", "step_00000004"]
     run = Path(broken["run"]["directory"]) / "run"

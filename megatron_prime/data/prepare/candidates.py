@@ -33,7 +33,7 @@ class Candidate:
     """Programs that are said to pass the tests."""
 
     def row(self, split: str, index: int) -> dict[str, Any]:
-        """In the schema of Eurus-2-RL-Data."""
+        """Returns the row in the schema of Eurus-2-RL-Data."""
         messages = complete_messages(
             [{"role": "user", "content": self.problem}], ability=self.ability, system_prompt="prime", task_suffix=True
         )
@@ -105,7 +105,7 @@ def _read_mbpp(row: Row) -> tuple[str, Any] | None:
 
 
 def _references(row: Row) -> tuple[str, ...]:
-    """Of the first column that has any; APPS and TACO pack their list into text."""
+    """Returns the programs of the first column that has any; APPS and TACO encode their list as text."""
     for key in _REFERENCES:
         value = row.get(key)
         if isinstance(value, str):

@@ -39,7 +39,7 @@ RunReference = Callable[[Sequence[tuple[Candidate, str]]], list[str]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CleaningOptions:
-    """How strictly to clean."""
+    """Strictness of the cleaning."""
 
     multiple_choice: Literal["open", "drop"] = "open"
     """`open`: ask without the choices where a rule can; `drop`: leave all of them out."""
@@ -51,7 +51,7 @@ class CleaningOptions:
 
 @dataclass(kw_only=True, slots=True)
 class CleaningReport:
-    """What became of the rows."""
+    """Counts of rows by fate."""
 
     num_rows: int = 0
     num_kept: int = 0
@@ -72,7 +72,7 @@ class CleaningReport:
             kept.append(f"{candidate.where}: {detail}" if detail else candidate.where)
 
     def as_dict(self) -> dict[str, Any]:
-        """As it is written to JSON."""
+        """Returns the contents of the JSON report."""
         return {
             "num_rows": self.num_rows,
             "num_kept": self.num_kept,
@@ -181,7 +181,7 @@ class Cleaner:
                 yield candidate
 
     def _run_references(self, chunk: list[Candidate]) -> dict[str, str]:
-        """What came of each row's references, one after the other until one passes; rows without are left out."""
+        """Runs each row's references one by one until one passes; rows without references are left out."""
         statuses: dict[str, str] = {}
         for number in range(_MAX_REFERENCES):
             todo = [

@@ -1,4 +1,4 @@
-"""Which math problems can be asked without a picture, a proof or a list of choices.
+"""Selects math problems that can be asked without a picture, a proof or a list of choices.
 
 The rules are those of PRIME's first two cleaning stages (PRIME-RL/PRIME ``data_preprocessing``) as far as they need no
 model; where PRIME has a language model reword multiple-choice questions, choices are cut off by rule here, and what the
@@ -129,7 +129,7 @@ def _clean(choice: str) -> str:
 
 
 def _plain(value: str) -> str:
-    """For comparing an answer with choices: no spacing, no thousands separators, one kind of fraction."""
+    """Normalises an answer for comparison with choices: no spacing, no thousands separators, one kind of fraction."""
     text = _SPACING.sub("", value).replace("$", "").replace("dfrac", "frac").replace("tfrac", "frac")
     text = re.sub(r"\\(?:text|mathrm)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"(?<=\d)(?:\{,\}|,)(?=\d{3})", "", text)

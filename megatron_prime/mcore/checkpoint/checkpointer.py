@@ -1,4 +1,4 @@
-"""Saving: a copy of the states is taken, training goes on, and a thread writes and commits the copy."""
+"""Saves checkpoints: copies the states, lets training continue, and writes and commits the copy in a thread."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 TRAINER_STATE = "trainer.pt"
 _PATIENCE = timedelta(hours=2)
-"""How long a rank that has written waits for the others."""
+"""Time limit for a rank that has finished writing to wait for the others."""
 
 
 @dataclass(kw_only=True)
@@ -60,13 +60,13 @@ class _Job:
     """By role, on the main process: what is the same on every rank."""
     trainer_state: bytes
     error: CheckpointError | None = None
-    """How it ended; the same on every rank."""
+    """Failure of the save, the same on every rank; None: none so far."""
     thread: threading.Thread | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Report:
-    """What the main process needs to know of a rank's part."""
+    """A rank's part of a save, as reported to the main process."""
 
     files: Mapping[str, WrittenFile] = field(default_factory=dict)
     error: str | None = None
@@ -80,7 +80,7 @@ class Checkpointer:
         roles: trained models by name (``policy``, ``prm``, ``model``).
         section: what is kept, and how it is written.
         starts: Hugging Face folders with the models' config.json and tokenizer, by role.
-        resume_from: checkpoint to go on from, known to be whole (`resume.find_checkpoint`); None: from the start.
+        resume_from: checkpoint to continue from, known to be whole (`resume.find_checkpoint`); None: from the start.
     """
 
     def __init__(
@@ -107,11 +107,11 @@ class Checkpointer:
 
     @property
     def step(self) -> int:
-        """Steps done where this run goes on; 0 from the start."""
+        """Steps already done when this process starts; 0 for a new run."""
         return step_of(self.resume_from) if self.resume_from else 0
 
     def restore(self) -> Mapping[str, Any] | None:
-        """Loads the checkpoint to go on from into the models.
+        """Loads the checkpoint to continue from into the models.
 
         Returns:
             The trainer's state, or None where there is no checkpoint.
@@ -151,7 +151,7 @@ class Checkpointer:
             step: steps done.
             trainer_state: picklable, the same on every rank.
             accuracy: of the evaluation after this step.
-            background: training goes on meanwhile; otherwise no copy of all states is made, and the checkpoint is
+            background: training continues meanwhile; otherwise no copy of all states is made, and the checkpoint is
                 committed when this returns.
 
         Raises:
@@ -209,7 +209,7 @@ class Checkpointer:
     def _prepare(
         self, step: int, trainer_state: Mapping[str, Any], accuracy: float | None, *, copies_all: bool
     ) -> _Job:
-        """Takes this rank's part of all states, as copies where training goes on meanwhile."""
+        """Takes this rank's part of all states, as copies if training continues meanwhile."""
         chunks = {}
         for name, role in self.roles.items():
             # One after the other: `parallel.offload_idle` may leave no room for two.
@@ -235,7 +235,7 @@ class Checkpointer:
         )
 
     def _my_chunks(self, name: str, role: TrainableRole) -> list[StoredChunk]:
-        """What this rank writes of a role; of ranks that hold the same chunk, the one with least to write."""
+        """Returns the chunks of a role that this rank writes; of several holders, the least busy one writes a chunk."""
         everything = model_chunks(role.chunks) + optimizer_chunks(role.chunks, role.optimizer)
         chunks = {(chunk.key, chunk.offsets): chunk for chunk in everything}
         if name not in self._mine:
@@ -259,13 +259,13 @@ class Checkpointer:
         """Writes this rank's part; the main process then commits, or takes everything back."""
         try:
             problem = self._agreed(job, self._write(job))
-        except Exception as error:  # in a thread nobody else would see it: a rank is gone
+        except Exception as error:  # in a thread it would go unseen: another rank is gone
             problem = f"the ranks lost each other: {error}"
         if problem is not None:
             job.error = self._failure(job.writing, problem)
 
     def _agreed(self, job: _Job, report: _Report) -> str | None:
-        """What went wrong on any rank."""
+        """Returns the problems of all ranks."""
         reports = self._gathered(report)
         problem = None
         if collectives.is_main():
@@ -273,13 +273,13 @@ class Checkpointer:
             problem = problem or self._commit(job, reports)
             if problem is not None:
                 shutil.rmtree(job.writing, ignore_errors=True)
-        return self._told(problem)
+        return self._broadcast(problem)
 
     def _write(self, job: _Job) -> _Report:
         try:
             name = file_name(collectives.rank())
             files = {role: write_chunks(job.writing / role / name, chunks) for role, chunks in job.chunks.items()}
-        except Exception as error:  # whatever it is, the other ranks wait to be told
+        except Exception as error:  # of any kind: the other ranks wait for the result
             return _Report(error=str(error) or type(error).__name__)
         return _Report(files=files)
 
@@ -300,7 +300,7 @@ class Checkpointer:
                 step=job.step, accuracy=job.accuracy, identity=self._identity, layout=self._sizes, files=files
             )
             commit(job.writing, manifest)
-        except Exception as error:  # whatever it is, the other ranks wait to be told
+        except Exception as error:  # of any kind: the other ranks wait for the result
             return str(error) or type(error).__name__
         for old in superseded(self.folder, keep_last=self.section.keep_last, keep_best=self.section.keep_best or 0):
             try:
@@ -324,7 +324,7 @@ class Checkpointer:
         dist.gather_object(report, reports if collectives.is_main() else None, group=self._group)
         return reports
 
-    def _told(self, problem: str | None) -> str | None:
+    def _broadcast(self, problem: str | None) -> str | None:
         if self._group is None:
             return problem
         box = [problem]
@@ -339,7 +339,7 @@ def _copies(chunks: Sequence[StoredChunk]) -> Iterator[StoredChunk]:
 
 
 def _copies_of(role: TrainableRole, chunks: Sequence[StoredChunk]) -> Iterator[StoredChunk]:
-    """Copies that are made when they are asked for."""
+    """Yields copies, each made when it is taken."""
     with awake(role):
         yield from _copies(chunks)
 
@@ -355,7 +355,7 @@ _Place = tuple[str, tuple[int, ...]]
 
 
 def _share_out(sizes: Mapping[_Place, int]) -> set[_Place]:
-    """Which of the chunks that this rank holds it is to write; collective.
+    """Selects the chunks that this rank writes among those that it holds; collective.
 
     Args:
         sizes: bytes of every chunk that this rank holds, by name and offsets.

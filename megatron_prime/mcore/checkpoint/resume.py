@@ -1,4 +1,4 @@
-"""Finding the checkpoint that a run goes on from, before any model exists."""
+"""Finds the checkpoint that a run continues from, before any model exists."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def identity_of(architectures: Mapping[str, ModelArchitecture], dtype: str) -> dict[str, Any]:
-    """What must be the same for a run to go on from a checkpoint, as JSON gives it back; models by role."""
+    """Returns what must be equal for a run to continue from a checkpoint, in JSON types; models by role."""
     identity: dict[str, Any] = {"roles": sorted(architectures), "dtype": dtype}
     for role, architecture in architectures.items():
         shape = asdict(architecture)
@@ -89,14 +89,16 @@ def _refuse_another(path: Path, identity: dict[str, Any]) -> None:
         differing = ["roles"]
     if differing:
         lines = [f"{path}: has {key} {stored.get(key)}, this run {identity.get(key)}" for key in differing]
-        fix = "choose another run.name, or go on with the configuration it began with"
+        fix = "choose another run.name, or continue with the configuration it began with"
         raise CheckpointError("\n".join([*lines, fix]))
 
 
 def _tidy(folder: Path, whole: Path | None, damaged: dict[Path, list[str]]) -> None:
     for path, problems in damaged.items():
         place = set_aside(path)
-        logger.warning("%s is damaged (%s): going on from %s, kept as %s", path, "; ".join(problems), whole, place.name)
+        logger.warning(
+            "%s is damaged (%s): continuing from %s, kept as %s", path, "; ".join(problems), whole, place.name
+        )
     for path in remove_leftovers(folder):
         logger.info("removed %s, which was never finished", path)
     if whole is not None and (foreign := foreign_files(whole)):

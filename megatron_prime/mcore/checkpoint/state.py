@@ -41,7 +41,7 @@ class _Piece:
     """Dimensions of the stored tensor before the parameter's own (the layer)."""
     tensor: Tensor
     start: int
-    """Of its first element among the parameter's flattened ones."""
+    """Index of its first element in the flattened parameter."""
     may_grow: bool
     """Rows are padding beyond the vocabulary, and another layout has another number of them."""
 
@@ -60,7 +60,7 @@ def model_chunks(models: Sequence[Any]) -> list[StoredChunk]:
 
 
 def optimizer_chunks(models: Sequence[Any], optimizer: Any) -> list[StoredChunk]:
-    """What this rank's optimizer keeps for the model's parameters, as views.
+    """Returns this rank's optimizer states of the model's parameters, as views.
 
     Args:
         models: Megatron's model, or its parts on this rank where stages are interleaved.
@@ -85,7 +85,7 @@ def step_count(optimizer: Any) -> int | None:
         _allocate(inner)
         for group in inner.optimizer.param_groups:
             for parameter in group["params"]:
-                # torch counts per parameter, fused optimizers per group.
+                # torch's Adam counts steps per parameter, Transformer Engine's and apex's per group.
                 return int(inner.optimizer.state[parameter].get(_STEP, group.get(_STEP, 0)))
     return None
 
@@ -155,7 +155,7 @@ def _growing(models: Sequence[Any]) -> set[str]:
 
 
 def _pieces(models: Sequence[Any]) -> Mapping[int, list[_Piece]]:
-    """Where each parameter of this rank lies, by the parameter's id."""
+    """Maps each parameter of this rank, by id, to its places in stored tensors."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
     pieces: dict[int, list[_Piece]] = defaultdict(list)
@@ -214,13 +214,16 @@ def _named_states(inner: Any, parameter: Tensor, main: Tensor) -> dict[str, Tens
 
 
 def _rectangles(piece: _Piece, start: int, values: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """What a range of a parameter's flattened elements covers of a piece, as (offsets in the stored tensor, view)."""
+    """Cuts the overlap of a flattened range with a piece into rectangles: (offsets in the stored tensor, view).
+
+    A distributed optimizer owns ranges of flattened elements, while the format stores rectangles.
+    """
     numel = piece.tensor.numel()
     first, last = max(start, piece.start), min(start + values.numel(), piece.start + numel)
     width = math.prod(piece.tensor.shape[1:])
     while first < last:
         row, column = divmod(first - piece.start, width)
-        # Up to the end of a row that is begun, then all whole rows, then what is left.
+        # At most three rectangles: the rest of a row that has begun, all whole rows, the beginning of the last row.
         whole_rows = (last - first) // width if column == 0 else 0
         length = whole_rows * width or min(width - column, last - first)
         part = values[first - start : first - start + length]
@@ -248,7 +251,7 @@ def _set_step_count(inner: Any, num_steps: int) -> None:
             group[_STEP] = num_steps
             continue
         for parameter in group["params"]:
-            # Where torch's own first step puts it.
+            # The same device on which torch's own first step would create it.
             on_device = group["fused"] or group["capturable"]
             device = parameter.device if on_device else torch.device("cpu")
             inner.optimizer.state[parameter][_STEP] = torch.tensor(float(num_steps), device=device)

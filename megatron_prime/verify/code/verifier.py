@@ -46,7 +46,7 @@ def code_worker_kind(section: CodeVerifierSection, isolation: str) -> WorkerKind
         name=KIND,
         command=lambda fd: python_command("megatron_prime.verify.code.worker", str(fd), settings),
         version=f"{VERSION} {settings}",
-        advice="see docs/verifiers.md for what a machine must allow",
+        advice="see docs/reference/verifiers.md for what a machine must allow",
         cacheable=lambda reply: reply["status"] not in UNCERTAIN,
         environment=environment(),
     )

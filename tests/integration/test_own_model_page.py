@@ -1,4 +1,4 @@
-"""Every megatron-prime command of the README, typed word for word, in order, with the files that it names."""
+"""Every command of docs/howto/own-model-and-data.md, typed word for word, in order, with the files that it names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from real_configs import GSM8K, make_start
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^megatron-prime .*$", README, flags=re.MULTILINE)
+PAGE = (ROOT / "docs" / "howto" / "own-model-and-data.md").read_text()
+COMMANDS = re.findall(r"^megatron-prime .*$", PAGE, flags=re.MULTILINE)
 SMALL = """
-base: readme.yaml
+base: page.yaml
 run: {num_steps: 2}
 rollout: {num_prompts: 2, max_response_tokens: 6}
 filter: {enabled: false}
@@ -29,13 +29,13 @@ evaluation: {num_prompts: 2}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The README's my.yaml with smaller sizes, and small files under the names in it and in the commands."""
-    root = tmp_path_factory.mktemp("readme")
+    """The page's my.yaml with smaller sizes, and small files under the names in it and in the commands."""
+    root = tmp_path_factory.mktemp("page")
     make_start("qwen2.5-0.5b", root / "models" / "Qwen2.5-0.5B")
     shutil.copytree(GSM8K, root / "gsm8k")
     (root / "configs").symlink_to(ROOT / "configs")
-    (configuration,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
-    (root / "readme.yaml").write_text(configuration)
+    (configuration,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
+    (root / "page.yaml").write_text(configuration)
     (root / "my.yaml").write_text(SMALL)
     answers = [
         {"response": f"Twelve sevens are \\boxed{{{value}}}.", "ground_truth": "84", "ability": "math"}
@@ -78,8 +78,8 @@ def test_commands_do_what_they_say(folder: Path, outputs: dict[str, str]) -> Non
     assert any((folder / "megatron" / "qwen").iterdir())
 
 
-def test_the_configuration_of_the_readme_is_whole(folder: Path) -> None:
-    command = [sys.executable, "-m", "megatron_prime", "check", "readme.yaml"]
+def test_the_configuration_of_the_page_is_whole(folder: Path) -> None:
+    command = [sys.executable, "-m", "megatron_prime", "check", "page.yaml"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
