@@ -32,7 +32,7 @@ from megatron_prime.launch.local import is_launched, launch_local
 from megatron_prime.launch.plan import make_plan
 from megatron_prime.launch.plan_text import plan_rows
 from megatron_prime.launch.search import hardware_of, search_layouts
-from megatron_prime.preflight import check, read_examples, read_prompts
+from megatron_prime.preflight import check, check_programs, read_examples, read_prompts
 
 _SPEAK_AFTER_SECONDS = 2.0
 _SAID_ALIKE = ("data", "trainer", "mcore", "kernels", "verify.code.verifier")
@@ -175,7 +175,10 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load_config(options.config, options.overrides)
     architecture = check(config, check_files=not options.shapes_only)
     if not options.shapes_only:
-        read_prompts(config) if isinstance(config, PrimeConfig) else read_examples(config)
+        if isinstance(config, PrimeConfig):
+            check_programs(config, read_prompts(config))
+        else:
+            read_examples(config)
     hardware = PROFILES[options.hardware or ("cpu" if config.model.dtype == "float32" else "h100")]
     mean = {"mean_response_tokens": options.mean_response_tokens}
     if options.gpus:

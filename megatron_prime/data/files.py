@@ -117,6 +117,11 @@ class FilePrompts:
     def __len__(self) -> int:
         return len(self._training)
 
+    def ground_truths(self, ability: str, count: int) -> dict[str, str]:
+        """Truths of up to `count` training rows of an ability, spread over all of them, by where they stand."""
+        rows = [row for row in self._training if row[1].ability == ability]
+        return {where: question.ground_truth for where, question in rows[:: max(1, -(-len(rows) // count))]}
+
     def take(self, position: int, count: int) -> list[Prompt]:
         places = range(position, position + count)
         return self._prompts([self._training[shuffled_index(p, len(self), self._seed)] for p in places])

@@ -139,4 +139,5 @@ def _tolerance(prompt: Prompt) -> Fraction | None:
 
 
 def _verdict(status: str, extracted: str | None, seconds: float) -> Verdict:
-    return Verdict(status=status, reward=REWARDS[status], extracted=extracted, seconds=seconds)
+    reason = "the ground truth cannot be read or compared" if status == "grader_error" else ""
+    return Verdict(status=status, reward=REWARDS[status], extracted=extracted, seconds=seconds, reason=reason)

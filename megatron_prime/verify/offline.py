@@ -65,7 +65,8 @@ def verify_file(
     Args:
         source: JSONL with ``response``, ``ground_truth`` (or ``reward_model``), ``ability`` (``math`` or ``code``) and
             optionally ``problem`` (or ``question``, ``prompt``), ``data_source`` and ``extra_info``.
-        target: gets the rows with ``status``, ``reward`` (null: missing), ``seconds`` and, where malformed, ``error``.
+        target: gets the rows with ``status``, ``reward`` (null: missing), ``seconds`` and, where malformed or without a
+            verdict because of its truth or tests, ``error``.
         section: how to grade.
         progress: called with the rows done and the rows there are.
 
@@ -85,6 +86,8 @@ def verify_file(
             row, future = pending.popleft()
             verdict = future.result()
             row |= {"status": verdict.status, "reward": verdict.reward, "seconds": round(verdict.seconds, 6)}
+            if verdict.reason and "error" not in row:
+                row["error"] = verdict.reason
             file.write(json.dumps(row) + "\n")
             summary.add(row)
             progress(summary.statuses.total(), num_rows)

@@ -93,7 +93,20 @@ def _read_tests(row: Row) -> tuple[str, Any] | None:
     if not isinstance(problem, str) or tests is None:
         return None
     content = _json(tests) if isinstance(tests, str) else tests
-    return problem, content if isinstance(content, Mapping) else {"assert_code": tests}
+    if content is None:
+        # Code: a text of assertions.
+        return problem, {"assert_code": tests}
+    if isinstance(content, list) and content and all(isinstance(test, Mapping) for test in content):
+        return problem, [_named(test, row) for test in content]
+    return problem, content if isinstance(content, Mapping) else {"assert_code": content}
+
+
+def _named(test: Mapping[str, Any], row: Row) -> dict[str, Any]:
+    """A test of a list, with the function that its row names for all of them (LiveCodeBench)."""
+    metadata = row.get("metadata")
+    metadata = _json(metadata) if isinstance(metadata, str) else metadata
+    name = metadata.get("func_name") if isinstance(metadata, Mapping) else None
+    return {**test, "fn_name": name} if name and not test.get("fn_name") else dict(test)
 
 
 def _read_mbpp(row: Row) -> tuple[str, Any] | None:
