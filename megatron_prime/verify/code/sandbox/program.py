@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import io
 import os
+import site
 import sys
 import threading
 import types
@@ -44,6 +45,8 @@ def run(role: str) -> NoReturn:
     sys.stderr = _stream(2, "stderr", "w", "backslashreplace")
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     sys.argv = [_FILE]
+    # Not there where the interpreter was started without `site`.
+    site.setquit()
     # The main stack is made for deep recursion; so much for every thread would leave no room for a second one.
     threading.stack_size(THREAD_STACK_BYTES)
     # No text of the program has been read: it can neither send this in another's place nor take it back.

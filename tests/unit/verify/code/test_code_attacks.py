@@ -45,6 +45,13 @@ def test_what_the_problem_defines_is_not_looked_up_in_the_program(fork_server, n
     assert status_of(fork_server, content, row["prompt"] + row["canonical_solution"]) == "pass"
 
 
+@pytest.mark.parametrize("case", read_cases("assertion_attacks"), ids=lambda case: case["id"])
+def test_attacks_on_assertions_earn_nothing_and_are_not_missing(fork_server, case):
+    statuses = statuses_of(fork_server, case["tests"], case["code"], SHORT)
+    assert score(statuses, "all_or_nothing")[1] == 0.0
+    assert "pass" not in statuses
+
+
 @pytest.mark.parametrize(
     ("tests", "code", "status"),
     [
@@ -180,6 +187,7 @@ def test_text_that_looks_like_json_may_be_either(fork_server, content, code):
         "import sys\nassert (sys.stdin.mode, sys.stdout.mode, sys.stderr.mode) == ('r', 'w', 'w')",
         "import sys\nassert (sys.stdin.name, sys.stdout.name, sys.stderr.name) == ('<stdin>', '<stdout>', '<stderr>')",
         "import sys\nassert sys.stdin.fileno() == 0 and sys.stdout.fileno() == 1 and sys.stdin.buffer.raw.mode == 'rb'",
+        "import sys\nprint(5)\nquit()",
         "assert __file__.endswith('.py') and __name__ == '__main__'",
         "from concurrent.futures import ThreadPoolExecutor\nimport time\nwith ThreadPoolExecutor(8) as p:\n"
         "    assert sum(p.map(lambda i: time.sleep(0.05) or i, range(8))) == 28",
