@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import builtins
 import secrets
-import unittest
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from typing import Any
@@ -298,6 +297,8 @@ class _Tests:
 
 def _run_class(kind: Any) -> None:
     """Calls the tests of a class as pytest and unittest do."""
+    import unittest
+
     for name in [name for name in dir(kind) if name.startswith("test")]:
         case = kind(name) if issubclass(kind, unittest.TestCase) else kind()
         for step in ("setUp", "setup_method", name, "tearDown", "teardown_method"):

@@ -107,7 +107,9 @@ def sort_names(trees: Sequence[ast.Module], prefix: str, entry: str | None) -> N
     open_names -= helpers
     objects = {n: m for n in open_names - called if (m := _module(_ALIASES.get(n, n))) is not None}
     open_names -= objects.keys()
-    known = {name: found for name in open_names if (found := _library(name)) is not None}
+    # A single name is the program's, whatever else is called so.
+    alone = entry is None and len(open_names) == 1 and not (imported or modules)
+    known = {} if alone else {name: found for name in open_names if (found := _library(name)) is not None}
     program = dict(imported)
     if entry is not None:
         program |= {entry: entry} if entry in used else {}
