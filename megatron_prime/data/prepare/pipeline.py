@@ -134,7 +134,7 @@ class Cleaner:
         report.num_rows += 1
         report.by_source.setdefault(candidate.data_source, [0, 0])[0] += 1
         if not candidate.ground_truth or not candidate.problem:
-            return report.drop(candidate, "no_answer")
+            return report.drop(candidate, "no_answer", candidate.label and f"'{candidate.label}'")
         if candidate.ability == "math":
             opened = self._check_math(candidate)
             if isinstance(opened, str):
