@@ -28,7 +28,7 @@ _GAP = r"(?:[\s$.]|\\(?:quad|qquad|[,;()\[\]]))*"
 _BETWEEN_BOXES = re.compile(rf"{_GAP}(?:,{_GAP})?(?:,|and|\\text\{{\s*,?\s*and\s*\}}){_GAP}")
 _PI_AFTER_NUMBER = re.compile(r"(?<=[\d}])\\pi")
 _ASSIGNMENT = re.compile(r"([a-zA-Z])=([^=<>]+)")
-_BASED = re.compile(r"([0-9A-Za-z]+)_\{?(\d+)\}?")
+_BASED = re.compile(r"(-?[0-9A-Za-z]+)_\{?(\d+)\}?")
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _PLAIN_NUMBER = re.compile(r"[+-]?[\d.,]+")
 _NAME = re.compile(r"[a-zA-Z](?:_\w+)?")

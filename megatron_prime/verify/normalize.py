@@ -62,7 +62,7 @@ _SYNONYMS = {
 _COMMAND = re.compile(r"\\(?:[a-zA-Z]+|.)")
 _SPACING = frozenset({r"\,", r"\;", r"\:", r"\!", r"\>", r"\ ", r"\$", r"\(", r"\)", r"\[", r"\]"})
 _CONJUNCTION = re.compile(r",?\s*\\(?:text|mathrm|textrm|mbox)\{\s*(?:and|or)\s*\}|(?<=\d) +(?:and|or) +(?=[-\d])")
-_STYLE = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox)\s*\{([^{}]*)\}")
+_STYLE = re.compile(r"\\(?:text|textnormal|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox)\s*\{([^{}]*)\}")
 _DIGIT_GAP = re.compile(r"(?<=\d)(?:\\[,!]|\{,\})(?=\d{3}(?!\d))")
 
 _DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
@@ -71,7 +71,8 @@ _SCIENTIFIC = re.compile(rf"({_DECIMAL})(?:[eE]|(?:\\times|\\cdot)10\^)\{{?([+-]
 _RATIO = re.compile(rf"([+-]?{_DECIMAL})/([+-]?{_DECIMAL})|\\frac\{{([+-]?{_DECIMAL})\}}\{{([+-]?{_DECIMAL})\}}")
 _MIXED = re.compile(r"(\d+)(?: (\d+)/(\d+)|\\frac\{(\d+)\}\{(\d+)\})")
 _UNIT = re.compile(
-    r"(.*\S)\s*\\(?:text|textrm|textbf|mathrm|mbox)\s*\{\s*\(?\s*([^{}]*?)\s*\)?\s*\}(?:\^\{?\d\}?)?\)?", re.DOTALL
+    r"(.*\S)\s*\\(?:text|textnormal|textrm|textbf|mathrm|mbox)\s*\{\s*\(?\s*([^{}]*?)\s*\)?\s*\}(?:\^\{?\d\}?)?\)?",
+    re.DOTALL,
 )
 _TRAILING = re.compile(r"(?:(?<!\.)[.,;]|\\| )+$")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\{?(\d+)\}?|(\d*)\.(\d+)(?:\.\.\.+|\\l?dots|\\cdots)")

@@ -6,6 +6,7 @@ Expected outputs and results stay in this process. Assertions go to a sandbox of
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import socket
@@ -212,7 +213,9 @@ class _Run:
         watch = self._stopwatch(child)
         try:
             send_all(channel, message, watch.wall_seconds)
-            reply = _receive(channel, child, watch)
+            reply = _receive(channel, child, watch, _max_reply_bytes(problem, number))
+        except wire.TooLong:
+            raise _Failed("output_limit") from None
         except wire.WireError:
             status = child.explain()
             raise _Failed("runtime_error" if status == "pass" else status) from None
@@ -311,8 +314,14 @@ def _status_of(event: dict[str, Any], program: Child | None) -> str:
     return status
 
 
-def _receive(channel: socket.socket, child: Child, watch: Stopwatch) -> Any:
-    frames = wire.Frames()
+def _max_reply_bytes(problem: CallTests, number: int) -> int:
+    """What a right answer may take: a program cannot make its judge, which no limit holds, read 16 MiB instead."""
+    told = len(json.dumps([problem.results[number], problem.arguments[number]]))
+    return min(wire.MAX_MESSAGE_BYTES, MAX_OUTPUT_BYTES + 16 * told)
+
+
+def _receive(channel: socket.socket, child: Child, watch: Stopwatch, max_bytes: int) -> Any:
+    frames = wire.Frames(max_bytes)
     while True:
         watch.wait(channel.fileno())
         channel.settimeout(watch.wall_seconds)

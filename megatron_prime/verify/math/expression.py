@@ -216,6 +216,11 @@ class _Parser:
         if name == r"\sqrt":
             degree = self._group("[") if self._accept("[") else number(2)
             return Node("root", (self._argument(), degree))
+        if name in _ACCENTS:
+            named = self._atom()
+            if named.kind != "letter":
+                raise Unreadable(f"{name} of what is no letter")
+            return Node("letter", value=f"{name}{named.value}")
         if name == r"\abs":
             return Node("absolute", (self._argument(),))
         if name[1:] in FUNCTIONS:
@@ -268,7 +273,8 @@ class _Parser:
         return number(Fraction(text))
 
 
-_ATOMS = frozenset({r"\pi", r"\infty", r"\frac", r"\binom", r"\sqrt", r"\abs", r"\lfloor", r"\lceil"})
+_ACCENTS = (r"\bar", r"\hat", r"\vec", r"\tilde")
+_ATOMS = frozenset({*_ACCENTS, r"\pi", r"\infty", r"\frac", r"\binom", r"\sqrt", r"\abs", r"\lfloor", r"\lceil"})
 
 
 def _signed(sign: str, node: Node) -> Node:

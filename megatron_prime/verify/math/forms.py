@@ -14,6 +14,7 @@ from fractions import Fraction
 from megatron_prime.verify.math.evaluate import Exact, exact, rational
 from megatron_prime.verify.math.expression import Node, letters
 
+_EVALUATING = ("binomial", "absolute", "floor", "ceiling", "degree")
 _LOGARITHMS = ("ln", "log", "lg")
 
 
@@ -93,7 +94,7 @@ def _open(node: Node) -> Iterator[str]:
     elif node.kind == "call":
         if constant and node.value != "exp":
             yield _family(str(node.value))
-    elif node.kind in ("factorial", "binomial", "absolute", "floor", "ceiling", "degree") and constant:
+    elif node.kind == "factorial" or (node.kind in _EVALUATING and constant):
         yield node.kind
 
 
@@ -180,11 +181,25 @@ def _open_product(node: Node) -> Iterator[str]:
     # 5(1 + sqrt 2) is one number in factored form; (1 + 2i)6 and i(2 + i) are not.
     if len(sums) > 1 or (any(map(_is_imaginary, sums)) and len(numbers) + len(imaginary) > 1) or len(imaginary) > 1:
         yield "multiplication"
-    if any(exact(f) is not None and rational(f) is None for f in below):
+    if any(_is_open_divisor(f, numbers) for f in below):
         yield "division"
+    if sum(_stripped(f).kind == "root" for f in above) > 1:
+        yield "multiplication"
     bases = Counter(_base(f) for f in above + below)
     if any(count > 1 for base, count in bases.items() if base.kind in ("letter", "constant")):
         yield "cancellation"
+
+
+def _is_open_divisor(divisor: Node, numbers: list[Node]) -> bool:
+    """Divisors that one gets rid of: complex ones, sums with roots or fractions, roots that divide the number above."""
+    if letters(divisor):
+        return False
+    if exact(divisor) is not None:
+        return rational(divisor) is None
+    inner = _stripped(divisor)
+    if inner.kind == "sum":
+        return any(kind in ("root", "quotient") for kind in _kinds(inner))
+    return inner.kind == "root" and any(_shared(number, inner.args[0]) for number in numbers)
 
 
 def _shared(top: Node, bottom: Node) -> bool:
@@ -205,12 +220,16 @@ def _base(node: Node) -> Node:
 
 def _open_power(node: Node) -> Iterator[str]:
     base, exponent = node.args
-    if base.kind == "power" or (base.kind == "root" and letters(base)):
+    count = rational(exponent) if not letters(exponent) else None
+    whole = count is not None and count.denominator == 1
+    of_letters = letters(base) and (base.kind == "root" or (base.kind in ("product", "quotient") and whole))
+    if base.kind == "power" or of_letters:
         yield "power"
     if letters(node):
         return
-    count = rational(exponent)
     if count is None:
+        if _stripped(base).kind == "sum":
+            yield "power"
         return
     if exact(node) is not None and not _is_power_of_ten(node):
         yield "power" if count.denominator == 1 else "root"

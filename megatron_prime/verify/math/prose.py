@@ -93,7 +93,8 @@ def is_unit(words: str) -> bool:
         if part.lower().strip(".'") in _NOT_UNITS or _NOT_UNITS_ELSEWHERE.search(part):
             return False
         # One or two letters are rather variables.
-        short = part.isascii() and len(part) < 3 and part not in _SHORT_UNITS
+        base = part.partition("^")[0]
+        short = part.isascii() and len(base) < 3 and base not in _SHORT_UNITS
         if (short or not _UNIT_WORD.fullmatch(part)) and (len(parts) == 1 or part not in _SMALL_WORDS):
             return False
     return True

@@ -205,10 +205,16 @@ def _read_enclosed(tokens: Sequence[Token]) -> Value | None:
     if opening == r"\{":
         if not inner:
             return Value("set")
+        parts, found = split(inner, frozenset({r"\mid"}))
+        if len(found) == 1 and is_name(parts[0]):
+            # The set of all x with a property: what the property says of x.
+            return _read_list(parts[1])
         value = _read_list(inner)
         return replace(value, kind="set", name="") if value.kind in ("list", "named") else Value("set", (value,))
     if opening not in _BRACKETS:
         return None
+    if inner and inner[0].text == r"\begin" and enclosed(inner):
+        return _read_enclosed(inner)
     parts, found = split(inner, _SEPARATORS)
     if not found:
         if opening == "[" or closing == "]":
@@ -221,7 +227,7 @@ def _read_enclosed(tokens: Sequence[Token]) -> Value | None:
 
 _NAME = re.compile(
     r"(?:[A-Za-z]|\\[a-z]+[^a-z0-9]*)'*(?:_[A-Za-z0-9{}\\]+)?'*(?:\^{-1})?"
-    r"|(?:\\angle|\\triangle|\\overline|\\overrightarrow|\\vec)?\{?[A-Za-z]{1,3}\}?"
+    r"|(?:\\angle|\\triangle|\\overline|\\overrightarrow|\\vec|\\bar|\\hat|\\tilde)?\{?[A-Za-z]{1,3}\}?"
     r"|[A-Z]{2,4}|\|[A-Z]{2}\|"
     r"|[fghuvpqFGHPQRSTVANE](?:_[A-Za-z0-9{}]+)?'*(?:\^{-1})?\([^()=<>]*(?:\([^()=<>]*\)[^()=<>]*)?\)"
 )

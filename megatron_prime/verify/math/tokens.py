@@ -52,7 +52,8 @@ _SYNONYM_LIST = r"""
 """
 _SYNONYMS: dict[str, str] = dict(zip(_SYNONYM_LIST.split()[::2], _SYNONYM_LIST.split()[1::2], strict=True))
 _PLAIN = {"**": "^", "<=": r"\le", ">=": r"\ge", "!=": r"\ne", "...": r"\ldots", "->": r"\to"}
-_STYLE = r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mathsf|mbox|rm|operatorname\*?)\s*\{([^{}]*)\}"
+_STYLES = "text|textnormal|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mathsf|mbox|rm"
+_STYLE = rf"\\(?:{_STYLES}|operatorname\*?)\s*\{{([^{{}}]*)\}}"
 _PATTERN = re.compile(
     rf"{_STYLE}"
     r"|\\mathbb\s*\{?\s*([A-Z])\s*\}?"

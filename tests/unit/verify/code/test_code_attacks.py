@@ -261,3 +261,10 @@ def test_wrong_programs_define_what_the_tests_ask_for():
         names: dict = {}
         exec(program, names)
         assert callable(names["f"]) and isinstance(names["Node"], type)
+
+
+def test_a_reply_much_longer_than_the_right_one_is_not_even_read(fork_server):
+    content = {"fn_name": "f", "inputs": [[1]], "outputs": [[1]]}
+    assert status_of(fork_server, content, "def f(x): return [0] * 700_000") == "output_limit"
+    longer = {"fn_name": "f", "inputs": [[1]], "outputs": [[0] * 300_000]}
+    assert status_of(fork_server, longer, "def f(x): return [0] * 300_000") == "pass"

@@ -64,6 +64,11 @@ UNEVALUATED = [
     (r"\frac{\sqrt{3}}{3}", r"\sqrt{\sqrt[3]{\sqrt{\frac{1}{729}}}}"),
     (r"5\sqrt2", r"3\sqrt2+2\sqrt2"),
     (r"3+2\sqrt2", r"(1+\sqrt2)^2"),
+    (r"\sqrt{2}+1", r"\frac{1}{\sqrt{2}-1}"),
+    (r"\sqrt{21}", r"\frac{21}{\sqrt{21}}"),
+    (r"10x \sqrt{21x}", r"\sqrt{75x} \cdot \sqrt{2x} \cdot \sqrt{14x}"),
+    ("8x^9", "(2x^3)^3"),
+    (r"\frac{1}{N+1}", r"\frac{(N-1)!(N)}{(N+1)!}"),
     ("2k+2", "(-k + 4) + (-2 + 3k)"),
     ("15x - 80", "19x + 1 - 4x - 81"),
     ("5r^5", r"\frac{(10r^3)(4r^6)}{8r^4}"),
@@ -143,6 +148,9 @@ def test_a_data_set_may_want_expressions(verifier, truth, answer):
         ("e", "E"),
         ("A", "(A)(B)(C)(D)"),
         ("x=5", "y=5"),
+        ("4", "4 x^{2}"),
+        ("-37_8", "37_8"),
+        ("42", r"\overline{42}"),
     ],
 )
 def test_more_than_the_answer_or_something_else_earns_nothing(verifier, truth, answer):
@@ -177,6 +185,12 @@ def test_more_than_the_answer_or_something_else_earns_nothing(verifier, truth, a
         ("1/2,1,2", r"\left\{\frac{1}{2}, 1, 2\right\}"),
         ("10", r"10\%"),
         ("42", r"42^\circ"),
+        (r"\bar{x}=-0.5", "-0.5"),
+        ("4 x^{2}", r"4x^2"),
+        (r"\{x \mid x \geq 3\}", r"[3,\infty)"),
+        (r"\left[\begin{array}{l}1 \\ 2\end{array}\right]", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+        (r"125\textnormal{ miles}", "125 miles"),
+        ("-37_8", "-37_{8}"),
     ],
 )
 def test_final_forms_are_accepted_in_any_spelling(verifier, truth, answer):
