@@ -97,6 +97,8 @@ class Verdict:
     """Outcome in [0, 1]; ``None`` = missing: the response takes no part in training."""
     extracted: str | None = None
     seconds: float = 0.0
+    reason: str = ""
+    """Why there is no reward, where the truth or the tests are at fault."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -41,6 +41,10 @@ _REASONS = {
 }
 
 
+_MAX_VALUES = 5
+"""Values that are named of each reason at the most."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DropCounts:
     """Rows that a source leaves out."""
@@ -49,6 +53,8 @@ class DropCounts:
     """Rows read, with those left out."""
     by_reason: Mapping[str, int] = field(default_factory=dict)
     """Rows left out, by the keys of `_REASONS`."""
+    by_value: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Of some reasons, what the rows had in the decisive place."""
 
     @property
     def num_dropped(self) -> int:
@@ -57,7 +63,13 @@ class DropCounts:
 
     def __str__(self) -> str:
         """What was left out and why, with the keys of the configuration that decide it."""
-        return "; ".join(f"{count} {_REASONS[reason]}" for reason, count in self.by_reason.items()) or "nothing"
+        parts = [f"{count} {_REASONS[reason]}{self._met(reason)}" for reason, count in self.by_reason.items()]
+        return "; ".join(parts) or "nothing"
+
+    def _met(self, reason: str) -> str:
+        values = sorted(self.by_value.get(reason, {}).items(), key=lambda entry: -entry[1])
+        shown = ", ".join(f"'{value}' {count}" for value, count in values[:_MAX_VALUES])
+        return f" ({shown}{', ..' if len(values) > _MAX_VALUES else ''})" if shown else ""
 
 
 class Resident(Protocol):

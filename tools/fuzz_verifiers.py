@@ -37,6 +37,50 @@ PIECES = r"""
 \sum_{n=1}^{9} \int_0^1 \lim \log \sin \circ cm \text{cm} or and x=5 + - 5 __import__('os') eval(
 """
 ATOMS = r"x y e i n 0 1 2 7 10 0.5 .5 1,000 1e5 10^{10} \pi \infty 1/2 5! (A) [0,1) \binom{5}{2} 10\% 3\,\text{cm}"
+RESTATED = (
+    *(
+        r"\sum_{k=1}^{9} k",
+        r"\int_0^1 x^2 dx",
+        r"\gcd(48,36)",
+        r"17 \bmod 5",
+        "5!",
+        r"\binom{5}{2}",
+        "2+3",
+        r"2 \cdot 3",
+    ),
+    *(
+        r"\sqrt{25}",
+        "2^{10}",
+        r"\lfloor 3.7 \rfloor",
+        "|-5|",
+        r"\log_2 8",
+        "42 minus one",
+        r"42\text{ million}",
+        "43 = 42",
+    ),
+    *(
+        r"42 \approx 43",
+        "1, 2, ...",
+        "12_7",
+        "x^2 = 25",
+        "5 = 5",
+        r"\text{The answer is not } 5",
+        "9^{9^{9^9}}",
+        "答案：5",
+    ),
+    *(
+        "5 个",
+        "0,5",
+        "100, 200",
+        r"5 \text{ or } 6",
+        r"\pm 5",
+        "x < 5",
+        r"5 \pmod 7",
+        r"\begin{pmatrix}1\\2\end{pmatrix}",
+    ),
+    *(r"x_{\max} = 5", "f(x) = 5", r"\frac{\pi}{2}^\circ", "pi/2", "sqrt(2)", "3 1/2", "(C) 5", r"5\%", "5 (apples)"),
+)
+"""Answers that say more, or less, than an answer."""
 LATEX = [*PIECES.split(), *"°½√π∞−×·５\u200b\0", "\n", "9" * 5000]
 OPERATORS = ("+", "-", r"\cdot ", "/", ",", "=", "^", r"\pm ", r"\le ", r"\text{ or }")
 FORMS = (
@@ -77,13 +121,28 @@ CODE = (
     "\0",
     "```",
     "```python",
+    "~~~python",
     "\ud800",
+    "def f(x): return float('nan')",
+    "def isclose(*a): return True",
+    "def ref(x): return f(x)",
+    "def f(a): a.clear()",
+    "class Node: __eq__ = lambda s, o: True",
+    "os.fchmod(2, 0)",
+    "print(sys.stdin.mode, __file__)",
 )
 PROBLEMS: tuple[object, ...] = (
     {"inputs": ["1", "2"], "outputs": ["2", "3"]},
     {"inputs": [[1], [2]], "outputs": [2, 3], "fn_name": "f"},
     {"assert_code": ["assert f(1) == 2", "assert f(2) == 3"]},
     {"assert_code": "def check(candidate):\n    assert candidate(1) == 2", "entry_point": "f"},
+    {"assert_code": "assert f(1) == ref(1)", "prefix_code": "def ref(x): return x + 1"},
+    {"assert_code": "assert isclose(f(1), 2)"},
+    {"assert_code": "a = [2, 1]\nassert f(a) == sorted(a)", "setup_code": "b = f([1])"},
+    {"assert_code": "from solution import f\n\ndef test_f():\n    assert f(1) == 2"},
+    {"assert_code": "def check(candidate):\n    assert candidate(1) == 2", "entry_point": "Solution().f"},
+    [{"input": "1", "output": "2", "testtype": "stdin"}],
+    {"fn_name": "f", "inputs": [["1"]], "outputs": ["null"]},
     {"inputs": ["1"], "outputs": ["2"], "checker": {"code": "def check(input, output, expected): return output"}},
 )
 
@@ -96,11 +155,16 @@ _expression = st.recursive(
     ),
     max_leaves=8,
 )
-_answer = _expression.map(lambda text: f"so \\boxed{{{text}}}")
+_restated = st.sampled_from(RESTATED) | st.tuples(
+    st.sampled_from(RESTATED), st.sampled_from(OPERATORS), _expression
+).map("".join)
+_answer = (_expression | _restated).map(lambda text: f"so \\boxed{{{text}}}")
 _boxed = st.tuples(_formula, _formula).map(lambda pair: f"{pair[0]}\\boxed{{{pair[1]}}}")
 _repeated = st.tuples(_formula, st.integers(1, 2000)).map(lambda pair: pair[0] * pair[1])
 _math_answer = _answer | _answer | _answer | _boxed | _repeated
-_gold = st.sampled_from(["5", r"\frac{1}{2}", "(1, 2)", r"\{1, 2\}", "x+1", r"x \in [0, 1]"])
+_gold = st.sampled_from(RESTATED) | st.sampled_from(
+    ["5", r"\frac{1}{2}", "(1, 2)", r"\{1, 2\}", "x+1", r"x \in [0, 1]"]
+)
 _lines = st.lists(st.sampled_from(CODE), max_size=6).map("\n".join)
 _fenced = _lines.map(lambda text: f"```python\n{text}\n```")
 _program = _fenced | _fenced | _lines | st.text(max_size=40)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -12,13 +13,18 @@ from megatron_prime.assembly.contracts import check_imports, check_sockets
 from megatron_prime.checkpoint.manifest import committed
 from megatron_prime.config.checks import check_architecture, check_config, raise_for_problems
 from megatron_prime.config.schema import AnyConfig, FileData, PrimeConfig, SftConfig
-from megatron_prime.errors import CheckpointError, ConfigError, WeightsError
+from megatron_prime.errors import CheckpointError, ConfigError, DataError, VerifierError, WeightsError
 from megatron_prime.launch.local import is_launched
 from megatron_prime.planner.memory import Layout, checkpoint_bytes, exported_bytes, num_checkpoints
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
 
 if TYPE_CHECKING:
     from megatron_prime.interfaces import PromptSource, SftSource
+
+MAX_TESTS_READ = 5000
+MAX_TESTS_RUN = 64
+"""Problems with programs whose tests are looked at, and tried out, before a run; `prepare` does both for all rows."""
+_log = logging.getLogger(__name__)
 
 
 def check(config: AnyConfig, *, check_files: bool = True) -> ModelArchitecture:
@@ -59,7 +65,60 @@ def read_prompts(config: PrimeConfig) -> PromptSource:
     prompts = build_prompt_source(config.data, load_tokenizer(config.model.path), seed=config.run.seed)
     if config.evaluation.num_prompts > 0:
         prompts.evaluation(1)
+    _check_tests(config, prompts)
     return prompts
+
+
+def _truths(config: PrimeConfig, prompts: PromptSource, count: int) -> Mapping[str, str]:
+    """Tests of some problems with programs, by where they stand; none where a verifier of the user's own reads them."""
+    from megatron_prime.data.files import FilePrompts
+
+    if config.verifier.factory is not None or not isinstance(prompts, FilePrompts):
+        return {}
+    return prompts.ground_truths("code", count)
+
+
+def _check_tests(config: PrimeConfig, prompts: PromptSource) -> None:
+    """Warns of tests that cannot be read, which would give no verdict to any answer.
+
+    Raises:
+        DataError: none can be read.
+    """
+    from megatron_prime.verify.code.bad_tests import told, what_is_wrong
+
+    truths = _truths(config, prompts, MAX_TESTS_READ)
+    found = {where: reason for where, truth in truths.items() if (reason := what_is_wrong(truth)) is not None}
+    if not found:
+        return
+    what = f"data.train: {told(found, len(truths))}; megatron-prime prepare leaves such rows out"
+    if len(found) == len(truths):
+        raise DataError(what)
+    _log.warning("%s", what)
+
+
+def check_programs(config: PrimeConfig, prompts: PromptSource) -> None:
+    """Warns of tests that programs pass which do nothing; runs such programs on some problems.
+
+    Raises:
+        DataError: all of those problems have such tests.
+    """
+    from megatron_prime.verify.code.bad_tests import find_bad_tests, told
+    from megatron_prime.verify.routing import build_verifier
+
+    truths = _truths(config, prompts, MAX_TESTS_RUN)
+    if not truths:
+        return
+    try:
+        with build_verifier(config.verifier, ["code"]) as verifier:
+            found = find_bad_tests(verifier, truths)
+    except VerifierError as error:
+        _log.warning("data.train: no tests were tried out, as this machine cannot run programs safely: %s", error)
+        return
+    if found:
+        what = f"data.train: {told(found, len(truths))}; megatron-prime prepare leaves such rows out"
+        if len(found) == len(truths):
+            raise DataError(what)
+        _log.warning("%s", what)
 
 
 def read_examples(config: SftConfig) -> SftSource:

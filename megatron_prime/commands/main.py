@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_prime.assembly.preflight import check, read_examples, read_prompts
+from megatron_prime.assembly.preflight import check, check_programs, read_examples, read_prompts
 from megatron_prime.commands import launch as command
 from megatron_prime.commands.demo import demo_commands
 from megatron_prime.commands.parser import build_parser
@@ -175,7 +175,10 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load_config(options.config, options.overrides)
     architecture = check(config, check_files=not options.shapes_only)
     if not options.shapes_only:
-        read_prompts(config) if isinstance(config, PrimeConfig) else read_examples(config)
+        if isinstance(config, PrimeConfig):
+            check_programs(config, read_prompts(config))
+        else:
+            read_examples(config)
     hardware = PROFILES[options.hardware or ("cpu" if config.model.dtype == "float32" else "h100")]
     mean = {"mean_response_tokens": options.mean_response_tokens}
     if options.gpus:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from megatron_prime.data.readers import read_rows
 from megatron_prime.errors import DataError
 from megatron_prime.evaluation.registry import available, load_benchmarks
 from megatron_prime.observe.files import require_folder, write_atomically
+from megatron_prime.verify.code.bad_tests import find_bad_tests, what_is_wrong
 from megatron_prime.verify.routing import RoutingVerifier, build_verifier
 
 
@@ -53,7 +54,11 @@ def prepare(options: PrepareOptions) -> Mapping[str, Any]:
     require_folder(output.parent)
     contamination = _contamination(options.benchmarks) if options.benchmarks is not None else None
     with ExitStack() as stack:
-        cleaner = Cleaner(options.cleaning, contamination, _reference_runner(stack, options.num_workers))
+        programs = _Programs(stack, options.num_workers)
+        runs = options.cleaning.references != "ignore"
+        cleaner = Cleaner(
+            options.cleaning, contamination, programs.statuses, programs.bad_tests if runs else _unreadable_tests
+        )
         rows = (row for source in options.sources for row in read_rows(source))
         write_rows(output, cleaner.clean(rows), options.split)
     report = {
@@ -78,18 +83,34 @@ def _contamination(folder: str) -> Contamination:
     )
 
 
-def _reference_runner(stack: ExitStack, num_workers: int) -> Callable[[Sequence[tuple[Candidate, str]]], list[str]]:
-    """Runs programs by the verifier of training, which is set up when the first program comes."""
-    verifiers: list[RoutingVerifier] = []
+class _Programs:
+    """Runs programs by the verifier of training, which is set up when the first problem with programs comes."""
 
-    def run(programs: Sequence[tuple[Candidate, str]]) -> list[str]:
-        if not verifiers:
-            section = VerifierSection(num_workers=num_workers)
-            verifiers.append(stack.enter_context(build_verifier(section, ["code"])))
-        verdicts = verifiers[0].verify([(_prompt(candidate), _response(program)) for candidate, program in programs])
+    def __init__(self, stack: ExitStack, num_workers: int) -> None:
+        self._stack = stack
+        self._section = VerifierSection(num_workers=num_workers)
+        self._made: RoutingVerifier | None = None
+
+    @property
+    def _verifier(self) -> RoutingVerifier:
+        if self._made is None:
+            self._made = self._stack.enter_context(build_verifier(self._section, ["code"]))
+        return self._made
+
+    def statuses(self, programs: Sequence[tuple[Candidate, str]]) -> list[str]:
+        """What came of each program."""
+        verdicts = self._verifier.verify([(_prompt(candidate), _response(program)) for candidate, program in programs])
         return [verdict.status for verdict in verdicts]
 
-    return run
+    def bad_tests(self, candidates: Sequence[Candidate]) -> Mapping[str, str]:
+        """What is wrong with their tests; references are nothing to go by where every program passes."""
+        return find_bad_tests(self._verifier, {candidate.where: candidate.ground_truth for candidate in candidates})
+
+
+def _unreadable_tests(candidates: Sequence[Candidate]) -> Mapping[str, str]:
+    """What can be said of their tests without running anything."""
+    found = ((candidate.where, what_is_wrong(candidate.ground_truth)) for candidate in candidates)
+    return {where: reason for where, reason in found if reason is not None}
 
 
 def _prompt(candidate: Candidate) -> Prompt:

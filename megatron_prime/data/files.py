@@ -126,28 +126,37 @@ class FilePrompts:
     def _load(self, sources: Sequence[str], held_out: frozenset[str]) -> tuple[list[tuple[str, Question]], DropCounts]:
         kept: list[tuple[str, Question]] = []
         reasons: Counter[str] = Counter()
+        values: dict[str, Counter[str]] = {"other_ability": Counter(), "no_answer": Counter()}
         num_rows = 0
         config = self._renderer.config
         for chunk in _chunks(_read_all(sources, read_question)):
             num_rows += len(chunk)
             wanted = [row for row in chunk if row[1].ability in config.abilities]
             reasons.update(["other_ability"] * (len(chunk) - len(wanted)))
+            values["other_ability"].update(row[1].ability for row in chunk if row[1].ability not in config.abilities)
             texts = [self._text(question) for _, question in wanted]
             for row, text, ids in zip(wanted, texts, self._renderer.encode(texts), strict=True):
                 if not row[1].ground_truth:
                     reasons["no_answer"] += 1
+                    values["no_answer"].update([row[1].label] if row[1].label else [])
                 elif len(ids) > config.max_prompt_tokens:
                     reasons["too_long"] += 1
                 elif text in held_out:
                     reasons["in_evaluation"] += 1
                 else:
                     kept.append(row)
-        dropped = DropCounts(num_rows=num_rows, by_reason=dict(reasons))
+        met = {reason: dict(counts) for reason, counts in values.items() if counts}
+        dropped = DropCounts(num_rows=num_rows, by_reason={r: n for r, n in reasons.items() if n}, by_value=met)
         _warn_of(dropped, sources)
         return kept, dropped
 
     def __len__(self) -> int:
         return len(self._training)
+
+    def ground_truths(self, ability: str, count: int) -> dict[str, str]:
+        """Truths of up to `count` training rows of an ability, spread over all of them, by where they stand."""
+        rows = [row for row in self._training if row[1].ability == ability]
+        return {where: question.ground_truth for where, question in rows[:: max(1, -(-len(rows) // count))]}
 
     def take(self, position: int, count: int) -> list[Prompt]:
         places = range(position, position + count)

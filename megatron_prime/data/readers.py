@@ -39,6 +39,9 @@ def read_rows(source: str) -> Iterator[tuple[str, Row]]:
             raise DataError(f"{source}: unknown kind of file; expected {', '.join(readers)} or hf:NAME[:CONFIG]:SPLIT")
         rows = readers[kind](path)
     for number, row in enumerate(rows):
+        if isinstance(row, list) and row and all(isinstance(turn, dict) for turn in row):
+            # A row that is a list of turns (ORZ).
+            row = {"conversation": row}
         if not isinstance(row, dict):
             raise DataError(f"{source}, row {number}: expected an object with columns, found {type(row).__name__}")
         yield f"{source}, row {number}", row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from megatron_prime.config.schema import PrimeConfig
 from megatron_prime.interfaces import Engine, Verifier
 
 _Z95 = 1.959964
+MAX_MISSING = 0.01
+"""Share of answers that may be left without a verdict before the log says so."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +30,8 @@ class Accuracy:
     high: float
     num_prompts: int
     num_missing: int
-    """Answers without a verdict; they are left out."""
+    """Answers without a verdict; they count as wrong, and in the upper end of the interval as right."""
+    num_answers: int
 
     def metrics(self) -> dict[str, float]:
         """Returns the values under their names in the metrics log."""
@@ -34,6 +39,7 @@ class Accuracy:
             "evaluation/accuracy": self.value,
             "evaluation/accuracy_low": self.low,
             "evaluation/accuracy_high": self.high,
+            "evaluation/missing": self.num_missing / self.num_answers if self.num_answers else 0.0,
         }
 
 
@@ -105,12 +111,26 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 def accuracy(verdicts: Sequence[Sequence[Verdict]]) -> Accuracy:
     """avg@k: the mean over prompts of their answers' mean reward.
 
+    An answer without a verdict has earned nothing that is known: it counts as 0 in the value, and as 1 in the upper
+    end of the interval. More than 1% of them is logged as a warning.
+
     The interval is Wilson's with one trial per prompt. Averaging k answers only narrows the true
     one, so for k > 1 it is on the safe side.
     """
-    per_prompt = [[v.reward for v in row if v.reward is not None] for row in verdicts]
-    means = [sum(row) / len(row) for row in per_prompt if row]
-    value = sum(means) / len(means) if means else 0.0
-    low, high = wilson_interval(value, len(means))
-    num_missing = sum(v.reward is None for row in verdicts for v in row)
-    return Accuracy(value=value, low=low, high=high, num_prompts=len(means), num_missing=num_missing)
+    rows = [row for row in verdicts if row]
+    value, best = (
+        _mean([_mean([missing if v.reward is None else v.reward for v in row]) for row in rows])
+        for missing in (0.0, 1.0)
+    )
+    low, high = wilson_interval(value, len(rows))[0], wilson_interval(best, len(rows))[1]
+    num_missing = sum(v.reward is None for row in rows for v in row)
+    num_answers = sum(map(len, rows))
+    if num_missing > MAX_MISSING * num_answers:
+        _log.warning("evaluation: %d of %d answers have no verdict and count as wrong", num_missing, num_answers)
+    return Accuracy(
+        value=value, low=low, high=high, num_prompts=len(rows), num_missing=num_missing, num_answers=num_answers
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -65,8 +65,9 @@ def verify_file(
 
     Args:
         source: JSONL with ``response``, ``ground_truth`` (or ``reward_model``), ``ability`` (``math`` or ``code``) and
-            optionally ``data_source`` and ``extra_info``.
-        target: gets the rows with ``status``, ``reward`` (null: missing), ``seconds`` and, where malformed, ``error``.
+            optionally ``problem`` (or ``question``, ``prompt``), ``data_source`` and ``extra_info``.
+        target: gets the rows with ``status``, ``reward`` (null: missing), ``seconds`` and, where malformed or without a
+            verdict because of its truth or tests, ``error``.
         section: how to grade.
         progress: called with the rows done and the rows there are.
 
@@ -86,6 +87,8 @@ def verify_file(
             row, future = pending.popleft()
             verdict = future.result()
             row |= {"status": verdict.status, "reward": verdict.reward, "seconds": round(verdict.seconds, 6)}
+            if verdict.reason and "error" not in row:
+                row["error"] = verdict.reason
             file.write(json.dumps(row) + "\n")
             summary.add(row)
             progress(summary.statuses.total(), num_rows)
@@ -145,7 +148,7 @@ def _read(line: bytes, section: VerifierSection, number: int = 0) -> tuple[dict[
     extra_info = row.get("extra_info")
     prompt = Prompt(
         prompt_id=f"row {number}",
-        text="",
+        text=_question(row),
         token_ids=(),
         ground_truth=_ground_truth(row),
         ability=ability,
@@ -166,6 +169,14 @@ def _ground_truth(row: Mapping[str, Any]) -> str:
     if isinstance(truth, str | int | float) and not isinstance(truth, bool):
         return str(truth)
     raise _RowError("ground_truth: must be text, a number, or an object with tests")
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    """The question, where the row has it: an answer that only repeats a formula of it is none."""
+    asked = next((row[key] for key in ("problem", "question", "prompt") if row.get(key)), "")
+    if isinstance(asked, list):
+        asked = "\n".join(str(m.get("content") or "") for m in asked if isinstance(m, Mapping))
+    return asked if isinstance(asked, str) else ""
 
 
 def _kept(line: bytes) -> dict[str, Any]:

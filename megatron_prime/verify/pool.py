@@ -144,13 +144,14 @@ class WorkerPool:
         self._closing = False
         self._bell, self._ringer = Pipe(duplex=False)
 
-    def submit(self, kind: str, request: Any, limit_seconds: float) -> Future[Outcome]:
+    def submit(self, kind: str, request: Any, limit_seconds: float, *, patient: bool = True) -> Future[Outcome]:
         """Hands in a case; blocks while too many wait.
 
         Args:
             kind: name of the workers that can judge it.
             request: plain data, sent as JSON.
             limit_seconds: wall-clock limit, after which the worker is killed.
+            patient: whether to wait for room. What an outcome calls must not: it runs in the thread that makes room.
 
         Returns:
             The outcome to come, shared by equal cases; it raises VerifierError where workers cannot start.
@@ -165,7 +166,8 @@ class WorkerPool:
                 return known
             if key in self._open:
                 return self._open[key]
-            self._lock.wait_for(lambda: sum(map(len, self._waiting.values())) < MAX_WAITING)
+            if patient:
+                self._lock.wait_for(lambda: sum(map(len, self._waiting.values())) < MAX_WAITING)
             future = self._open[key] = Future()
             self._waiting[kind].append(_Case(self._num_cases, key, data, limit_seconds, future))
             self._num_cases += 1

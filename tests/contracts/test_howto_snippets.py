@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prime.assembly.contracts.algorithm import check_algorithm
+from megatron_prime.assembly.contracts.algorithm import check_own_algorithm
 from megatron_prime.config.loader import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,4 +29,4 @@ def test_check_accepts_the_part_of_the_page(
     (tmp_path / f"{module}.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
     config = load_config(ROOT / "configs" / "arithmetic.yaml", [f"{key}={module}:{function}"])
-    assert check_algorithm(config) == []
+    assert check_own_algorithm(config) == []

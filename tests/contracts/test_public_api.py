@@ -98,7 +98,7 @@ BATCH = {
     "SamplingParams": "num_responses temperature top_p max_response_tokens seed stop_token_ids",
     "StepSpan": "start stop correct",
     "SftExample": "prompt_token_ids response_token_ids",
-    "Verdict": "status reward extracted seconds",
+    "Verdict": "status reward extracted seconds reason",
     "Group": "prompt responses rewards",
     "RolloutBatch": "prompt_token_ids response_ids mask rollout_logprobs outcomes group_index weight_versions",
     "ScoredBatch": "rollout policy_logprobs reference_logprobs prm_logprobs",

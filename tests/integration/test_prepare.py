@@ -61,3 +61,29 @@ def test_nothing_is_left_behind_by_a_bad_row(tmp_path: Path, capfd: pytest.Captu
         with pytest.raises(SystemExit):
             main(["prepare", str(raw), str(tmp_path / "out.jsonl"), "--similarity", value])
         assert f"--similarity: {value} is not above 0" in capfd.readouterr().err
+
+
+def test_rows_are_kept_only_where_right_programs_pass_and_wrong_ones_fail(tmp_path: Path) -> None:
+    doubled = [{"fn_name": "double", "input": [[n]], "output": [2 * n], "type": "function_call"} for n in (4, 7)]
+    right, wrong = "def double(n):\n    return 2 * n", "def double(n):\n    return n + 1"
+    numbered = [
+        {"tests": json.dumps(doubled), "solutions": [right]},
+        {"tests": json.dumps(doubled), "solutions": [wrong]},
+        {"tests": json.dumps(doubled[:1] * 2 + [{**doubled[0], "type": "interactive"}]), "solutions": [right]},
+        {"tests": "double(4) == 8", "solutions": [right]},
+        {"tests": "def check(candidate):\n    assert candidate(4) == 8", "solutions": [right]},
+        {"tests": json.dumps([{"input": "4\n", "output": "0\n", "testtype": "stdin"}])},
+        {"tests": json.dumps([{"input": "4\n", "output": "8\n", "testtype": "stdin"}])},
+    ]
+    questions = ("twice", "two times", "the double of", "the sum with itself of", "what is 2 x", "nothing for", "8 of")
+    raw, out = tmp_path / "raw.jsonl", tmp_path / "out.jsonl"
+    rows = [{"problem": f"Give {words} the number.", **row} for words, row in zip(questions, numbered, strict=True)]
+    raw.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["prepare", str(raw), str(out)]) == 0
+    kept = [row["prompt"][-1]["content"].split(" the number")[0] for _, row in read_rows(str(out))]
+    assert kept == ["Give twice", "Give 8 of"]
+    report = json.loads((tmp_path / "out.jsonl.report.json").read_text())
+    assert report["dropped"] == {"bad_tests": 4, "reference_failed": 1}
+    reasons = [example.partition(": ")[2] for example in report["examples"]["bad_tests"]]
+    for reason, part in zip(reasons, ("interactive", "assert nothing", "never call", "print(0)"), strict=True):
+        assert part in reason

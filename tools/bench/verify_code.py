@@ -119,7 +119,8 @@ def known_sets(data: Path) -> dict[str, tuple[str, list[tuple[Item, float]]]]:
     add("HumanEval reference solutions", "all_or_nothing", map(humaneval_case, humaneval_rows(data)))
     add("MBPP reference solutions", "all_or_nothing", map(mbpp_case, mbpp_rows(data)))
     evalplus = [*read_rows(cases / "evalplus.jsonl"), *read_rows(cases / "humaneval_qwen25coder.jsonl")]
-    add("EvalPlus statuses", "all_or_nothing", map(evalplus_case, evalplus))
+    prompts = {row["entry_point"]: row["prompt"] for row in humaneval_rows(data)}
+    add("EvalPlus statuses", "all_or_nothing", (evalplus_case(row, prompts) for row in evalplus))
     # Programs to be called are recorded there as APPS's grader had wrapped them, not as they were written.
     apps = [row for row in read_rows(cases / "apps_coderl.jsonl") if row["fn_name"] is None]
     add("CodeRL labels of APPS programs", "all_or_nothing", map(pairs_case, apps))
@@ -157,8 +158,14 @@ def mbpp_case(row: Row) -> tuple[Item, float]:
     return item(tests, row["code"]), 1.0
 
 
-def evalplus_case(row: Row) -> tuple[Item, float]:
-    return item({"assert_code": row["test"], "entry_point": row["entry_point"]}, row["code"]), float(row["expected"])
+def evalplus_case(row: Row, prompts: dict[str, str]) -> tuple[Item, float]:
+    """With the problem's own code, which two of its tests use."""
+    tests = {
+        "assert_code": row["test"],
+        "entry_point": row["entry_point"],
+        "prefix_code": prompts.get(row["entry_point"], ""),
+    }
+    return item(tests, row["code"]), float(row["expected"])
 
 
 def pairs_case(row: Row) -> tuple[Item, float]:
@@ -235,6 +242,24 @@ def bench_attacks(data: Path, isolation: str, at_most: int | None) -> Row:
     return row
 
 
+def bench_assertions(isolation: str) -> Row:
+    """Programs that bring their own judge; each must get 0: a reward is stolen, and a missing one dodged."""
+    cases = read_rows(SAMPLE / "code_cases" / "assertion_attacks.jsonl")
+    with make_verifier(isolation, test_seconds=1.0, total_seconds=5.0) as verifier:
+        verdicts, seconds = timed(verifier, [item(row["tests"], row["code"]) for row in cases])
+    rewarded = [row["id"] for row, verdict in zip(cases, verdicts, strict=True) if verdict.reward]
+    missing = [row["id"] for row, verdict in zip(cases, verdicts, strict=True) if verdict.reward is None]
+    name = f"attacks on assertions ({isolation})"
+    print(f"{name:34}{len(cases):5} programs: {len(rewarded)} rewarded {rewarded}, {len(missing)} missing {missing}")
+    return {
+        "variant": name,
+        "cases": len(cases),
+        "attacks_rewarded": len(rewarded),
+        "missing_caused_by_answers": len(missing),
+        "seconds": seconds,
+    }
+
+
 def descendants() -> set[int]:
     """All processes below this one."""
     parents: dict[int, int] = {}
@@ -294,6 +319,7 @@ def main() -> None:
         rows += bench_verdicts(options.data, isolations[0], at_most)
     if "attacks" in parts:
         rows += [bench_attacks(options.data, isolation, at_most) for isolation in isolations]
+        rows += [bench_assertions(isolation) for isolation in isolations]
     write_result("verify_code", machine(), rows, options)
 
 

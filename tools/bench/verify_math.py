@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from common.measuring import ROOT, Row, bench_parser, machine, write_result
 from megatron_prime.batch import Prompt, Response
 from megatron_prime.config.schema_verifier import VerifierSection
 from megatron_prime.verify.math.answer import extract_answer
+from megatron_prime.verify.math.normalize import normalize
 from megatron_prime.verify.routing import RoutingVerifier, build_verifier
 
 SAMPLE = ROOT / "tests" / "data"
@@ -42,6 +45,32 @@ BOMBS = (
     r"\sin(10^{10000})",
 )
 """Where the folder has none."""
+HARD = (
+    *(r"\gcd(10^{100000},3)", r"\gcd(48,36)", r"17 \mod 5", r"(1+i)^{10^9}", r"\sqrt[1000000000]{2}", "x!!!!!!!!"),
+    *("(" * 400 + "1" + ")" * 400, r"\sqrt{" * 150 + "2" + "}" * 150, "1/" * 400 + "1", "x^" * 400 + "x", "|" * 501),
+    *("1/0", r"\ln 0", r"\frac{", "2^2^2^2^2^2", r"z \in [0, 9^{9^{9^9}}]", r"\zeta(3)", "0.(3)", r"\pm" * 300 + "1"),
+)
+TRUTHS = (
+    "3",
+    "x+1",
+    r"\sqrt{2}",
+    "(1,5)",
+    r"\{1,2\}",
+    "x^2+y^2=1",
+    r"(-\infty,3]\cup[5,\infty)",
+    "2^{31}-1",
+    "i",
+    "n!",
+)
+TRUTHS += (
+    r"\begin{pmatrix}1\\2\end{pmatrix}",
+    r"1\leq|z|\leq \frac{3}{2}",
+    "12_7",
+    r"3\pm\sqrt2",
+    r"\text{Yes}",
+    "x<3",
+)
+FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
 Case = dict[str, Any]
 
 
@@ -163,6 +192,54 @@ def mixed_with_bombs(
     }
 
 
+def math500(folder: Path) -> list[tuple[str, str]]:
+    """Questions and answers of MATH-500, or of the few in the repository."""
+    rows = folder / "math500" / "math500_test.jsonl"
+    if rows.exists():
+        found = [json.loads(line) for line in rows.read_text().splitlines()]
+        return [(row["problem"], str(row["answer"])) for row in found]
+    columns = json.loads((SAMPLE / "benchmarks" / "math500" / "math_test_cleaned.json").read_text())
+    return [(columns["problem"][key], str(columns["expected_answer"][key])) for key in columns["problem"]]
+
+
+def restated(folder: Path, verifier: RoutingVerifier) -> dict[str, Any]:
+    """Boxes every formula of every question: only the truth itself, if it stands there, may be rewarded."""
+    items, answers = [], []
+    for number, (question, answer) in enumerate(math500(folder)):
+        text = question.replace(r"\[", "$$").replace(r"\]", "$$").replace(r"\(", "$").replace(r"\)", "$")
+        for double, single in FORMULA.findall(text):
+            formula = (double or single).strip().rstrip(".,?")
+            prompt, response = item(f"\\boxed{{{formula}}}", answer, number)
+            items.append((replace(prompt, text=question), response))
+            answers.append((formula, answer))
+    counts = {}
+    for name, asked in (("", True), (" without the question", False)):
+        chosen = items if asked else [(replace(prompt, text=""), response) for prompt, response in items]
+        verdicts = verifier.verify(chosen)
+        counts[name] = [
+            (formula, answer)
+            for (formula, answer), verdict in zip(answers, verdicts, strict=True)
+            if verdict.reward and normalize(formula).text != normalize(answer).text
+        ]
+        print(f"restated questions{name}: {len(counts[name])} of {len(items)} rewarded {counts[name]}")
+    return {
+        "variant": "ours: formulas of MATH-500's questions",
+        "num_cases": len(items),
+        "restated_questions": len(counts[""]),
+        "restated_without_the_question": len(counts[" without the question"]),
+    }
+
+
+def missing_by_answers(verifier: RoutingVerifier) -> dict[str, Any]:
+    """Answers that are hard on a grader, to truths of every kind: none may be missing."""
+    items = [item(f"\\boxed{{{bomb}}}", truth, n) for n, truth in enumerate(TRUTHS) for bomb in (*BOMBS, *HARD)]
+    verdicts = verifier.verify(items)
+    missing = sum(verdict.reward is None for verdict in verdicts)
+    longest = max(verdict.seconds for verdict in verdicts)
+    print(f"missing verdicts caused by answers: {missing} of {len(items)}, longest verdict {longest:.2f} s")
+    return {"variant": "ours: answers hard on a grader", "num_cases": len(items), "missing_caused_by_answers": missing}
+
+
 def show(name: str, row: dict[str, Any]) -> None:
     agreement = "-" if row["agreement"] is None else f"{row['agreement']:.4f}"
     print(
@@ -199,6 +276,7 @@ def main() -> None:
                 show(name, row)
                 if options.errors and variant == "ours":
                     print_errors(cases, statuses)
+        rows += [restated(options.data, verifier), missing_by_answers(verifier)]
         if mixed := mixed_with_bombs(sets, verifier, *sizes):
             rows.append(mixed)
             longest = mixed["longest_verdict_seconds"]

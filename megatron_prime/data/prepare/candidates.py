@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_prime.data.code_layouts import read_code, references
 from megatron_prime.data.layouts import PROMPT_LAYOUTS, Row, read_question
 from megatron_prime.data.templates import TASK_SUFFIXES, complete_messages
 from megatron_prime.errors import DataError
 
-LAYOUTS = (
-    f"{PROMPT_LAYOUTS}; or code: APPS and TACO (question, input_output, solutions), problem + tests + solutions, or "
-    "MBPP (prompt, test_list, code)"
-)
-_REFERENCES = ("solutions", "solution", "code", "canonical_solution", "completion")
+LAYOUTS = PROMPT_LAYOUTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +26,8 @@ class Candidate:
     data_source: str
     references: tuple[str, ...] = ()
     """Programs that are said to pass the tests."""
+    label: str = ""
+    """What stands where an answer should, where that is none."""
 
     def row(self, split: str, index: int) -> dict[str, Any]:
         """Returns the row in the schema of Eurus-2-RL-Data."""
@@ -57,18 +54,16 @@ def read_candidate(row: Row, where: str) -> Candidate:
         DataError: the row has none of the layouts.
     """
     source = str(row.get("data_source") or row.get("source") or _stem(where))
-    for read in (_read_apps, _read_tests, _read_mbpp):
-        found = read(row)
-        if found is not None:
-            problem, truth = found
-            return Candidate(
-                where=where,
-                problem=problem,
-                ground_truth=json.dumps(truth) if truth else "",
-                ability="code",
-                data_source=source,
-                references=_references(row),
-            )
+    found = read_code(row)
+    if found is not None:
+        return Candidate(
+            where=where,
+            problem=found.text,
+            ground_truth=found.ground_truth,
+            ability="code",
+            data_source=source,
+            references=found.references,
+        )
     try:
         question = read_question(row, where)
     except DataError as error:
@@ -79,48 +74,9 @@ def read_candidate(row: Row, where: str) -> Candidate:
         ground_truth=question.ground_truth,
         ability=question.ability,
         data_source=source,
-        references=_references(question.extra_info) if question.ability == "code" else (),
+        references=references(question.extra_info) if question.ability == "code" else (),
+        label=question.label,
     )
-
-
-def _read_apps(row: Row) -> tuple[str, Any] | None:
-    problem, tests = row.get("question"), row.get("input_output")
-    return (problem, _json(tests)) if isinstance(problem, str) and isinstance(tests, str) else None
-
-
-def _read_tests(row: Row) -> tuple[str, Any] | None:
-    problem, tests = row.get("problem"), row.get("tests")
-    if not isinstance(problem, str) or tests is None:
-        return None
-    content = _json(tests) if isinstance(tests, str) else tests
-    return problem, content if isinstance(content, Mapping) else {"assert_code": tests}
-
-
-def _read_mbpp(row: Row) -> tuple[str, Any] | None:
-    problem, tests = row.get("prompt", row.get("text")), row.get("test_list")
-    if not isinstance(problem, str) or not isinstance(tests, list):
-        return None
-    setup = "\n".join(row.get("test_imports") or ()) or row.get("test_setup_code") or ""
-    return problem, {"assert_code": tests, "setup_code": setup} if tests else None
-
-
-def _references(row: Row) -> tuple[str, ...]:
-    """Returns the programs of the first column that has any; APPS and TACO encode their list as text."""
-    for key in _REFERENCES:
-        value = row.get(key)
-        if isinstance(value, str):
-            unpacked = _json(value)
-            value = unpacked if isinstance(unpacked, list) else [value]
-        if isinstance(value, list) and value and all(isinstance(program, str) for program in value):
-            return tuple(program for program in value if program.strip())
-    return ()
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _without_suffix(content: str, ability: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal
@@ -25,6 +25,7 @@ REASONS = (
     "duplicate",
     "near_duplicate",
     "contaminated",
+    "bad_tests",
     "no_reference",
     "reference_failed",
 )
@@ -33,6 +34,8 @@ _NUM_EXAMPLES = 10
 _CHUNK_ROWS = 256
 _MAX_REFERENCES = 3
 
+FindBadTests = Callable[[Sequence[Candidate]], Mapping[str, str]]
+"""What is wrong with the tests of problems with programs, by where they stand; wrong programs pass some."""
 RunReference = Callable[[Sequence[tuple[Candidate, str]]], list[str]]
 """Runs programs against the tests of their problems; ``pass``, or another status, for each."""
 
@@ -91,6 +94,7 @@ class Cleaner:
         options: how strictly.
         contamination: benchmark problems to leave out.
         run_reference: needed unless references are ignored.
+        find_bad_tests: looks at the tests of problems with programs; they are kept unseen without it.
     """
 
     def __init__(
@@ -98,11 +102,13 @@ class Cleaner:
         options: CleaningOptions,
         contamination: Contamination | None = None,
         run_reference: RunReference | None = None,
+        find_bad_tests: FindBadTests | None = None,
     ) -> None:
         self.report = CleaningReport()
         self._options = options
         self._contamination = contamination
         self._run_reference = run_reference
+        self._find_bad_tests = find_bad_tests
         self._seen: dict[int, str] = {}
         self._similar = NearDuplicates(options.similarity)
         self._places: list[str] = []
@@ -128,7 +134,7 @@ class Cleaner:
         report.num_rows += 1
         report.by_source.setdefault(candidate.data_source, [0, 0])[0] += 1
         if not candidate.ground_truth or not candidate.problem:
-            return report.drop(candidate, "no_answer")
+            return report.drop(candidate, "no_answer", candidate.label and f"'{candidate.label}'")
         if candidate.ability == "math":
             opened = self._check_math(candidate)
             if isinstance(opened, str):
@@ -165,12 +171,16 @@ class Cleaner:
         return opened
 
     def _with_working_references(self, chunk: list[Candidate]) -> Iterator[Candidate]:
-        """Leaves out programs' problems of which no reference passes the tests."""
+        """Leaves out programs' problems with bad tests, and those of which no reference passes the tests."""
         mode = self._options.references
-        statuses = {} if mode == "ignore" else self._run_references(chunk)
+        programs = [candidate for candidate in chunk if candidate.ability == "code"]
+        bad = self._find_bad_tests(programs) if self._find_bad_tests and programs else {}
+        statuses = {} if mode == "ignore" else self._run_references([c for c in chunk if c.where not in bad])
         for candidate in chunk:
             status = statuses.get(candidate.where)
-            if candidate.ability != "code" or mode == "ignore":
+            if candidate.where in bad:
+                self.report.drop(candidate, "bad_tests", bad[candidate.where])
+            elif candidate.ability != "code" or mode == "ignore":
                 yield candidate
             elif status is None and mode == "require":
                 self.report.drop(candidate, "no_reference")

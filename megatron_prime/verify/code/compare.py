@@ -68,7 +68,8 @@ def _same_token(expected: str, given: str) -> bool:
         return False
     try:
         # float() also reads "nan", "infinity" and digits with underscores.
-        return "_" not in given and _close(float(expected), float(given))
+        number = float(expected)
+        return math.isfinite(number) and "_" not in given and _close(number, float(given))
     except ValueError:
         return False
 

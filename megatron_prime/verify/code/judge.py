@@ -6,11 +6,12 @@ Expected outputs and results stay in this process. Assertions go to a sandbox of
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +55,16 @@ class _Failed(Exception):
         self.status = status
 
 
+class Statuses(list[str]):
+    """The status of every test, in order."""
+
+    reason: str = ""
+    """What is wrong with the tests, where something is."""
+
+
 def judge(
     launcher: Launcher, limits: Limits, problem: Problem, code: str, *, stop_at_failure: bool = False
-) -> list[str]:
+) -> Statuses:
     """The status of every test, in order.
 
     Args:
@@ -76,12 +84,15 @@ def judge(
         run.call_tests(problem, code)
     else:
         run.assert_tests(problem, code)
-    return [*run.statuses, *[NOT_RUN] * (len(problem) - len(run.statuses))]
+    statuses = Statuses([*run.statuses, *[NOT_RUN] * (len(problem) - len(run.statuses))])
+    statuses.reason = run.reason
+    return statuses
 
 
 class _Run:
     def __init__(self, launcher: Launcher, limits: Limits, stop_at_failure: bool, num_tests: int) -> None:
         self.statuses: list[str] = []
+        self.reason = ""
         self._launcher = launcher
         self._limits = limits
         self._stop_at_failure = stop_at_failure
@@ -123,7 +134,10 @@ class _Run:
         status = self._ask_checker(problem.checker_code, text, expected, expected)
         if status == "failed" and time.monotonic() >= self._deadline:
             return "time_limit"
-        return {"pass": "wrong_answer", "harness_error": "harness_error"}.get(status, "bad_tests")
+        verdict = {"pass": "wrong_answer", "harness_error": "harness_error"}.get(status, "bad_tests")
+        if verdict == "bad_tests":
+            self.reason = "the checker does not accept the expected output either"
+        return verdict
 
     def _ask_checker(self, code: str, text: str, output: str, expected: str) -> str:
         """What a checker says of an output; ``failed`` where it says nothing."""
@@ -199,7 +213,9 @@ class _Run:
         watch = self._stopwatch(child)
         try:
             send_all(channel, message, watch.wall_seconds)
-            reply = _receive(channel, child, watch)
+            reply = _receive(channel, child, watch, _max_reply_bytes(problem, number))
+        except wire.TooLong:
+            raise _Failed("output_limit") from None
         except wire.WireError:
             status = child.explain()
             raise _Failed("runtime_error" if status == "pass" else status) from None
@@ -254,10 +270,12 @@ class _Run:
         watch = self._stopwatch(*children)
         pieces = list(enumerate(problem.pieces))[first:]
         request = {"setup": problem.setup, "tests": pieces, "entry_point": problem.entry_point, "nonce": nonce}
+        request["prefix"] = problem.prefix
         try:
             tester.request({**request, "variables": variables}, watch.wall_seconds)
         except wire.WireError:
             # Too long, unless nobody is there to read it.
+            self.reason = "they are too long"
             raise _Failed("harness_error" if tester.explain() == "harness_error" else "bad_tests") from None
         num_results = 0
         while num_results < len(pieces):
@@ -269,7 +287,10 @@ class _Run:
                     watch = self._stopwatch(*children)
                     continue
                 num_results += 1
-                yield _status_of(event, program)
+                status = _status_of(event, program)
+                if status == "bad_tests":
+                    self.reason = str(event.get("error"))
+                yield status
             if tester.end_descriptor in ready and num_results < len(pieces):
                 end = tester.explain()
                 raise _Failed(end if end in ("memory_limit", "harness_error") else "runtime_error")
@@ -293,8 +314,14 @@ def _status_of(event: dict[str, Any], program: Child | None) -> str:
     return status
 
 
-def _receive(channel: socket.socket, child: Child, watch: Stopwatch) -> Any:
-    frames = wire.Frames()
+def _max_reply_bytes(problem: CallTests, number: int) -> int:
+    """What a right answer may take: a program cannot make its judge, which no limit holds, read 16 MiB instead."""
+    told = len(json.dumps([problem.results[number], problem.arguments[number]]))
+    return min(wire.MAX_MESSAGE_BYTES, MAX_OUTPUT_BYTES + 16 * told)
+
+
+def _receive(channel: socket.socket, child: Child, watch: Stopwatch, max_bytes: int) -> Any:
+    frames = wire.Frames(max_bytes)
     while True:
         watch.wait(channel.fileno())
         channel.settimeout(watch.wall_seconds)
@@ -309,12 +336,15 @@ def _receive(channel: socket.socket, child: Child, watch: Stopwatch) -> Any:
             return messages[0]
 
 
-def _is_result(expected: Any, message: Any) -> bool:
-    """Data sets give the result either as it is or as the only item of a list."""
-    wrapped = isinstance(expected, list) and len(expected) == 1
+def _is_result(expected: Sequence[Any], message: Any) -> bool:
+    """Whether a result is one of the expected ones; data sets give it as it is or as the only item of a list."""
     try:
         value = wire.decode(message, only=_RESULT_TAGS)
-        return same_values(expected, value) or (wrapped and same_values(expected[0], value))
+        return any(
+            same_values(wanted, value)
+            or (isinstance(wanted, list) and len(wanted) == 1 and same_values(wanted[0], value))
+            for wanted in expected
+        )
     except (wire.WireError, RecursionError, ValueError):
         # Python writes no integer of more than 4300 digits, a key of a dictionary for instance.
         return False

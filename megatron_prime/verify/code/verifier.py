@@ -18,7 +18,7 @@ from megatron_prime.verify.futures import known, mapped
 from megatron_prime.verify.pool import Outcome, WorkerKind, WorkerPool
 
 KIND = "code"
-VERSION = 2
+VERSION = 3
 """Counts up with every change after which a program may be judged differently."""
 ISOLATIONS = ("fork_server", "bubblewrap")
 """The safe ones, the best first."""
@@ -81,7 +81,7 @@ def choose_isolation(section: CodeVerifierSection) -> str:
     )
 
 
-_PROBE = {"ground_truth": '{"inputs": [""], "outputs": [""]}', "code": "", "mode": "all_or_nothing"}
+_PROBE = {"ground_truth": '{"inputs": [""], "outputs": ["1"]}', "code": "print(1)", "mode": "all_or_nothing"}
 
 
 def _lacking(problems: list[str]) -> str:
@@ -116,4 +116,10 @@ class CodeVerifier:
 
 def _verdict(outcome: Outcome, code: str) -> Verdict:
     reply: dict[str, Any] = outcome.reply if outcome.end == "answered" else {"status": "harness_error", "reward": None}
-    return Verdict(status=reply["status"], reward=reply["reward"], extracted=code, seconds=outcome.seconds)
+    return Verdict(
+        status=reply["status"],
+        reward=reply["reward"],
+        extracted=code,
+        seconds=outcome.seconds,
+        reason=reply.get("detail") or "",
+    )

@@ -99,4 +99,4 @@ def _answer(launcher: Launcher, limits: Limits, request: dict[str, Any]) -> dict
     problem = problem.first(num_tests_to_run(len(problem), mode))
     statuses = judge(launcher, limits, problem, request["code"], stop_at_failure=mode == "all_or_nothing")
     status, reward = score(statuses, mode)
-    return {"status": status, "reward": reward, "tests": statuses}
+    return {"status": status, "reward": reward, "tests": statuses, "detail": statuses.reason}

@@ -9,6 +9,9 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
+
+from megatron_prime.verify.math.prose import is_unit, without_prose
 
 MAX_EXACT_CHARS = 4000
 """Python refuses to read integers that are not much longer."""
@@ -59,23 +62,27 @@ _SYNONYMS = {
 _COMMAND = re.compile(r"\\(?:[a-zA-Z]+|.)")
 _SPACING = frozenset({r"\,", r"\;", r"\:", r"\!", r"\>", r"\ ", r"\$", r"\(", r"\)", r"\[", r"\]"})
 _CONJUNCTION = re.compile(r",?\s*\\(?:text|mathrm|textrm|mbox)\{\s*(?:and|or)\s*\}|(?<=\d) +(?:and|or) +(?=[-\d])")
-_STYLE = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox)\s*\{([^{}]*)\}")
+_STYLE = re.compile(r"\\(?:text|textnormal|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox)\s*\{([^{}]*)\}")
 _DIGIT_GAP = re.compile(r"(?<=\d)(?:\\[,!]|\{,\})(?=\d{3}(?!\d))")
-
-_ANSWER_IS = r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+)?answer\s*(?:is\b\s*:?|:|=)\s*"
-_LEAD_IN = re.compile(rf"(?:\\text\s*\{{\s*{_ANSWER_IS}\}}|{_ANSWER_IS})\s*(?=\S)", re.IGNORECASE)
-"""Words in front of an answer that say no more than that it is one."""
 
 _DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
 _GROUPED = re.compile(r"\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?")
 _SCIENTIFIC = re.compile(rf"({_DECIMAL})(?:[eE]|(?:\\times|\\cdot)10\^)\{{?([+-]?\d{{1,5}})\}}?")
 _RATIO = re.compile(rf"([+-]?{_DECIMAL})/([+-]?{_DECIMAL})|\\frac\{{([+-]?{_DECIMAL})\}}\{{([+-]?{_DECIMAL})\}}")
 _MIXED = re.compile(r"(\d+)(?: (\d+)/(\d+)|\\frac\{(\d+)\}\{(\d+)\})")
-_UNIT = re.compile(r"(.*[\d}.])\s*\\(?:text|textrm|textbf|mathrm|mbox)\s*\{\s*([^{}]*?)\s*\}(?:\^\{?\d\}?)?", re.DOTALL)
+_UNIT = re.compile(
+    r"(.*\S)\s*\\(?:text|textnormal|textrm|textbf|mathrm|mbox)\s*\{\s*\(?\s*([^{}]*?)\s*\)?\s*\}(?:\^\{?\d\}?)?\)?",
+    re.DOTALL,
+)
 _TRAILING = re.compile(r"(?:(?<!\.)[.,;]|\\| )+$")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\{?(\d+)\}?|(\d*)\.(\d+)(?:\.\.\.+|\\l?dots|\\cdots)")
-_COUNTED = re.compile(r"([+-]?[\d.,]+) +([a-zA-Z][a-zA-Z ]*)")
-
+_COUNTED = re.compile(r"([+-]?[\d.,/: ]*[\d.])(\s*)\(?([^\W\d_][^\d()=<>\\^{}+*,_]*(?:\^\{?\d\}?)?)\)?")
+_WORDS = re.compile(r"(?<![\\a-zA-Z])[^\W\d_]{2}|\\text|\\approx|\\mathbb")
+_CONSTANT = re.compile(r"\\(?:mathrm|operatorname|rm)\s*\{\s*([eid])\s*\}")
+_ESCAPED_TWICE = re.compile(r"\\\\(?=[a-zA-Z]{2})")
+_PLAIN_COMMANDS = re.compile(r"\\(?:frac|sqrt|pi|cdot|times)(?![a-zA-Z])")
+_LISTED = re.compile(r"\d\s*,(?:\s|~|\\[ ,;:]|\\q?quad(?![a-z]))+-?\d")
+"""A comma with a space behind it is none of a number's."""
 
 _UNIT_NAMES = {
     alias: name
@@ -92,13 +99,16 @@ _UNIT_NAMES = {
         "mi": "mile miles",
         "kg": "kilogram kilograms",
         "g": "gram grams",
-        "lb": "pound pounds lbs",
         "s": "sec secs second seconds",
-        "min": "mins minute minutes",
         "h": "hr hrs hour hours",
         "mph": "mi/h mi/hr",
         "dollar": "dollars usd",
         "cent": "cents",
+        "lb": "pound pounds lbs",
+        "min": "mins minute minutes",
+        "pm": "p.m. p.m PM",
+        "am": "a.m. a.m AM",
+        "rpm": "rpm",
     }.items()
     for alias in aliases.split()
 }
@@ -143,8 +153,11 @@ class Answer:
     """What follows the number, lower case: `cm`, `%`, a degree sign; empty where there is none."""
     is_word: bool
     """Set as words (`\\text{even}`), not as a product of variables."""
+    body: str
+    """The formula as it was written, without units and words that say nothing."""
 
 
+@lru_cache(maxsize=4096)
 def normalize(latex: str) -> Answer:
     """Brings an answer (the content of a box, or a ground truth) to its normal spelling.
 
@@ -154,19 +167,23 @@ def normalize(latex: str) -> Answer:
     Returns:
         Text, exact value, unit.
     """
+    if "\\\\" in latex and "\\begin" not in latex:
+        latex = _ESCAPED_TWICE.sub(r"\\", latex)
+    listed = _LISTED.search(latex) is not None
     text = _DIGIT_GAP.sub("", latex)
     text = _COMMAND.sub(_replace_command, text).replace("$", "").replace("~", " ").strip()
-    if match := _LEAD_IN.match(text):
-        text = text[match.end() :]
+    if _WORDS.search(text):
+        text = _CONSTANT.sub(r"\1", without_prose(text))
     text = _CONJUNCTION.sub(",", text)
     is_word = bool(_STYLE.fullmatch(text)) and not any(c.isdigit() for c in text)
-    text, unit = _split_unit(text)
-    text = _STYLE.sub(r"\1", text)
+    body, unit = _split_unit(text)
+    text = _STYLE.sub(r"\1", body)
     text = _canonical_braces(text)
     text = _TRAILING.sub("", _strip_spaces(text))
     while text.startswith("{") and text.endswith("}") and text.count("{") == 1:
         text = text[1:-1]
-    return Answer(text, exact_value(text), unit, is_word)
+    value = None if listed and "," in text else exact_value(text)
+    return Answer(text, value, unit, is_word, _TRAILING.sub("", body))
 
 
 def _replace_command(match: re.Match[str]) -> str:
@@ -180,31 +197,47 @@ def _split_unit(text: str) -> tuple[str, str]:
     """Cuts a percent or degree sign, or words behind a number, off."""
     bare = _TRAILING.sub("", text)
     for sign, name in ((r"\%", "%"), ("%", "%"), (r"^{\circ}", "°"), (r"^\circ", "°")):
-        if bare.endswith(sign) and bare != sign:
+        if (
+            bare.endswith(sign)
+            and bare != sign
+            and not (name == "°" and "\\" in _PLAIN_COMMANDS.sub("", bare[: -len(sign)]))
+        ):
             return bare[: -len(sign)], name
-    if (match := _UNIT.fullmatch(bare)) and not any(c.isdigit() for c in match.group(2)):
+    if (match := _UNIT.fullmatch(bare)) and _is_unit(match.group(2)):
         # `12\text{cm}^2` and `12\text{cm}` are different: the power stays part of the unit.
-        return match.group(1), _unit_name(bare[match.start(2) :].replace("}", ""))
+        return match.group(1), _unit_name(bare[match.start(2) :].replace("}", "").strip("() "))
     inner = _STYLE.sub(r"\1", bare)
-    if match := _COUNTED.fullmatch(inner.strip()):
-        return match.group(1), _unit_name(match.group(2))
+    if (match := _COUNTED.fullmatch(inner.strip())) and _is_unit(match.group(3), apart=bool(match.group(2))):
+        return match.group(1), _unit_name(match.group(3))
     return text, ""
 
 
+def _is_unit(words: str, *, apart: bool = True) -> bool:
+    """Whether words are a unit; right behind a number (`5x`) only those that are known."""
+    known = " ".join(words.split()) in _UNIT_NAMES or words.lower() in _UNIT_NAMES
+    return known or (is_unit(words) and (apart or not words.isascii() or len(words) < 3))
+
+
 def _unit_name(words: str) -> str:
-    unit = " ".join(words.lower().split())
-    return _UNIT_NAMES.get(unit, unit)
+    unit = " ".join(words.split())
+    return _UNIT_NAMES.get(unit, _UNIT_NAMES.get(unit.lower(), unit.lower()))
 
 
 def _canonical_braces(text: str) -> str:
-    text = re.sub(r"\\(frac|sqrt)\s*(?=[\da-zA-Z])(.)", r"\\\1{\2}", text)
-    text = re.sub(r"(\\frac\{[^{}]*\})\s*([\da-zA-Z])", r"\1{\2}", text)
-    return re.sub(r"([_^])\{\s*(\w)\s*\}", r"\1\2", text)
+    text = _BARE_ARGUMENT.sub(r"\\\1{\2}", text)
+    text = _BARE_DENOMINATOR.sub(r"\1{\2}", text)
+    return _BARE_INDEX.sub(r"\1\2", text)
 
 
 def _strip_spaces(text: str) -> str:
     # Between digits a space means something: "3 1/2" is not "31/2".
-    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(r"\s+", " ", text.strip()))
+    return _LOOSE_SPACES.sub("", " ".join(text.split()))
+
+
+_BARE_ARGUMENT = re.compile(r"\\(frac|sqrt)\s*(?=[\da-zA-Z])(.)")
+_BARE_DENOMINATOR = re.compile(r"(\\frac\{[^{}]*\})\s*([\da-zA-Z])")
+_BARE_INDEX = re.compile(r"([_^])\{\s*(\w)\s*\}")
+_LOOSE_SPACES = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
 
 
 def exact_value(text: str) -> Fraction | None:

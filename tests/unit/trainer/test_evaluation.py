@@ -65,12 +65,18 @@ def test_accuracy_is_the_mean_over_prompts() -> None:
     assert (result.num_prompts, result.num_missing) == (4, 0)
 
 
-def test_missing_verdicts_count_neither_way() -> None:
+def test_missing_verdicts_earn_nothing_and_widen_the_interval(caplog) -> None:
     result = accuracy([[verdict(mark) for mark in row] for row in ("1?", "??", "0?1", "00")])
-    # Per prompt 1, nothing, 1/2, 0: answers of a prompt weigh less where more of them have a verdict.
-    assert result.value == pytest.approx(0.5)
-    assert (result.num_prompts, result.num_missing) == (3, 4)
-    assert (result.low, result.high) == wilson_interval(result.value, 3)
+    assert result.value == pytest.approx((1 / 2 + 0 + 1 / 3 + 0) / 4)
+    assert (result.num_prompts, result.num_missing, result.num_answers) == (4, 4, 9)
+    best = (1 + 1 + 2 / 3 + 0) / 4
+    assert (result.low, result.high) == (wilson_interval(result.value, 4)[0], wilson_interval(best, 4)[1])
+    assert result.metrics()["evaluation/missing"] == pytest.approx(4 / 9)
+    assert "4 of 9 answers have no verdict" in caplog.text
+
+
+def test_one_right_answer_among_failures_is_not_all_right() -> None:
+    assert accuracy([[verdict("1")], *[[verdict("?")]] * 9]).value == pytest.approx(0.1)
 
 
 def test_answers_keep_their_prompts() -> None:

@@ -1,6 +1,5 @@
 """Worker processes that are killed at their limits and replaced, and the thread that feeds them."""
 
-import json
 import os
 import signal
 import subprocess
@@ -17,8 +16,10 @@ from megatron_prime.verify.math import verifier as math_verifier
 from megatron_prime.verify.math.verifier import math_worker_kind
 from megatron_prime.verify.pool import WorkerKind, WorkerPool
 
-BOMB = ["3", "9^{9^{9^9}}"]
-EQUAL = ["x+1", "1+x"]
+RULES = [None, False]
+"""No tolerance, no unevaluated answers."""
+BOMB = [r"1\leq|z|\leq \frac{3}{2}", r"z \in [0, 9^{9^{9^9}}]", *RULES]
+EQUAL = ["x+1", "1+x", *RULES]
 ECHO = """
 import json, os, sys, time
 from multiprocessing.connection import Connection
@@ -95,26 +96,35 @@ def _wait_for_end(pids):
 
 
 def test_outcomes_belong_to_their_cases(grader):
-    cases = [EQUAL, ["x+1", "1+2x"], [r"\sqrt{8}", r"2\sqrt{2}"], ["x^2-1", "(x-1)(x+1)"], ["x", r"\frac{"]]
+    cases = [
+        EQUAL,
+        ["x+1", "1+2x", *RULES],
+        [r"\sqrt{8}", r"2\sqrt{2}", *RULES],
+        ["x^2-1", "(x-1)(x+1)", *RULES],
+        ["x", r"\frac{", *RULES],
+    ]
     assert _statuses(grader, cases) == ["correct", "wrong", "correct", "correct", "malformed"]
 
 
 def test_small_numbers_are_compared_relatively(grader):
-    cases = [[r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"], [r"\frac{1}{2004!}", r"\frac{1}{2006!}"]]
+    cases = [
+        [r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}", *RULES],
+        [r"\frac{1}{2004!}", r"\frac{1}{2006!}", *RULES],
+    ]
     assert _statuses(grader, cases) == ["wrong", "wrong"]
 
 
 def test_a_bomb_delays_nobody_else(grader):
-    _statuses(grader, [EQUAL, ["y+1", "1+y"]])
+    _statuses(grader, [EQUAL, ["y+1", "1+y", *RULES]])
     start, pids = time.monotonic(), _pids(grader)
     bomb = grader.submit("math", BOMB, 5.0)
-    others = [grader.submit("math", ["x+y", f"y+x+{n}-{n}"], 5.0) for n in range(20)]
+    others = [grader.submit("math", [f"{n}x+y", f"y+{n}x", *RULES], 5.0) for n in range(20)]
     assert {other.result().reply for other in others} == {"correct"}
     assert time.monotonic() - start < 2.0 and not bomb.done()
     assert bomb.result().reply == "timeout" and bomb.result().seconds < 3.0
     # What replaces the process that took too long has everything imported.
     start = time.monotonic()
-    assert _statuses(grader, [EQUAL, ["y+1", "1+y"]]) == ["correct"] * 2
+    assert _statuses(grader, [EQUAL, ["y+1", "1+y", *RULES]]) == ["correct"] * 2
     assert time.monotonic() - start < 0.5 and _pids(grader) == pids
 
 
@@ -183,13 +193,13 @@ def test_a_worker_that_dies_of_its_case_is_replaced(echo):
 
 
 def test_an_idle_worker_that_was_killed_loses_no_case(grader):
-    _statuses(grader, [EQUAL, ["z+1", "1+z"]])
+    _statuses(grader, [EQUAL, ["z+1", "1+z", *RULES]])
     pids = _pids(grader)
     forks = [fork for pid in pids for fork in _children(pid)]
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     _wait_for_end([*pids, *forks])
-    assert _statuses(grader, [EQUAL, ["2x", "x+x"], ["3x", "x+2x"]]) == ["correct"] * 3
+    assert _statuses(grader, [EQUAL, ["2x+1", "1+2x", *RULES], ["3x+1", "1+3x", *RULES]]) == ["correct"] * 3
 
 
 def test_closing_ends_what_waits_and_what_works(echo):
@@ -263,9 +273,9 @@ def test_a_dead_parent_leaves_no_worker_behind():
         "from megatron_prime.verify.math.verifier import math_worker_kind\n"
         "from megatron_prime.verify.pool import WorkerPool\n"
         "pool = WorkerPool([math_worker_kind(1.5, 2.0)], 2, 0)\n"
-        "[p.result() for p in [pool.submit('math', ['x+1', f'1+x+{n}'], 5.0) for n in range(2)]]\n"
+        "[p.result() for p in [pool.submit('math', ['x+1', f'1+{n}x', None, False], 5.0) for n in range(2)]]\n"
         "print(*[w.process.pid for w in pool._workers], flush=True)\n"
-        f"pool.submit('math', {json.dumps(BOMB)}, 5.0).result()\n"
+        f"pool.submit('math', {BOMB!r}, 5.0).result()\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None

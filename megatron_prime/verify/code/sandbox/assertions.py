@@ -1,24 +1,30 @@
 """The test process: assertions about a program that lives in another process.
 
-To the test code, the program's names look as if they were defined beside it. Calls go over a pipe and return plain
-data; in-place changes of lists, dictionaries and sets come back with the result. What is no plain data stays with the
-program behind a `Remote`, which equals only itself: the program's own ``__eq__`` has no say in a comparison.
+To the test code, the program's names look as if they were defined beside it (`names` says which those are). Calls go
+over a pipe; arguments and results are copies. In-place changes of lists, dictionaries and sets come back only from a
+function that returns None, which has no other way to answer. What is no plain data stays with the program behind a
+`Remote`, which equals only itself: the program's own ``__eq__`` has no say in a comparison.
 """
 
 from __future__ import annotations
 
 import ast
 import builtins
-import importlib
 import secrets
-import sys
-import types
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from typing import Any
 
 from megatron_prime.verify.code.sandbox import wire
+from megatron_prime.verify.code.sandbox.names import (
+    BrokenTests,
+    Names,
+    entry_name,
+    has_classes,
+    sort_names,
+    test_functions,
+)
 
-_ALIASES = {"np": "numpy", "pd": "pandas"}
 _ENDS_OF_ITERATION = (StopIteration, StopAsyncIteration)
 
 
@@ -31,6 +37,9 @@ class Program:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self.num_asked = 0
+        self.gave_nan = False
+        """Whether a result held what is no number: every comparison with it is false, and its negation true."""
 
     def ask(self, operation: str, target: dict[str, Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """One request and its answer.
@@ -40,6 +49,7 @@ class Program:
             Exception: the built-in exception nearest to what the program raised.
         """
         nonce = secrets.token_hex(8)
+        self.num_asked += 1
         message = {
             "nonce": nonce,
             "op": operation,
@@ -64,10 +74,14 @@ class Program:
         changed = reply.get("args")
         if not isinstance(changed, list) or len(changed) != len(arguments):
             raise ProgramGone("an answer without its arguments")
+        result = wire.decode(reply.get("value"), self.remote)
         for argument, value in zip(arguments, changed, strict=True):
-            if value is not None:
-                _restore(argument, wire.decode(value, self.remote))
-        return wire.decode(reply.get("value"), self.remote)
+            if value is not None and result is None:
+                restored = wire.decode(value, self.remote)
+                self.gave_nan |= _has_nan(restored)
+                _restore(argument, restored)
+        self.gave_nan |= _has_nan(result)
+        return result
 
     def remote(self, number: Any) -> Remote:
         """What stands for an object of the program."""
@@ -87,6 +101,17 @@ def _exception(name: str, text: str) -> Exception:
 
 class _RaisedByProgram(Exception):
     """Carries an exception of the program to where it is raised again, as its cause."""
+
+
+def _has_nan(value: Any) -> bool:
+    """Whether plain data holds a float, complex or decimal that is no number."""
+    if isinstance(value, (float, complex)):
+        return value != value
+    if isinstance(value, Decimal):
+        return value.is_nan()
+    if isinstance(value, dict):
+        return any(map(_has_nan, value)) or any(map(_has_nan, value.values()))
+    return isinstance(value, (list, tuple, set, frozenset)) and any(map(_has_nan, value))
 
 
 def _restore(argument: Any, value: Any) -> None:
@@ -137,20 +162,30 @@ class Remote:
 
 
 class Name:
-    """A top-level name of the program, looked up at each use."""
+    """A top-level name of the program (or of the problem's prefix in its process), looked up at each use."""
 
-    def __init__(self, program: Program, name: str) -> None:
+    def __init__(self, program: Program, name: str, *, is_helper: bool = False) -> None:
         self._program = program
-        self._name = name
+        self._target = {"name": name, "helper": is_helper}
 
     def _ask(self, operation: str, *arguments: Any, **keywords: Any) -> Any:
-        return _unwrapped(self._program.ask, operation, {"name": self._name}, arguments, keywords)
+        return _unwrapped(self._program.ask, operation, self._target, arguments, keywords)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self._ask("call", *arguments, **keywords)
 
     def __getattr__(self, name: str) -> Any:
         return self._ask("get", name)
+
+
+class Module:
+    """The program as a module, for tests that import it."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+
+    def __getattr__(self, name: str) -> Name:
+        return Name(self._program, name)
 
 
 def _unwrapped(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -161,47 +196,143 @@ def _unwrapped(function: Callable[..., Any], *arguments: Any) -> Any:
         raise error.__cause__ from error
 
 
+class _Tests:
+    """The tests of a request, compiled, with the names that they use."""
+
+    def __init__(self, request: dict[str, Any], program: Program) -> None:
+        self.numbers = [number for number, _ in request["tests"]]
+        self.program = program
+        self.entry = entry_name(request["entry_point"])
+        texts = [request["setup"], *[text for _, text in request["tests"]]]
+        try:
+            trees = [ast.parse(text) for text in texts]
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise BrokenTests(f"they do not compile: {error}"[:200]) from error
+        self.namespace: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins, **request["variables"]}
+        self.is_checker = bool(request["variables"])
+        self.names = Names({}, frozenset(), {}, frozenset(), {})
+        if not self.is_checker:
+            self.names = sort_names(trees, request["prefix"], self.entry)
+            self._bind(request["prefix"])
+        self.runners = [test_functions(tree) for tree in trees[1:]]
+        try:
+            self.setup, *self.pieces = [
+                compile(tree, "test.py", "exec", dont_inherit=True) for tree in map(ast.fix_missing_locations, trees)
+            ]
+        except (SyntaxError, ValueError, RecursionError) as error:
+            raise BrokenTests(f"they do not compile: {error}"[:200]) from error
+        # Tests that ask about it themselves can be trusted with it.
+        self.knows_nan = any("nan" in text.lower() for text in texts)
+
+    def _bind(self, prefix: str) -> None:
+        """Defines the names that the tests use and do not define."""
+        for name, theirs in self.names.program.items():
+            self.namespace[name] = Name(self.program, theirs)
+        for name in self.names.solution:
+            self.namespace[name] = Module(self.program)
+        self.namespace |= self.names.objects
+        if not self.names.helpers:
+            return
+        if has_classes(prefix):
+            # Their objects cannot travel: they are made, and compared, where the program is.
+            self.namespace |= {name: Name(self.program, name, is_helper=True) for name in self.names.helpers}
+            return
+        own: dict[str, Any] = {"__name__": "prefix", "__builtins__": builtins}
+        try:
+            exec(compile(prefix, "prefix.py", "exec", dont_inherit=True), own)
+        except BaseException as error:
+            raise BrokenTests(f"prefix_code raises {type(error).__name__}: {error}"[:200]) from error
+        self.namespace |= {name: own[name] for name in self.names.helpers if name in own}
+
+    def run_setup(self) -> tuple[str, str]:
+        """Status and message of the set-up code."""
+        try:
+            exec(self.setup, self.namespace)
+        except ProgramGone as error:
+            return "program_gone", str(error)[:200]
+        except BaseException as error:
+            # What it does with the program's results may fail because of them.
+            blamed = self.program.num_asked > 0 or _comes_from_program(error)
+            return ("runtime_error", type(error).__name__) if blamed else ("bad_tests", _told("setup_code", error))
+        return "pass", ""
+
+    def run(self, number: int) -> tuple[str, str]:
+        """Status and message of one test."""
+        try:
+            self._run_piece(number)
+        except AssertionError as error:
+            raised = isinstance(error.__cause__, _RaisedByProgram)
+            return ("runtime_error" if raised else "wrong_answer"), "AssertionError"
+        except ProgramGone as error:
+            return "program_gone", str(error)[:200]
+        except BaseException as error:
+            if not _comes_from_program(error) and self._is_broken(error):
+                return "bad_tests", _told("a test", error)
+            return "runtime_error", type(error).__name__
+        if self.program.gave_nan and not self.knows_nan:
+            return "wrong_answer", "NaN"
+        if self.program.num_asked == 0 and not self.is_checker:
+            return "bad_tests", "the tests never call the program"
+        return "pass", ""
+
+    def _is_broken(self, error: BaseException) -> bool:
+        """Whether a test fails by itself, whatever the program does."""
+        if isinstance(error, NameError):
+            return error.name in self.names.undefined
+        return isinstance(error, ImportError)
+
+    def _run_piece(self, number: int) -> None:
+        namespace = self.namespace
+        if self.entry is not None:
+            namespace.pop("check", None)
+        exec(self.pieces[number], namespace)
+        if self.entry is not None and callable(namespace.get("check")):
+            namespace["check"](Name(self.program, self.entry))
+        functions, classes = self.runners[number]
+        for name in functions:
+            namespace[name]()
+        for name in classes:
+            _run_class(namespace[name])
+
+
+def _run_class(kind: Any) -> None:
+    """Calls the tests of a class as pytest and unittest do."""
+    import unittest
+
+    for name in [name for name in dir(kind) if name.startswith("test")]:
+        case = kind(name) if issubclass(kind, unittest.TestCase) else kind()
+        for step in ("setUp", "setup_method", name, "tearDown", "teardown_method"):
+            if hasattr(case, step):
+                getattr(case, step)()
+
+
 def run_tests(request: dict[str, Any], descriptor: int, report: Callable[..., None]) -> None:
     """Runs the tests of a request one after the other and reports on each.
 
     Args:
-        request: ``setup`` (code before all tests), ``tests`` (numbered pieces of code), ``entry_point`` (or null),
-            ``variables`` (plain values for a checker; there is then no program to call) and ``nonce`` (of the reports).
+        request: ``setup`` (code before all tests), ``tests`` (numbered pieces of code), ``prefix`` (code of the problem
+            before the program's), ``entry_point`` (or null), ``variables`` (plain values for a checker; there is then
+            no program to call) and ``nonce`` (of the reports).
         descriptor: pipe to the program's process.
         report: sends an event to the worker.
     """
     nonce = request["nonce"]
-    program = Program(descriptor)
     try:
-        pieces = [compile(text, "test.py", "exec", dont_inherit=True) for _, text in request["tests"]]
-        setup = compile(request["setup"], "setup.py", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError) as error:
-        report("bad_tests", nonce=nonce, error=str(error)[:200])
+        tests = _Tests(request, Program(descriptor))
+    except BrokenTests as error:
+        report("bad_tests", nonce=nonce, error=str(error))
         return
-    namespace: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins, **request["variables"]}
-    entry_point = request["entry_point"]
-    texts = [request["setup"], *[text for _, text in request["tests"]]]
-    if not request["variables"]:
-        _bind(namespace, "\n".join(texts), program, entry_point)
-    candidate = None if entry_point is None else Name(program, entry_point)
-    status, error = _attempt_setup(setup, namespace)
-    for (number, _), piece in zip(request["tests"], pieces, strict=True):
-        if status == "pass":
+    outcome = tests.run_setup()
+    for place, number in enumerate(tests.numbers):
+        result = outcome
+        if outcome[0] == "pass":
             report("started", nonce=nonce, number=number)
-            result = _attempt(lambda piece=piece: _run_piece(piece, namespace, candidate))
-        else:
-            result = (status, error)
+            result = tests.run(place)
         report("result", nonce=nonce, number=number, status=result[0], error=result[1])
 
 
-def _attempt_setup(setup: types.CodeType, namespace: dict[str, Any]) -> tuple[str, str]:
-    try:
-        exec(setup, namespace)
-    except ProgramGone as error:
-        return "program_gone", str(error)[:200]
-    except BaseException as error:
-        return ("runtime_error" if _comes_from_program(error) else "bad_tests"), type(error).__name__
-    return "pass", ""
+def _told(what: str, error: BaseException) -> str:
+    return f"{what} raises {type(error).__name__}: {error}"[:200]
 
 
 def _comes_from_program(error: BaseException) -> bool:
@@ -214,70 +345,3 @@ def _comes_from_program(error: BaseException) -> bool:
         seen.add(id(link))
         link = link.__cause__ or link.__context__
     return False
-
-
-def _run_piece(piece: Any, namespace: dict[str, Any], candidate: Name | None) -> None:
-    if candidate is None:
-        exec(piece, namespace)
-        return
-    namespace.pop("check", None)
-    exec(piece, namespace)
-    if callable(namespace.get("check")):
-        namespace["check"](candidate)
-
-
-def _attempt(action: Callable[[], None]) -> tuple[str, str]:
-    try:
-        action()
-    except AssertionError as error:
-        return ("runtime_error" if isinstance(error.__cause__, _RaisedByProgram) else "wrong_answer"), "AssertionError"
-    except ProgramGone as error:
-        return "program_gone", str(error)[:200]
-    except BaseException as error:
-        return "runtime_error", type(error).__name__
-    return "pass", ""
-
-
-def _bind(namespace: dict[str, Any], text: str, program: Program, entry_point: str | None) -> None:
-    """Defines the names that the tests use and do not define: a module where one can be meant, else the program's.
-
-    The program has no say in it: what it calls ``abs`` or ``math`` cannot take the place of the real ones, unless the
-    tests use nothing but built-in names, one of which then must be the program's.
-    """
-    names = free_names(text)
-    own = {name for name in names | {entry_point} if name is not None and not hasattr(builtins, name)}
-    called = {node.func.id for node in ast.walk(ast.parse(text)) if _is_call_of_name(node)}  # type: ignore[attr-defined]
-    for name in own or names:
-        module = None if name in called else _importable(_ALIASES.get(name, name))
-        namespace.setdefault(name, module or Name(program, name))
-
-
-def _is_call_of_name(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-
-
-def _importable(name: str) -> Any:
-    if name not in sys.stdlib_module_names and name not in _ALIASES.values():
-        return None
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
-
-
-def free_names(text: str) -> set[str]:
-    """Names that code reads and nowhere defines."""
-    read: set[str] = set()
-    bound: set[str] = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Name):
-            (read if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            bound.add(node.name)
-        elif isinstance(node, ast.arg):
-            bound.add(node.arg)
-        elif isinstance(node, ast.alias):
-            bound.add((node.asname or node.name).partition(".")[0])
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            bound.add(node.name)
-    return read - bound

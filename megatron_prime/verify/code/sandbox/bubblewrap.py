@@ -60,17 +60,28 @@ class Bubblewrap:
         if shutil.which("bwrap") is None:
             raise SandboxError("bubblewrap (bwrap) is not installed")
         self._memory_bytes = memory_bytes
-        self._user = _usable(spare_user())
+        self._user = spare_user()
+        if os.geteuid() == 0 and not self._user:
+            raise SandboxError("programs would run as root: this user namespace has no other users")
+        self._changes_inside = self._user != 0 and not _usable(self._user)
+        """Whether root starts the interpreter, which is in its home folder, and another user goes on."""
+        if self._changes_inside and not _may_unshare():
+            raise SandboxError(
+                f"programs would run as root: only root can execute {sys.executable}, and it lacks CAP_SYS_ADMIN; use"
+                " an interpreter that every user can execute"
+            )
 
     def start(self, role: str, slot: int, cpu_seconds: int, descriptors: Descriptors) -> Process:
         """See `launch.Launcher.start`."""
-        numbers = [str(number) for number in (*descriptors, self._memory_bytes, cpu_seconds)]
+        user = self._user + slot if self._user else 0
+        outside, inside = (0, user) if self._changes_inside else (user, 0)
+        numbers = [str(number) for number in (*descriptors, self._memory_bytes, cpu_seconds, inside)]
         # The worker's own module path: site's search for more takes longer than the interpreter's start.
         module = "megatron_prime.verify.code.sandbox.wrapped"
-        command = python_command(module, role, *numbers, module_path=sys.path)
+        command = python_command(module, role, *numbers, module_path=namespaces.library_folders())
         with stack_limit():
             process = subprocess.Popen(
-                [*_walls(), "--", *command],
+                [*_walls(self._changes_inside), "--", *command],
                 pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -78,7 +89,7 @@ class Bubblewrap:
                 env=environment(),
                 cwd="/",
                 start_new_session=True,
-                **({"user": self._user + slot, "group": self._user + slot, "extra_groups": []} if self._user else {}),
+                **({"user": outside, "group": outside, "extra_groups": []} if outside else {}),
             )
         return _Wrapped(process)
 
@@ -86,24 +97,41 @@ class Bubblewrap:
         """Nothing outlives its program."""
 
 
-def _usable(user: int) -> int:
-    """The user, where it may execute this interpreter; an interpreter in root's home folder is root's alone."""
-    if user == 0:
-        return 0
+def _usable(user: int) -> bool:
+    """Whether a user may execute this interpreter; one in root's home folder is root's alone."""
     try:
         subprocess.run([sys.executable, "-c", ""], user=user, group=user, extra_groups=[], check=True)
     except (OSError, subprocess.CalledProcessError):
-        return 0
-    return user
+        return False
+    return True
 
 
-def _walls() -> list[str]:
+def _may_unshare() -> bool:
+    """Whether this process has CAP_SYS_ADMIN, which bubblewrap as root works with."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return bool(int(status["CapEff"], 16) >> _CAP_SYS_ADMIN & 1)
+
+
+_CAP_SYS_ADMIN = 21
+_AS_USER = ["--unshare-all", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]
+_AS_ROOT = [f"--unshare-{kind}" for kind in ("ipc", "pid", "net", "uts", "cgroup-try")]
+_AS_ROOT += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+
+
+def _walls(changes_inside: bool) -> list[str]:
     own = Path(ROOT) / "megatron_prime"
     readable = [*namespaces.python_files(), sys.executable, os.path.realpath(sys.executable)]
     readable += [str(own / "__init__.py"), str(own / "verify" / "__init__.py"), str(own / "verify" / "code")]
     readable += [str(path) for path in [Path(sys.prefix) / "pyvenv.cfg"] if path.exists()]
-    arguments = ["bwrap", "--unshare-all", "--die-with-parent", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]
+    arguments = ["bwrap", *(_AS_ROOT if changes_inside else _AS_USER), "--die-with-parent"]
+    # First, or it would hide an interpreter that is below it.
+    arguments += ["--size", str(lockdown.SCRATCH_BYTES), "--tmpfs", namespaces.SCRATCH]
+    if changes_inside:
+        # The user that goes on is not the one that makes them.
+        arguments += ["--chmod", "1777", namespaces.SCRATCH]
+        parents = {str(parent) for path in readable for parent in Path(path).parents} - {"/", namespaces.SCRATCH}
+        for path in sorted(parents):
+            arguments += ["--perms", "0755", "--dir", path]
     for path in dict.fromkeys(readable):
         arguments += ["--dev-bind" if path.startswith("/dev/") else "--ro-bind", path, path]
-    scratch = ["--size", str(lockdown.SCRATCH_BYTES), "--tmpfs", namespaces.SCRATCH, "--chdir", namespaces.SCRATCH]
-    return [*arguments, *scratch, "--remount-ro", "/"]
+    return [*arguments, "--chdir", namespaces.SCRATCH, "--remount-ro", "/"]

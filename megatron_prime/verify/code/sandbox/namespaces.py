@@ -9,6 +9,7 @@ import ctypes
 import os
 import platform
 import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -36,34 +37,71 @@ class _MountAttributes(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint64) for name in ("set", "clear", "propagation", "userns"))
 
 
-def leave_the_host(readable: Sequence[str]) -> bool:
+def leave_the_host(readable: Sequence[str], spare_user: int) -> int:
     """Moves the calling process into namespaces of its own; its next child is their process 1.
 
     Args:
         readable: folders and files that stay visible, read-only, at the same paths.
+        spare_user: first of two user ids for programs, where this process is root; 0 where it is not.
 
     Returns:
-        Whether a user namespace was needed, in which there is one user only.
+        First of the two ids that programs shall have; 0 for an ordinary user, whose namespace has no other.
 
     Raises:
-        OSError: the machine refuses.
+        OSError: the machine refuses, or programs would be this machine's root.
     """
     sources = {path: os.path.realpath(path) for path in readable}
     shared = NEWNS | NEWUTS | NEWIPC | NEWPID | NEWNET | NEWCGROUP
-    alone = os.geteuid() != 0
-    if not alone:
-        try:
-            call(unshare, shared)
-        except PermissionError:
-            alone = True
-    if alone:
+    if os.geteuid() != 0:
         user, group = os.geteuid(), os.getegid()
         call(unshare, NEWUSER | shared)
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
         Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+    else:
+        if spare_user == 0:
+            raise PermissionError("programs would run as root: this user namespace has no other users")
+        try:
+            call(unshare, shared)
+        except PermissionError:
+            _leave_with_users(shared, spare_user)
     _build_tree(sources)
-    return alone
+    return spare_user
+
+
+def _leave_with_users(shared: int, spare_user: int) -> None:
+    """Leaves for a user namespace in which there are root and two other users of this machine.
+
+    Only a process that stays outside, and may change its user, can map more than one.
+    """
+    mapped_reader, mapped_writer = os.pipe()
+    left_reader, left_writer = os.pipe()
+    helper = os.fork()
+    if helper == 0:
+        status = 1
+        try:
+            os.close(left_writer)
+            if os.read(left_reader, 1):
+                for name in ("uid_map", "gid_map"):
+                    Path(f"/proc/{os.getppid()}/{name}").write_text(f"0 0 1\n{spare_user} {spare_user} 2\n")
+                os.write(mapped_writer, b"1")
+                status = 0
+        finally:
+            os._exit(status)
+    os.close(mapped_writer)
+    os.close(left_reader)
+    try:
+        call(unshare, NEWUSER | shared)
+        os.write(left_writer, b"1")
+        is_mapped = os.read(mapped_reader, 1) == b"1"
+    finally:
+        os.close(left_writer)
+        os.close(mapped_reader)
+        os.waitpid(helper, 0)
+    if not is_mapped:
+        raise PermissionError(
+            "programs would run as root: this process may not change its user (CAP_SETUID, CAP_SETGID)"
+        )
 
 
 def fresh_scratch(size_bytes: int) -> None:
@@ -107,10 +145,24 @@ def _make_read_only(path: str) -> None:
     call(syscall, _SYS_MOUNT_SETATTR, _AT_FDCWD, *arguments)
 
 
+def library_folders() -> list[str]:
+    """The folders of this interpreter's own module path: its library and what is installed beside it.
+
+    What a path file adds to it, a project that is installed editable for instance, is the user's and not among them.
+    """
+    base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+    keys = ("stdlib", "platstdlib", "purelib", "platlib")
+    own = [paths[key] for paths in (sysconfig.get_paths(), sysconfig.get_paths(vars=base)) for key in keys]
+    # Debian's installs have a folder of their own; compiled modules of the library stand in one below it.
+    own += [f"{prefix}/lib/python3/dist-packages" for prefix in ("/usr", sys.base_prefix)]
+    own += [f"{path}/lib-dynload" for path in own]
+    known = set(map(os.path.realpath, own))
+    return list(dict.fromkeys(path for path in sys.path if path and os.path.realpath(path) in known))
+
+
 def python_files() -> list[str]:
     """What a running Python may still want to open: its library, shared libraries, and the null device."""
-    own_root = Path(__file__).resolve().parents[4]
-    folders = [Path(path) for path in sys.path if path and Path(path) != own_root]
+    folders = [Path(path) for path in library_folders()]
     folders += [Path(path) for path in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")]
     chosen: list[Path] = []
     for folder in sorted(folder for folder in folders if folder.is_dir()):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import io
 import os
+import site
 import sys
 import threading
 import types
@@ -24,6 +25,8 @@ from megatron_prime.verify.code.sandbox import wire
 CONTROL, CALLS = 3, 4
 """Descriptors: to the worker; to whoever calls the program's functions."""
 _MAX_HANDLES = 100_000
+THREAD_STACK_BYTES = 8 * 2**20
+_FILE = "program.py"
 
 
 def take_descriptors(descriptors: Sequence[int]) -> None:
@@ -37,16 +40,30 @@ def take_descriptors(descriptors: Sequence[int]) -> None:
 def run(role: str) -> NoReturn:
     """Says that this process is locked in, takes one request from `CONTROL`, runs it and ends the process."""
     atexit._clear()
-    sys.stdin = io.TextIOWrapper(os.fdopen(0, "rb", closefd=False), encoding="utf-8", errors="surrogateescape")
-    sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), encoding="utf-8", errors="surrogateescape")
-    sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", closefd=False), encoding="utf-8", errors="backslashreplace")
+    sys.stdin = _stream(0, "stdin", "r", "surrogateescape")
+    sys.stdout = _stream(1, "stdout", "w", "surrogateescape")
+    sys.stderr = _stream(2, "stderr", "w", "backslashreplace")
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
-    sys.argv = ["program.py"]
+    sys.argv = [_FILE]
+    # Not there where the interpreter was started without `site`.
+    site.setquit()
+    # The main stack is made for deep recursion; so much for every thread would leave no room for a second one.
+    threading.stack_size(THREAD_STACK_BYTES)
     # No text of the program has been read: it can neither send this in another's place nor take it back.
     os.write(CONTROL, wire.LOCKED_IN)
     request = wire.receive(CONTROL)
     roles: dict[str, Callable[[dict[str, Any]], int]] = {"script": _script, "serve": _serve, "test": _test}
     os._exit(roles[role](request))
+
+
+def _stream(descriptor: int, name: str, mode: str, errors: str) -> io.TextIOWrapper:
+    """A standard stream with the attributes that CPython gives it."""
+    raw = io.FileIO(descriptor, mode, closefd=False)
+    raw.name = f"<{name}>"  # pyright: ignore[reportAttributeAccessIssue]
+    buffer = io.BufferedReader(raw) if mode == "r" else io.BufferedWriter(raw)
+    stream = io.TextIOWrapper(buffer, encoding="utf-8", errors=errors, line_buffering=name == "stderr")
+    stream.mode = mode  # pyright: ignore[reportAttributeAccessIssue]
+    return stream
 
 
 def _report(event: str, **details: Any) -> None:
@@ -76,6 +93,7 @@ def _script(request: dict[str, Any]) -> int:
     if code is None:
         return 1
     namespace = _module("__main__").__dict__
+    namespace["__file__"] = f"/tmp/{_FILE}"
     status = 0
     try:
         exec(code, namespace)
@@ -118,13 +136,17 @@ class _Handles:
 
 def _serve(request: dict[str, Any]) -> int:
     """Defines the program's functions, says so, and answers calls until the other side closes."""
+    helpers = _module("prefix").__dict__
     namespace = _module("program").__dict__
     try:
-        for text, filename in ((request["prefix"], "prefix.py"), (request["code"], "program.py")):
+        for text, filename, target in ((request["prefix"], "prefix.py", helpers), (request["code"], _FILE, namespace)):
             code = _compile(text, filename)
             if code is None:
                 return 1
-            exec(code, namespace)
+            if target is namespace:
+                # The program sees what stands before it; what it defines itself does not change that.
+                target.update({name: value for name, value in helpers.items() if not name.startswith("__")})
+            exec(code, target)
     except BaseException as error:
         _report("exception", error=type(error).__name__)
         return 1
@@ -135,7 +157,7 @@ def _serve(request: dict[str, Any]) -> int:
             message = wire.receive(CALLS)
         except wire.WireError:
             return 0
-        reply = _answer(message, namespace, handles)
+        reply = _answer(message, helpers if message.get("helper") else namespace, handles)
         try:
             wire.send(CALLS, {"nonce": message["nonce"], **reply})
         except (wire.WireError, ValueError, RecursionError, MemoryError):

@@ -82,11 +82,20 @@ def parse(data: bytes) -> Any:
         raise WireError(f"no JSON: {error}") from error
 
 
-class Frames:
-    """Cuts a stream that arrives in pieces into messages."""
+class TooLong(WireError):
+    """A message beyond the limit."""
 
-    def __init__(self) -> None:
+
+class Frames:
+    """Cuts a stream that arrives in pieces into messages.
+
+    Args:
+        max_bytes: of a message; what a reader without limits of its own builds from one is a multiple of it.
+    """
+
+    def __init__(self, max_bytes: int = MAX_MESSAGE_BYTES) -> None:
         self._buffer = bytearray()
+        self._max_bytes = max_bytes
 
     def feed(self, data: bytes) -> list[Any]:
         """The messages completed by some more bytes.
@@ -98,8 +107,8 @@ class Frames:
         messages: list[Any] = []
         while len(self._buffer) >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._buffer)
-            if length > MAX_MESSAGE_BYTES:
-                raise WireError(f"a message of {length} bytes is too long")
+            if length > self._max_bytes:
+                raise TooLong(f"a message of {length} bytes is too long")
             if len(self._buffer) < _LENGTH.size + length:
                 break
             messages.append(parse(bytes(self._buffer[_LENGTH.size : _LENGTH.size + length])))

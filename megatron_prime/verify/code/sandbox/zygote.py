@@ -39,10 +39,13 @@ def main() -> None:
     preload()
     memory_bytes = lockdown.address_space_bytes() + int(sys.argv[4])
     try:
+        # Programs need not know where this package and the user's projects are.
+        files, sys.path[:] = namespaces.python_files(), namespaces.library_folders()
         if walls:
-            if namespaces.leave_the_host(namespaces.python_files()):
-                owner = 0
+            owner = namespaces.leave_the_host(files, owner)
             _become_process_one()
+        elif os.geteuid() == 0 and not owner:
+            raise PermissionError("programs would run as root: this user namespace has no other users")
     except (OSError, KeyError) as error:
         channel.sendall(json.dumps({"failed": str(error)}).encode())
         return

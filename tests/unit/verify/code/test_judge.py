@@ -168,7 +168,7 @@ FORGE = "from megatron_prime.verify.code.sandbox import wire\nwire.encode = lamb
 def test_no_value_of_a_program_keeps_its_judge_busy_or_ends_it(fork_server, message):
     content = {"fn_name": "f", "inputs": [[3]], "outputs": [{"1": 0, "2": 0}]}
     start = time.monotonic()
-    assert status_of(fork_server, content, FORGE.format(message)) == "wrong_answer"
+    assert status_of(fork_server, content, FORGE.format(message)) in ("wrong_answer", "output_limit")
     assert time.monotonic() - start < 5.0
 
 
