@@ -71,6 +71,8 @@ RANGES: dict[str, Range] = {
     "data.max_operand": AT_LEAST_ONE,
     "data.max_start": AT_LEAST_ONE,
     "data.step_error_rate": BELOW_ONE,
+    "data.wrong_fact_share": FRACTION,
+    "data.wrong_fact_rate": FRACTION,
     "data.num_problems": AT_LEAST_ONE,
     "data.max_prompt_tokens": AT_LEAST_ONE,
     "data.max_response_tokens": AT_LEAST_ONE,

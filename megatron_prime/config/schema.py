@@ -68,6 +68,11 @@ class ArithmeticData:
     """The chain starts with a number of 1 .. max_start."""
     step_error_rate: float = 0.15
     """Share of wrong steps in the SFT answers; reinforcement has these to repair."""
+    wrong_fact_share: float = 0.0
+    """Share of the facts (last digit of the left number, sign, operand) that the SFT answers get wrong, each always by
+    the same amount."""
+    wrong_fact_rate: float = 0.75
+    """How often they get such a fact wrong; above 0.5, greedy decoding of what was learned is wrong too."""
     num_problems: int = 100_000
     """Problems of one epoch."""
 
