@@ -52,9 +52,10 @@ def reinforce_pp_process(
 ) -> torch.Tensor:
     """Standardises token rewards by the mean and standard deviation of responses' mean rewards over the whole batch.
 
-    `batch`: (r_t - mean_j m_j) / std_j m_j over all responses j of the batch (REINFORCE++); `group`: the same of rewards
-    from which the mean of their group was subtracted (REINFORCE++-baseline). Unlike GRPO's, the divisor is one for all
-    groups, so easy and hard prompts keep their proportion. Source: arXiv 2501.03262, with the sample standard deviation.
+    `batch`: (r_t - mean_j m_j) / std_j m_j over all responses j of the batch (REINFORCE++); `group`: the same of
+    rewards from which the mean of their group was subtracted (REINFORCE++-baseline). Unlike GRPO's, the divisor is one
+    for all groups, so easy and hard prompts keep their proportion. Source: arXiv 2501.03262, with the sample standard
+    deviation.
 
     Args:
         rewards: [B, R].
