@@ -1,7 +1,7 @@
 """Which tokens of an answer its outcome is about: blame for wrong answers, values of shared prefixes.
 
-The outcome decides the sign of every advantage here; what is learned or counted only decides its size. A model that
-knows nothing can then not reward a wrong answer.
+In `spare_right_steps` the outcome decides the sign of every advantage and the PRM only its size, so that a PRM which
+knows nothing cannot reward a wrong answer; `evidence_advantages` trusts the PRM more, and needs its weight earned.
 """
 
 from __future__ import annotations
@@ -28,6 +28,38 @@ def spare_right_steps(
     """
     share = torch.where(blame >= threshold, blame, 0.0)
     return torch.where(mask, torch.where(advantages < 0, advantages * share, advantages), 0.0)
+
+
+def evidence_advantages(
+    advantages: torch.Tensor,
+    evidence: torch.Tensor,
+    is_wrong: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    reward: float,
+    penalty: float,
+    weight: float,
+) -> torch.Tensor:
+    """Puts the evidence about steps in the place of a wrong answer's advantage; right answers keep theirs.
+
+    weight * (reward * max(e_t, 0) - penalty * max(-e_t, 0)) in wrong answers. Unlike an outcome's advantage this also
+    speaks where all answers of a group are wrong. It can reward a step of a wrong answer, so it is only as good as the
+    PRM: the weight has to be 0 until fresh answers have shown that it knows something.
+
+    Args:
+        advantages: [B, R], from outcomes.
+        evidence: [B, R], in [-1, 1], `weakest_link.step_evidence` spread over tokens.
+        is_wrong: bool [B].
+        mask: bool [B, R].
+        reward: for a step that is certainly right, in units of outcomes.
+        penalty: for one that is certainly wrong.
+        weight: of the evidence, in [0, 1]; 0 trains on right answers alone.
+
+    Returns:
+        [B, R], 0 on padding.
+    """
+    credit = weight * (reward * evidence.clamp(min=0.0) + penalty * evidence.clamp(max=0.0))
+    return torch.where(mask, torch.where(is_wrong[:, None], credit, advantages), 0.0)
 
 
 def scale_by_rms(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -71,3 +71,26 @@ def step_blame(step_logits: torch.Tensor, present: torch.Tensor) -> torch.Tensor
     log_right = log_all_right(step_logits, present).clamp(max=_LARGEST_LOG_PROBABILITY)
     blame = torch.sigmoid(-step_logits) / -torch.expm1(log_right)[:, None]
     return torch.where(present, blame.clamp(max=1.0), 0.0)
+
+
+def step_evidence(step_logits: torch.Tensor, present: torch.Tensor, *, bias: float) -> torch.Tensor:
+    """What the PRM adds to the knowledge that the answer is wrong, per step.
+
+    With w the blame and w0 the blame of a PRM that says nothing (every logit the bias): 1 - w / w0 where w is smaller,
+    -(w - w0) / (1 - w0) where it is larger. 1: certainly right, -1: certainly wrong, exactly 0: nothing known, so that
+    a PRM that equals its reference gives no credit at all. A step also gains when another one explains the failure.
+
+    Args:
+        step_logits: [B, S], bias + sum of the step's rewards.
+        present: bool [B, S].
+        bias: the logit of a step that the PRM says nothing about.
+
+    Returns:
+        [B, S], in [-1, 1], 0 where there is no step and for answers of one step; without gradient.
+    """
+    blame = step_blame(step_logits, present)
+    uninformed = step_blame(torch.full_like(step_logits, bias), present)
+    spoken_for = (1.0 - blame / uninformed.clamp(min=1e-12)).clamp(min=0.0)
+    blamed = ((blame - uninformed) / (1.0 - uninformed).clamp(min=1e-6)).clamp(0.0, 1.0)
+    several = present.sum(dim=1, keepdim=True) > 1
+    return torch.where(present & several, spoken_for - blamed, 0.0)

@@ -6,7 +6,13 @@ import torch
 
 from megatron_prime.algorithm.advantage import leave_one_out, whiten
 from megatron_prime.algorithm.baselines import dr_grpo_process
-from megatron_prime.algorithm.credit import prefix_advantages, prefix_values, scale_by_rms, spare_right_steps
+from megatron_prime.algorithm.credit import (
+    evidence_advantages,
+    prefix_advantages,
+    prefix_values,
+    scale_by_rms,
+    spare_right_steps,
+)
 
 
 def test_blame_changes_the_size_of_what_is_negative_and_no_sign():
@@ -17,6 +23,20 @@ def test_blame_changes_the_size_of_what_is_negative_and_no_sign():
     assert spare_right_steps(advantages, blame, mask, threshold=0.5).tolist() == [[0.5, 0.5, 0.0], [0.0, -0.5, 0.0]]
     everywhere = torch.ones_like(blame)
     assert torch.equal(spare_right_steps(advantages, everywhere, mask), advantages)
+
+
+def test_evidence_replaces_the_advantage_of_wrong_answers_only():
+    advantages = torch.tensor([[0.75, 0.75, 0.0], [-0.25, -0.25, -0.25], [0.0, 0.0, 0.0]])
+    evidence = torch.tensor([[1.0, -1.0, 0.0], [1.0, -1.0, 0.5], [0.0, -0.5, 9.0]])
+    mask = torch.tensor([[True, True, False], [True, True, True], [True, True, False]])
+    is_wrong = torch.tensor([False, True, True])
+
+    def credit(weight: float) -> list[list[float]]:
+        got = evidence_advantages(advantages, evidence, is_wrong, mask, reward=0.5, penalty=1.0, weight=weight)
+        return got.tolist()
+
+    assert credit(0.5) == [[0.75, 0.75, 0.0], [0.25, -0.5, 0.125], [0.0, -0.25, 0.0]]
+    assert credit(0.0) == [[0.75, 0.75, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
 
 
 def test_scaling_by_rms_keeps_zeros_where_whitening_does_not():

@@ -6,7 +6,7 @@ import pytest
 import slow_reference as slow
 import torch
 
-from megatron_prime.algorithm.weakest_link import log_all_right, step_blame, weakest_link_loss
+from megatron_prime.algorithm.weakest_link import log_all_right, step_blame, step_evidence, weakest_link_loss
 
 
 def random_steps(seed: int, scale: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,3 +92,33 @@ def test_facts_shared_by_answers_are_told_apart_from_outcomes_alone():
         optimizer.step()
     assert scores[0] > 2.0 and scores[1] > 2.0 and scores[2] < -1.0
     assert (step_blame(scores[facts], present)[1:, 1] > 0.95).all()
+
+
+def test_evidence_is_nothing_without_knowledge_and_certain_at_the_ends():
+    present = torch.tensor([[True, True, True], [True, False, False]])
+    silent = torch.full((2, 3), 2.5)
+    assert not step_evidence(silent, present, bias=2.5).any()
+    knows = torch.tensor([[-40.0, 40.0, 2.5], [-40.0, 0.0, 0.0]])
+    evidence = step_evidence(knows, present, bias=2.5)
+    assert evidence[0, :2].tolist() == pytest.approx([-1.0, 1.0])
+    # The failure is explained, so the step of which nothing is known is better than before.
+    assert 0.0 < evidence[0, 2] < 1.0
+    assert not evidence[1].any()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_evidence_agrees_with_a_loop(seed):
+    logits, present = random_steps(seed)
+    evidence = step_evidence(logits, present, bias=1.0)
+    for i, row in enumerate(slow.to_rows(logits.detach(), present)):
+        wrong = 1 - math.prod(slow.sigmoid(s) for s in row)
+        before = (1 - slow.sigmoid(1.0)) / (1 - slow.sigmoid(1.0) ** len(row))
+        for k, s in enumerate(row):
+            blame = (1 - slow.sigmoid(s)) / wrong
+            if len(row) == 1:
+                expected = 0.0
+            elif blame < before:
+                expected = 1 - blame / before
+            else:
+                expected = -(blame - before) / (1 - before)
+            assert evidence[i, k].item() == pytest.approx(expected, abs=1e-9)
