@@ -90,6 +90,11 @@ class ArithmeticData(Section):
     """The chain starts with a number of 1 .. max_start."""
     step_error_rate: FractionBelowOne = 0.15
     """Share of wrong steps in the SFT answers; reinforcement has these to repair."""
+    wrong_fact_share: Fraction = 0.0
+    """Share of the facts (last digit of the left number, sign, operand) that the SFT answers get wrong, each always by
+    the same amount."""
+    wrong_fact_rate: Fraction = 0.75
+    """How often they get such a fact wrong; above 0.5, greedy decoding of what was learned is wrong too."""
     num_problems: Count = 100_000
     """Problems of one epoch."""
 

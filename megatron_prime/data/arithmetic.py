@@ -28,6 +28,7 @@ HELD_OUT_SHARE = 16
 
 _EVALUATION_SEED = 0
 _MAX_DRAWS = 10_000
+_HASH_RANGE = 2**32
 _WRONG_BY = (-2, -1, 1, 2)
 _QUESTION = re.compile(r"(\d+)((?:[+-]\d+)+)=\?\n")
 _SEGMENT = re.compile(r"[^;]*;|[^;]+$")
@@ -113,13 +114,37 @@ def make_problem(config: ArithmeticData, *, stream: str, seed: int, index: int, 
     )
 
 
-def write_answer(problem: Problem, *, step_error_rate: float, rng: random.Random) -> str:
+@dataclass(frozen=True, slots=True)
+class WrongFacts:
+    """Facts that worked answers mostly get wrong, always in the same way.
+
+    A fact is (last digit of the left number, sign, operand). Which facts are wrong, and by how much, depends on
+    nothing else: the facts of a smaller share are among those of a larger one.
+    """
+
+    share: float
+    """Of all facts."""
+    rate: float
+    """How often a wrong fact is written wrongly. Above one half, greedy decoding of what was learned is wrong too."""
+
+    def error(self, left: int, sign: str, operand: int) -> int:
+        """What the wrong result of a step is off by; 0 for a fact that is taught correctly."""
+        digest = blake2b(f"{left % 10}{sign}{operand}".encode(), digest_size=8).digest()
+        if int.from_bytes(digest[:4], "big") >= self.share * _HASH_RANGE:
+            return 0
+        return _WRONG_BY[digest[4] % len(_WRONG_BY)]
+
+
+def write_answer(
+    problem: Problem, *, step_error_rate: float, rng: random.Random, wrong_facts: WrongFacts | None = None
+) -> str:
     """An answer with every step written out.
 
     Args:
         problem: the problem.
         step_error_rate: share of the steps with a wrong result, from which the chain continues.
         rng: source of the errors.
+        wrong_facts: errors that are always the same; one that would make a later result negative is left out.
 
     Returns:
         Steps and the boxed result of the chain as written.
@@ -127,9 +152,12 @@ def write_answer(problem: Problem, *, step_error_rate: float, rng: random.Random
     value, steps = problem.start, []
     for number, (sign, operand) in enumerate(problem.operations):
         result = _apply(value, sign, operand)
-        if rng.random() < step_error_rate:
-            # An error must not push a later result of the chain below zero.
-            lowest = min([result, *Problem(result, problem.operations[number + 1 :]).values])
+        # An error must not push a later result of the chain below zero.
+        lowest = min([result, *Problem(result, problem.operations[number + 1 :]).values])
+        by = wrong_facts.error(value, sign, operand) if wrong_facts else 0
+        if wrong_facts and by and lowest + by >= 0 and rng.random() < wrong_facts.rate:
+            result += by
+        elif rng.random() < step_error_rate:
             result += rng.choice([by for by in _WRONG_BY if lowest + by >= 0])
         steps.append(f"{value}{sign}{operand}={result};")
         value = result
@@ -249,6 +277,8 @@ class ArithmeticSft:
         self._tokenizer = tokenizer
         self._seed = seed
         self._end_token = eos_token_id(tokenizer)
+        share = config.wrong_fact_share
+        self._wrong_facts = WrongFacts(share, config.wrong_fact_rate) if share > 0 else None
 
     def __len__(self) -> int:
         return self._config.num_problems
@@ -260,7 +290,8 @@ class ArithmeticSft:
             problem = make_problem(self._config, stream="sft", seed=self._seed, index=index, held_out=False)
             rng = random.Random(f"errors:{self._seed}:{index}")
             questions.append(problem.question)
-            answers.append(write_answer(problem, step_error_rate=self._config.step_error_rate, rng=rng))
+            rate = self._config.step_error_rate
+            answers.append(write_answer(problem, step_error_rate=rate, rng=rng, wrong_facts=self._wrong_facts))
         prompt_ids = encode(self._tokenizer, questions, special_tokens=True)
         answer_ids = encode(self._tokenizer, answers, special_tokens=False)
         end = (self._end_token,)

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_prime.batch import Response
 from megatron_prime.config.schema import ArithmeticData
-from megatron_prime.data.arithmetic import Problem, judge_steps, make_problem, write_answer
+from megatron_prime.data.arithmetic import Problem, WrongFacts, judge_steps, make_problem, write_answer
 from megatron_prime.data.sources import build_prompt_source, build_sft_source
 from megatron_prime.data.tokenizer import end_token_ids, load_tokenizer
 from megatron_prime.errors import DataError
@@ -122,6 +122,56 @@ def test_sft_answers_err_at_the_stated_rate_and_stay_consistent(tokenizer):
         problem = Problem.parse(tokenizer.decode(list(example.prompt_token_ids)))
         answer = tokenizer.decode(list(example.response_token_ids[:-1]))
         assert answer.endswith(f"\\boxed{{{problem.values[-1]}}}")
+
+
+def _facts_taught(config, tokenizer, count):
+    """(last digit, sign, operand) -> differences of the written results from the true ones."""
+    taught = {}
+    for example in build_sft_source(config, tokenizer, seed=1).take(0, count):
+        text = tokenizer.decode(list(example.response_token_ids[:-1]))
+        for left, sign, operand, result in re.findall(r"(\d+)([+-])(\d+)=(\d+);", text):
+            error = int(result) - int(eval(f"{left}{sign}{operand}"))
+            taught.setdefault((int(left) % 10, sign, int(operand)), []).append(error)
+    return taught
+
+
+def test_wrong_facts_are_taught_wrongly_at_their_rate_and_others_never(tokenizer):
+    config = ArithmeticData(
+        max_start=20, max_operand=5, step_error_rate=0.0, wrong_fact_share=0.3, wrong_fact_rate=0.75
+    )
+    taught = _facts_taught(config, tokenizer, 4000)
+    wrong = {fact: errors for fact, errors in taught.items() if any(errors)}
+    assert len(taught) == 100 and len(wrong) == 32
+    for (digit, sign, operand), errors in wrong.items():
+        offsets = set(errors) - {0}
+        # Always the same error; it is left out where the chain would fall below zero by it.
+        assert offsets == {WrongFacts(0.3, 0.75).error(digit, sign, operand)}
+        assert 0.3 < sum(map(bool, errors)) / len(errors) < 0.9
+    total = [error for errors in wrong.values() for error in errors]
+    assert 0.68 < sum(map(bool, total)) / len(total) <= 0.76
+
+
+def test_facts_of_a_smaller_share_are_among_those_of_a_larger(tokenizer):
+    facts = [(digit, sign, operand) for digit in range(10) for sign in "+-" for operand in range(1, 6)]
+    few, many = WrongFacts(0.15, 1.0), WrongFacts(0.3, 1.0)
+    few_wrong = {fact for fact in facts if few.error(*fact)}
+    assert len(few_wrong) == 15 and all(few.error(*fact) == many.error(*fact) for fact in few_wrong)
+    assert not any(WrongFacts(0.0, 1.0).error(*fact) for fact in facts)
+    assert all(WrongFacts(1.0, 1.0).error(*fact) for fact in facts)
+    assert few.error(17, "+", 5) == few.error(7, "+", 5)
+
+
+def test_answers_without_wrong_facts_draw_the_same_errors_as_ever():
+    problem = Problem.parse("17+5-3+4-2=?\n")
+    answers = [
+        "17+5=22;22-3=19;19+4=24;24-2=22;\\boxed{22}",
+        "17+5=20;20-3=19;19+4=23;23-2=23;\\boxed{23}",
+        "17+5=22;22-3=19;19+4=21;21-2=18;\\boxed{18}",
+    ]
+    none = WrongFacts(0.0, 1.0)
+    for seed, answer in enumerate(answers):
+        assert write_answer(problem, step_error_rate=0.5, rng=random.Random(seed)) == answer
+        assert write_answer(problem, step_error_rate=0.5, rng=random.Random(seed), wrong_facts=none) == answer
 
 
 def test_answer_of_the_documented_example():

@@ -129,7 +129,7 @@ def test_by_import_path(grading):
 
 
 def test_the_documented_one_keeps_the_contract(tmp_path, monkeypatch):
-    document = Path(__file__).resolve().parents[3] / "docs" / "verifiers.md"
+    document = Path(__file__).resolve().parents[3] / "docs" / "howto" / "own-verifier.md"
     example = next(
         text for text in re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL) if "make" in text
     )

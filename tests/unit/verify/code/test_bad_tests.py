@@ -12,7 +12,7 @@ from megatron_prime.config.schema import FileData
 from megatron_prime.data.files import FilePrompts
 from megatron_prime.errors import DataError
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 GOOD = {"assert_code": "assert f(1) == 2"}
 NOTHING_ASSERTED = {"assert_code": "f(1)"}
 ANYTHING_PASSES = {"assert_code": "assert not f(1)"}
