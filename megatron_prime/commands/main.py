@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import faulthandler
-import gc
 import json
 import logging
 import os
@@ -14,9 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_prime.assembly.preflight import check, read_examples, read_prompts
 from megatron_prime.commands import launch as command
@@ -40,18 +36,16 @@ _SAID_ALIKE = ("data", "trainer", "mcore", "kernels", "verify.code.verifier")
 _NUM_LAYOUTS = 3
 
 
-def main(arguments: Sequence[str] | None = None, *, may_fork: bool = False) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status.
 
     Args:
         arguments: of the command line, without the program; by default those of this process.
-        may_fork: this process has done nothing else, so that forks of it can be the ranks of a run.
 
     0: done. 1: `check` found that a plan does not fit. The others: `watch/exit_status.py`; 128 + n: ended by signal n.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(arguments)
-    options.may_fork = may_fork
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron_prime").setLevel(logging.INFO if _is_main() else logging.WARNING)
     for name in () if _is_main() else _SAID_ALIKE:
@@ -86,15 +80,15 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load_config(options.config, options.overrides)
     if not isinstance(config, kind):
         raise ConfigError(f"kind: {options.config} is a {config.kind!r} configuration; use its own command")
-    return _run(config, arguments, may_fork=options.may_fork)
+    return _run(config, arguments)
 
 
-def _run(config: AnyConfig, arguments: list[str], *, may_fork: bool) -> int:
+def _run(config: AnyConfig, arguments: list[str]) -> int:
     if not is_launched() and config.parallel.world_size > 1:
-        check(config)
+        # The ranks look at files; to do it here too would import torch once more, for seconds.
+        check(config, check_files=False)
         signs = Path(config.run.directory) / config.run.name / SIGNS
-        forked = partial(main, arguments) if may_fork and _is_ready_to_fork() else None
-        return launch_local(arguments, config.parallel.world_size, config.run.num_threads, signs, forked)
+        return launch_local(arguments, config.parallel.world_size, config.run.num_threads, signs)
     from megatron_prime.assembly import run as build
 
     # A crash in native code then shows where Python was.
@@ -108,25 +102,8 @@ def _run(config: AnyConfig, arguments: list[str], *, may_fork: bool) -> int:
     return 0
 
 
-def _is_ready_to_fork() -> bool:
-    """Imports what ranks need, and says whether forks of this process may be ranks."""
-    import torch
-
-    # A fork cannot use CUDA where its parent has touched it, were it only to count devices.
-    if torch.backends.cuda.is_built():
-        return False
-    # A parallel region of OpenMP here would hang the first one of a fork.
-    torch.set_num_threads(1)
-    from megatron_prime.assembly import run as build
-
-    build.import_megatron()
-    # No collection of a fork looks at the imported modules again, which would also copy their memory.
-    gc.freeze()
-    return True
-
-
 def _launch(options: argparse.Namespace, arguments: list[str]) -> int:
-    return command.run(options, start=partial(_run, may_fork=options.may_fork), check=check)
+    return command.run(options, start=_run, check=check)
 
 
 def _serve(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -165,7 +142,7 @@ def _replay(options: argparse.Namespace, arguments: list[str]) -> int:
 def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
     for half in demo_commands(options.overrides):
         print(f"megatron-prime {' '.join(half)}", flush=True)
-        if status := main(half, may_fork=options.may_fork):
+        if status := main(half):
             return status
     return 0
 
@@ -363,17 +340,3 @@ def _parser() -> argparse.ArgumentParser:
             "convert": _convert,
         }
     )
-
-
-def main_and_exit() -> NoReturn:
-    """`main` as a program."""
-    status = main(may_fork=True)
-    # What Python does at its end, but for freeing every object, which takes a second once torch is imported.
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-if __name__ == "__main__":
-    main_and_exit()

@@ -10,12 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
-from megatron_prime.launch.forked import ForkedProcess
 from megatron_prime.watch.exit_status import EXPLAINED, INTERRUPTED, PEER_LOST
 from megatron_prime.watch.interrupt import STOP_SIGNALS
 from megatron_prime.watch.rank_status import read_signs
@@ -25,21 +23,13 @@ _GRACE_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1
 _SIGNALLED = 128
 
-_Process = subprocess.Popen[bytes] | ForkedProcess
-
 
 def is_launched() -> bool:
     """Whether torchrun, or anything else that sets torch's variables, started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launch_local(
-    arguments: Sequence[str],
-    world_size: int,
-    num_threads: int,
-    signs: Path | None = None,
-    forked: Callable[[], int] | None = None,
-) -> int:
+def launch_local(arguments: Sequence[str], world_size: int, num_threads: int, signs: Path | None = None) -> int:
     """Runs ``megatron-prime`` with the same arguments on ``world_size`` processes of this machine.
 
     The first process to fail takes the others down; none outlives this one. One that could not say why is named with
@@ -51,7 +41,6 @@ def launch_local(
         world_size: processes.
         num_threads: CPU threads of each.
         signs: folder of the ranks' signs of life.
-        forked: what each rank runs in a fork of this process; without it the command is started anew for each.
 
     Returns:
         The exit status: 0, or that of the process that failed first.
@@ -67,13 +56,14 @@ def launch_local(
         "OMP_NUM_THREADS": str(num_threads),
     }
     command = [sys.executable, "-m", "megatron_prime", *arguments]
-    processes: list[_Process] = []
-    for rank in range(world_size):
-        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        if forked is not None:
-            processes.append(ForkedProcess(partial(_rank, forked), environment))
-        else:
-            processes.append(subprocess.Popen(command, env=os.environ | environment, preexec_fn=_die_with_parent))
+    processes = [
+        subprocess.Popen(
+            command,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            preexec_fn=_die_with_parent,
+        )
+        for rank in range(world_size)
+    ]
     try:
         with _forward_stop_signals(processes) as interrupted:
             rank, status = _wait(processes)
@@ -91,17 +81,12 @@ def launch_local(
         _end(processes)
 
 
-def _rank(function: Callable[[], int]) -> int:
-    _die_with_parent()
-    return function()
-
-
 def _die_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _wait(processes: Sequence[_Process]) -> tuple[int, int]:
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int]:
     """Rank and exit status of the first process that fails; the status is 0 when all have ended well."""
     while True:
         statuses = [process.poll() for process in processes]
@@ -130,7 +115,7 @@ def _how_it_ended(rank: int, pid: int, status: int, signs: Path | None) -> str:
 
 
 @contextmanager
-def _forward_stop_signals(processes: Sequence[_Process]) -> Iterator[threading.Event]:
+def _forward_stop_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[threading.Event]:
     """Yields whether there was a Ctrl-C."""
     interrupted = threading.Event()
 
@@ -154,14 +139,14 @@ def _forward_stop_signals(processes: Sequence[_Process]) -> Iterator[threading.E
             signal.signal(number, handler)
 
 
-def _wait_for_the_rest(processes: Sequence[_Process]) -> None:
+def _wait_for_the_rest(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Gives ranks that have saved as well the time to end by themselves."""
     deadline = time.monotonic() + _GRACE_SECONDS
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
 
 
-def _end(processes: Sequence[_Process]) -> None:
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     # SIGTERM would ask for a save, which ranks that miss one of them cannot make.
     for process in processes:
         if process.poll() is None:
