@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_prime.assembly.run import generate
+from megatron_prime.assembly.generate import generate
 from megatron_prime.batch import SamplingParams
 
 

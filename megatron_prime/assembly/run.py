@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from megatron_prime import collectives
-from megatron_prime.assembly.engines import loaded_engine, running_engine
+from megatron_prime.assembly.engines import running_engine
 from megatron_prime.assembly.preflight import check, check_disk, read_examples, read_prompts
-from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.checkpoint.manifest import step_of
-from megatron_prime.config.checks import check_config, raise_for_problems
-from megatron_prime.config.schema import AnyConfig, PrimeConfig, RolloutSection, SftConfig, VllmSection
+from megatron_prime.config.schema import AnyConfig, PrimeConfig, SftConfig
 from megatron_prime.data.sources import PromptSource
-from megatron_prime.data.templates import complete_messages, render
-from megatron_prime.data.tokenizer import encode, load_tokenizer
 from megatron_prime.errors import CheckpointError, ConfigError
 from megatron_prime.kernels import HeadOptions, choose_backend, choose_gemm
 from megatron_prime.mcore.checkpoint.checkpointer import Checkpointer
@@ -38,8 +33,6 @@ from megatron_prime.observe.failed_updates import FailedUpdateFiles
 from megatron_prime.observe.metrics import MetricsLogger
 from megatron_prime.observe.report import draw_plots, write_summary
 from megatron_prime.observe.run_folder import RunFolder, commit
-from megatron_prime.rollout.prompts import lack_of_room
-from megatron_prime.trainer.evaluation import accuracy, evaluation_sampling, sample_and_verify
 from megatron_prime.trainer.prime import PrimeParts, PrimeTrainer
 from megatron_prime.trainer.sft import SftTrainer
 from megatron_prime.verify.routing import RoutingVerifier, build_verifier
@@ -48,7 +41,6 @@ from megatron_prime.watch.interrupt import stop_requests
 from megatron_prime.watch.rank_status import SIGNS
 from megatron_prime.watch.watchdog import Watchdog
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
-from megatron_prime.weights.convert import SIDE_FOLDER, to_hf
 from megatron_prime.weights.hf_folder import HfFolder
 
 logger = logging.getLogger(__name__)
@@ -107,7 +99,7 @@ def _run_prime(
         raise ConfigError("parallel.offload_idle: all moves models off a GPU, and there is none; use gradients or none")
     process.watchdog.enter("data", 0)
     # Before anything large: wrong rows show at once.
-    prompts = _prompts(config)
+    prompts = configured_prompts(config)
     process.watchdog.enter("start", 0)
     starts = {"policy": config.model.path}
     if config.uses_prm:
@@ -140,7 +132,7 @@ def _run_prime(
             config.model.path, config.model.dtype, config.rollout, architecture, layout, config.run.num_threads
         ) as engine,
         _prepared(folder, config, roles, starts, resume_from) as (checkpoints, metrics),
-        _verifier(config) as verifier,
+        configured_verifier(config) as verifier,
         # Innermost: a rank that fails speaks before it closes anything.
         process.last_words(),
     ):
@@ -190,91 +182,6 @@ def _run_sft(
         if config.checkpoint.export_hf:
             export_hf(model, folder.path / "hf", Path(config.model.path))
         return _finish(config, folder, summary, metrics)
-
-
-def evaluate(config: PrimeConfig) -> Mapping[str, Any]:
-    """avg@k of the model in ``model.path`` on the evaluation prompts of a configuration, in this process."""
-    raise_for_problems(check_config(config))
-    torch.set_num_threads(config.run.num_threads)
-    section = config.evaluation
-    loaded = loaded_engine(config.model.path, config.model.dtype, config.rollout, config.run.num_threads)
-    with loaded as (engine, _), _verifier(config) as verifier:
-        prompts = _prompts(config).evaluation(section.num_prompts)
-        sampling = evaluation_sampling(config)
-        answers = sample_and_verify(engine, verifier, prompts, sampling)
-    result = accuracy([[verdict for _, verdict in row] for row in answers])
-    return {
-        "model": config.model.path,
-        "accuracy": result.value,
-        "accuracy_interval": [result.low, result.high],
-        "num_prompts": result.num_prompts,
-        "num_responses": section.num_responses,
-        "num_missing": result.num_missing,
-    }
-
-
-def generate(
-    folder: str,
-    questions: Sequence[str],
-    *,
-    ability: str,
-    raw: bool,
-    sampling: SamplingParams,
-    engine: Literal["transformers", "vllm"] = "transformers",
-) -> list[list[Response]]:
-    """Answers of a model to questions, in this process and without a trainer.
-
-    Args:
-        folder: Hugging Face folder with tokenizer, or a Megatron checkpoint that `to_megatron` made of one.
-        questions: one prompt each.
-        ability: ``math`` or ``code``: which of PRIME's suffixes the question gets.
-        raw: take the questions as they are, without system prompt, suffix and chat template.
-        sampling: how to sample.
-        engine: which engine samples.
-    """
-    with as_hf_folder(folder) as readable:
-        return _generate(readable, questions, ability=ability, raw=raw, sampling=sampling, engine=engine)
-
-
-@contextmanager
-def as_hf_folder(path: str) -> Iterator[str]:
-    """The folder itself, or the Megatron checkpoint converted for as long as it is needed."""
-    if not (Path(path) / SIDE_FOLDER / "config.json").is_file():
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        target = Path(scratch) / "hf"
-        to_hf(Path(path), target)
-        yield str(target)
-
-
-def _generate(
-    folder: str,
-    questions: Sequence[str],
-    *,
-    ability: str,
-    raw: bool,
-    sampling: SamplingParams,
-    engine: Literal["transformers", "vllm"],
-) -> list[list[Response]]:
-    tokenizer = load_tokenizer(folder)
-    prompts: list[Prompt] = []
-    for number, question in enumerate(questions):
-        message = {"role": "user", "content": question}
-        kept = "none" if raw else "prime"
-        messages = complete_messages([message], ability=ability, system_prompt=kept, task_suffix=not raw)
-        text = render(tokenizer, messages, "raw" if raw else "chat")
-        ids = encode(tokenizer, [text], special_tokens=raw)[0]
-        prompts.append(Prompt(prompt_id=str(number), text=text, token_ids=ids, ground_truth="", ability=ability))
-    longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
-    num_tokens, answer = len(longest.token_ids), sampling.max_response_tokens
-    limit = read_architecture(folder).max_position_embeddings
-    if lack := lack_of_room(f"question {int(longest.prompt_id) + 1}", num_tokens, answer, limit):
-        raise ConfigError(lack)
-    vllm = VllmSection(max_model_len=num_tokens + answer, max_num_seqs=64)
-    section = RolloutSection(engine=engine, num_prompts=1, max_batch_size=64, vllm=vllm)
-    with loaded_engine(folder, "float32", section, torch.get_num_threads()) as (loaded, _):
-        return loaded.generate(prompts, sampling)
 
 
 def _check_disk(config: AnyConfig, architecture: ModelArchitecture) -> None:
@@ -365,12 +272,12 @@ def _prepared(
         folder.close()
 
 
-def _verifier(config: PrimeConfig) -> RoutingVerifier:
+def configured_verifier(config: PrimeConfig) -> RoutingVerifier:
     abilities = config.data.abilities if config.data.kind == "files" else ["math"]
     return build_verifier(config.verifier, abilities)
 
 
-def _prompts(config: PrimeConfig) -> PromptSource:
+def configured_prompts(config: PrimeConfig) -> PromptSource:
     prompts = read_prompts(config)
     logger.info("%d prompts; left out: %s", len(prompts), prompts.dropped)
     return prompts

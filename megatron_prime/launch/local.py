@@ -29,6 +29,11 @@ def is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def is_main_rank() -> bool:
+    """Whether this process prints for all ranks, or is the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def launch_local(arguments: Sequence[str], world_size: int, num_threads: int, signs: Path | None = None) -> int:
     """Runs ``megatron-prime`` with the same arguments on ``world_size`` processes of this machine.
 
