@@ -55,14 +55,6 @@ class _Process:
     last_words: Callable[[], AbstractContextManager[None]]
 
 
-def import_megatron() -> None:
-    """Imports what a run imports once it has begun; a process whose forks are ranks does it for all of them."""
-    with megatron_platform():
-        import megatron_prime.mcore.libraries
-        import megatron_prime.mcore.model
-        import megatron_prime.mcore.optimizer  # noqa: F401
-
-
 def run(config: AnyConfig, *, ends_process: bool = False) -> Mapping[str, Any]:
     """Runs a configuration in the started processes.
 
