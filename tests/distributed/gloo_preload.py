@@ -4,7 +4,7 @@ import gc
 
 import torch
 
-import megatron_prime.assembly.run  # noqa: F401
+import megatron_prime.assembly.run
 from megatron_prime.mcore.cpu import megatron_platform
 
 torch.set_num_threads(1)
