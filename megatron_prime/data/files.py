@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_prime.batch import Prompt, Response, SftExample
 from megatron_prime.config.schema import FileData
-from megatron_prime.data.layouts import Demonstration, Question, Row, read_demonstration, read_question
 from megatron_prime.data.order import shuffled_index
 from megatron_prime.data.readers import read_rows
+from megatron_prime.data.row_formats import Demonstration, Question, Row, read_demonstration, read_question
 from megatron_prime.data.templates import Message, complete_messages, render
 from megatron_prime.data.tokenizer import encode, eos_token_id
 from megatron_prime.errors import DataError

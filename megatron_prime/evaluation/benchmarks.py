@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerBase
 from megatron_prime.batch import Prompt, SamplingParams
 from megatron_prime.config.schema import RolloutSection, VerifierSection, VllmSection
 from megatron_prime.config.schema_verifier import CodeVerifierSection
-from megatron_prime.data.layouts import Question
+from megatron_prime.data.row_formats import Question
 from megatron_prime.data.templates import complete_messages, render
 from megatron_prime.data.tokenizer import encode, load_tokenizer
 from megatron_prime.errors import ConfigError, DataError
-from megatron_prime.evaluation.answers import Answer, answer_problems, problem_means, summarize
+from megatron_prime.evaluation.answers import GradedAnswer, answer_problems, problem_means, summarize
 from megatron_prime.evaluation.options import EvaluationOptions
 from megatron_prime.evaluation.registry import BENCHMARKS, Benchmark, load_benchmarks
 from megatron_prime.evaluation.scores import mean_of_benchmarks
@@ -182,16 +182,16 @@ def _answer(
     verifier: RoutingVerifier,
     checksum: str,
     should_stop: Callable[[], bool],
-) -> list[Answer]:
+) -> list[GradedAnswer]:
     """All answers to a benchmark's problems, those of earlier calls among them."""
     name, count = task.benchmark.name, task.sampling.num_responses
     file = RowFile(Path(options.output) / f"{name}.jsonl")
     _claim(Path(options.output) / f"{name}.settings.json", _settings(options, task, checksum))
-    before = [Answer.from_row(row, str(file.path)) for row in file.read()]
+    before = [GradedAnswer.from_row(row, str(file.path)) for row in file.read()]
     kept = {(answer.prompt_id, answer.number): answer for answer in before}
     total, last_line = len(task.prompts) * count, -math.inf
 
-    def keep(answers: list[Answer]) -> None:
+    def keep(answers: list[GradedAnswer]) -> None:
         nonlocal last_line
         file.append(answer.row() for answer in answers)
         kept.update({(answer.prompt_id, answer.number): answer for answer in answers})
@@ -243,7 +243,7 @@ def _claim(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _write_results(
-    options: EvaluationOptions, tasks: Sequence[_Task], answers: Mapping[str, list[Answer]]
+    options: EvaluationOptions, tasks: Sequence[_Task], answers: Mapping[str, list[GradedAnswer]]
 ) -> Mapping[str, Any]:
     output = Path(options.output)
     benchmarks = {

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prime.data.layouts import Question, Row
 from megatron_prime.data.readers import read_rows
+from megatron_prime.data.row_formats import Question, Row
 from megatron_prime.errors import DataError
 from megatron_prime.evaluation import rows
 from megatron_prime.evaluation.livecodebench import read_livecodebench

@@ -89,7 +89,7 @@ def make_plan(
         hardware: the machine.
         mean_response_tokens: see `workload_of`.
     """
-    layout = memory.Layout.of(config, on_cpu=hardware.name == "cpu")
+    layout = memory.LayoutSizes.of(config, on_cpu=hardware.name == "cpu")
     work = workload_of(config, mean_response_tokens)
     stages = [_phases(config, architecture, layout, work, hardware, stage) for stage in range(layout.pipeline)]
     phases = tuple(max(same, key=lambda phase: phase.total) for same in zip(*stages, strict=True))
@@ -109,7 +109,7 @@ def make_plan(
 def _phases(
     config: AnyConfig,
     architecture: ModelArchitecture,
-    layout: memory.Layout,
+    layout: memory.LayoutSizes,
     work: Workload,
     hardware: Hardware,
     stage: int,
@@ -162,7 +162,7 @@ def _models(config: AnyConfig) -> tuple[list[str], list[str]]:
 def _model_parts(
     config: AnyConfig,
     architecture: ModelArchitecture,
-    layout: memory.Layout,
+    layout: memory.LayoutSizes,
     stage: int,
     computing: str | None,
     training: bool,
@@ -188,7 +188,7 @@ def _model_parts(
 
 
 def _engine_parts(
-    config: AnyConfig, architecture: ModelArchitecture, layout: memory.Layout, hardware: Hardware
+    config: AnyConfig, architecture: ModelArchitecture, layout: memory.LayoutSizes, hardware: Hardware
 ) -> dict[str, float]:
     """What lies on a rank of the engine in every phase."""
     if not isinstance(config, PrimeConfig):
@@ -201,7 +201,7 @@ def _engine_parts(
 
 
 def _vllm_parts(
-    config: PrimeConfig, architecture: ModelArchitecture, layout: memory.Layout, hardware: Hardware
+    config: PrimeConfig, architecture: ModelArchitecture, layout: memory.LayoutSizes, hardware: Hardware
 ) -> dict[str, float]:
     """What a vLLM engine takes of each of its GPUs."""
     weights = memory.num_parameters(architecture) * layout.item_bytes / config.rollout.vllm.tensor_parallel_size
@@ -217,7 +217,7 @@ def _engine_cache_bytes(config: PrimeConfig, hardware: Hardware, weights: float)
 
 
 def _rollout_parts(
-    config: PrimeConfig, architecture: ModelArchitecture, layout: memory.Layout, work: Workload, hardware: Hardware
+    config: PrimeConfig, architecture: ModelArchitecture, layout: memory.LayoutSizes, work: Workload, hardware: Hardware
 ) -> dict[str, float]:
     if config.rollout.engine == "vllm":
         # Engines in the ranks sleep in the other phases.
@@ -232,7 +232,7 @@ def _rollout_parts(
 def _host_bytes(
     config: AnyConfig,
     architecture: ModelArchitecture,
-    layout: memory.Layout,
+    layout: memory.LayoutSizes,
     work: Workload,
     checkpoint: float,
     hardware: Hardware,

@@ -24,7 +24,7 @@ _PCIE_BYTES_PER_SECOND = 20e9
 
 
 def traffic_bytes(
-    config: AnyConfig, architecture: ModelArchitecture, layout: memory.Layout, work: Workload
+    config: AnyConfig, architecture: ModelArchitecture, layout: memory.LayoutSizes, work: Workload
 ) -> dict[str, float]:
     """Bytes that one GPU sends per step, by purpose (ring collectives: Patarasuk and Yuan, 2009)."""
     per_gpu = memory.stage_parameters(architecture, layout, 0)
@@ -52,7 +52,7 @@ def _ring_share(size: int) -> float:
     return (size - 1) / size
 
 
-def _tokens_per_replica(config: AnyConfig, layout: memory.Layout, work: Workload) -> tuple[float, float]:
+def _tokens_per_replica(config: AnyConfig, layout: memory.LayoutSizes, work: Workload) -> tuple[float, float]:
     """Tokens that a rank's tensor and pipeline group trains on (policy and PRM) and scores, per step."""
     epochs = config.policy.num_epochs if isinstance(config, PrimeConfig) else 1
     trained = work.num_rows * epochs + work.num_prm_rows
@@ -63,7 +63,7 @@ def _tokens_per_replica(config: AnyConfig, layout: memory.Layout, work: Workload
 
 
 def step_seconds(
-    config: AnyConfig, architecture: ModelArchitecture, layout: memory.Layout, work: Workload, hardware: Hardware
+    config: AnyConfig, architecture: ModelArchitecture, layout: memory.LayoutSizes, work: Workload, hardware: Hardware
 ) -> dict[str, float]:
     """Seconds of a step by stage.
 
@@ -113,21 +113,21 @@ def _flops(a: ModelArchitecture, work: Workload) -> float:
     return 2 * (memory.active_parameters(a) - embedding) + pairs
 
 
-def _bubble(config: AnyConfig, layout: memory.Layout, work: Workload) -> float:
+def _bubble(config: AnyConfig, layout: memory.LayoutSizes, work: Workload) -> float:
     """Factor by which an idle pipeline stretches an update (Narayanan et al., arXiv 2104.04473, section 2.2)."""
     tokens = work.num_rows * work.row_tokens / work.num_optimizer_steps / layout.data
     num_micro_batches = max(math.ceil(tokens / micro_batch_tokens(config, work)), 1)
     return 1 + (layout.pipeline - 1) / (num_micro_batches * layout.virtual)
 
 
-def _data_bandwidth(config: AnyConfig, layout: memory.Layout, hardware: Hardware) -> float:
+def _data_bandwidth(config: AnyConfig, layout: memory.LayoutSizes, hardware: Hardware) -> float:
     inside = config.parallel.world_size <= hardware.num_gpus_per_node
     rate = hardware.node_gb_per_second if inside else hardware.network_gb_per_second
     return rate * 1e9 * hardware.network_efficiency
 
 
 def _rollout_seconds(
-    config: PrimeConfig, a: ModelArchitecture, layout: memory.Layout, work: Workload, hardware: Hardware
+    config: PrimeConfig, a: ModelArchitecture, layout: memory.LayoutSizes, work: Workload, hardware: Hardware
 ) -> float:
     """Decoding: every wave reads the weights once per position up to the longest answer, and all keys and values."""
     if config.rollout.engine == "vllm":

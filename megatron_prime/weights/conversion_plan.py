@@ -15,7 +15,7 @@ from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.families import WeightSpec, weight_specs
 from megatron_prime.weights.hf_folder import expected_shapes
 from megatron_prime.weights.hf_writer import MAX_SHARD_BYTES, plan_shards
-from megatron_prime.weights.layouts import local_shape
+from megatron_prime.weights.sharding import local_shape
 
 RELEASE_BYTES = 64 << 20
 """How much is read before the source's pages are given back."""

@@ -34,10 +34,9 @@ from megatron_prime.weights.conversion_plan import (
     padded_vocab_size,
     pipeline_stages,
 )
-from megatron_prime.weights.families import Layout, WeightSpec, weight_specs
+from megatron_prime.weights.families import Sharding, WeightSpec, weight_specs
 from megatron_prime.weights.hf_folder import HfFolder, expected_shapes
 from megatron_prime.weights.hf_writer import HfWriter
-from megatron_prime.weights.layouts import local_shape, local_slice, merge
 from megatron_prime.weights.megatron_folder import (
     MegatronFolder,
     MegatronWriter,
@@ -46,6 +45,7 @@ from megatron_prime.weights.megatron_folder import (
     stored_key,
     stored_shape,
 )
+from megatron_prime.weights.sharding import local_shape, local_slice, merge
 
 SIDE_FOLDER = "hf"
 Progress = Callable[[int, int], None]
@@ -264,7 +264,7 @@ class _Pieces:
                     yield StoredChunk(stored_key(spec), stored, offsets, own)
                 self.meter.add(part.numel() * self.dtype.itemsize)
             # A column slice touches every page of its tensor.
-            num_touched = cut.tp_size if spec.layout is Layout.ROW and not spec.is_whole else 1
+            num_touched = cut.tp_size if spec.sharding is Sharding.ROW and not spec.is_whole else 1
             unreleased += shard.numel() * shard.itemsize * num_touched
             del shard, part
             if unreleased >= RELEASE_BYTES:

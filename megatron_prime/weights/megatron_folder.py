@@ -31,8 +31,8 @@ from megatron_prime.checkpoint.torch_dist import (
 )
 from megatron_prime.errors import CheckpointError
 from megatron_prime.weights.architecture import ModelArchitecture
-from megatron_prime.weights.families import Layout, WeightSpec
-from megatron_prime.weights.layouts import local_shape
+from megatron_prime.weights.families import Sharding, WeightSpec
+from megatron_prime.weights.sharding import local_shape
 
 Place = tuple[str, tuple[int, ...]]
 """Name of a stored tensor and offsets in it."""
@@ -60,7 +60,7 @@ def shard_chunks(
 
     Args:
         spec: the weight.
-        shard: of `layouts.local_slice`.
+        shard: of `sharding.local_slice`.
         tp_rank: which shard; a weight that ranks hold whole is stored for rank 0 only.
         tp_size: number of shards.
 
@@ -69,8 +69,8 @@ def shard_chunks(
     """
     stack = _place(spec)
     tp_size = 1 if spec.is_whole else tp_size
-    parts = shard.chunk(2) if spec.layout is Layout.GATE_UP else (shard,)
-    dim = 1 if spec.layout is Layout.ROW else 0
+    parts = shard.chunk(2) if spec.sharding is Sharding.GATE_UP else (shard,)
+    dim = 1 if spec.sharding is Sharding.ROW else 0
     for number, part in enumerate(parts):
         offsets = [0] * part.dim()
         offsets[dim] = (number * tp_size + tp_rank) * part.shape[dim]

@@ -162,7 +162,7 @@ def fresh_processes_afterwards(gloo_pool) -> Iterator[None]:
     gloo_pool.close()
 
 
-def planned_update(architecture: ModelArchitecture, layout: memory.Layout) -> float:
+def planned_update(architecture: ModelArchitecture, layout: memory.LayoutSizes) -> float:
     """The planner's parts of an update that pass, on the only stage."""
     tokens = MICRO_BATCH_TOKENS // layout.context
     logits = memory.head_bytes(architecture, layout, tokens, 2**28, backward=True)
@@ -173,7 +173,7 @@ def planned_update(architecture: ModelArchitecture, layout: memory.Layout) -> fl
 @pytest.mark.parametrize("name", CASES)
 def test_planned_bytes_are_the_real_ones(gloo_pool, name: str) -> None:
     architecture, model, parallel = sections(CASES[name])
-    layout = memory.Layout.of_sections(model, parallel, on_cpu=True)
+    layout = memory.LayoutSizes.of_sections(model, parallel, on_cpu=True)
     for found in gloo_pool.run(parallel.world_size, measure, CASES[name]):
         planned = memory.model_bytes(architecture, layout, found["stage"], trained=True)
         assert planned.weights == found["weights"]

@@ -14,7 +14,7 @@ from megatron_prime.errors import WeightsError
 from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.checksum import WeightChecksum
 from megatron_prime.weights.families import WeightSpec, weight_specs
-from megatron_prime.weights.layouts import local_slice
+from megatron_prime.weights.sharding import local_slice
 from megatron_prime.weights.stream import ParallelGroups, export_stream
 
 WORLD_SIZE = 4

@@ -83,11 +83,11 @@ def run(folder: Path, variant: str, overrides: list[str]) -> dict[str, Any]:
 def planned(folder: Path) -> dict[str, float]:
     """GiB of one trained model by part, from the formulas of the planner."""
     from megatron_prime.config import load_config
-    from megatron_prime.planner.memory import Layout, model_bytes
+    from megatron_prime.planner.memory import LayoutSizes, model_bytes
     from megatron_prime.weights.architecture import read_architecture
 
     config = load_config(ROOT / "configs" / "arithmetic.yaml", [f"model.path={folder}", *COMMON])
-    found = model_bytes(read_architecture(folder), Layout.of(config, on_cpu=True), 0, trained=True)
+    found = model_bytes(read_architecture(folder), LayoutSizes.of(config, on_cpu=True), 0, trained=True)
     return {part: getattr(found, part) / 2**30 for part in ("weights", "gradients", "optimizer")}
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prime.data.layouts import PROMPT_LAYOUTS, Row, read_question
+from megatron_prime.data.row_formats import PROMPT_FORMATS, Row, read_question
 from megatron_prime.data.templates import TASK_SUFFIXES, complete_messages
 from megatron_prime.errors import DataError
 
 LAYOUTS = (
-    f"{PROMPT_LAYOUTS}; or code: APPS and TACO (question, input_output, solutions), problem + tests + solutions, or "
+    f"{PROMPT_FORMATS}; or code: APPS and TACO (question, input_output, solutions), problem + tests + solutions, or "
     "MBPP (prompt, test_list, code)"
 )
 _REFERENCES = ("solutions", "solution", "code", "canonical_solution", "completion")

@@ -69,7 +69,7 @@ def test_experts_are_counted(shared: int | None) -> None:
     )
 
     config, _ = recipe("prime_qwen2.5_72b", "qwen3-8b", "parallel.tensor_model_parallel_size=1")
-    layout = replace(memory.Layout.of(config, on_cpu=False), pipeline=1, tensor=1)
+    layout = replace(memory.LayoutSizes.of(config, on_cpu=False), pipeline=1, tensor=1)
     whole, shared_out = (memory.stage_parameters(architecture, replace(layout, expert=n), 0) for n in (1, 8))
     matrices = 3 * architecture.hidden_size * 768 * 128 * architecture.num_layers
     assert whole - shared_out == matrices * 7 // 8
@@ -80,7 +80,7 @@ def test_experts_are_counted(shared: int | None) -> None:
 def test_stages_hold_the_whole_model(shape: str, tensor: int, pipeline: int) -> None:
     architecture = read_architecture(SHAPES / shape)
     config, _ = recipe("prime_qwen2.5_72b", shape)
-    layout = replace(memory.Layout.of(config, on_cpu=False), tensor=tensor, pipeline=pipeline)
+    layout = replace(memory.LayoutSizes.of(config, on_cpu=False), tensor=tensor, pipeline=pipeline)
     held = tensor * sum(memory.stage_parameters(architecture, layout, stage) for stage in range(pipeline))
     padding = 2 * (memory.vocabulary_rows(architecture, layout) * tensor - architecture.vocab_size)
     norms = (tensor - 1) * architecture.hidden_size * (2 * architecture.num_layers + 1)
@@ -92,7 +92,7 @@ def test_stages_hold_the_whole_model(shape: str, tensor: int, pipeline: int) -> 
 def test_bytes_per_parameter_are_those_of_mixed_precision() -> None:
     architecture = read_architecture(SHAPES / "qwen2.5-32b")
     config, _ = recipe("prime_qwen2.5_32b", "qwen2.5-32b")
-    layout = replace(memory.Layout.of(config, on_cpu=False), data=1, distributed_optimizer=False)
+    layout = replace(memory.LayoutSizes.of(config, on_cpu=False), data=1, distributed_optimizer=False)
     trained = memory.model_bytes(architecture, layout, 0, trained=True)
     # Two of weights, four of gradients, twelve of Adam with float32 masters.
     assert trained.total == 18 * memory.stage_parameters(architecture, layout, 0)
@@ -103,7 +103,7 @@ def test_bytes_per_parameter_are_those_of_mixed_precision() -> None:
 
 def test_fp8_copies_of_the_layers_are_counted() -> None:
     config, architecture = recipe("prime_qwen2.5_72b", "qwen2.5-32b", "model.fp8=hybrid")
-    layout = replace(memory.Layout.of(config, on_cpu=False), tensor=2, pipeline=1, item_bytes=2)
+    layout = replace(memory.LayoutSizes.of(config, on_cpu=False), tensor=2, pipeline=1, item_bytes=2)
     a = architecture
     tables = 2 * memory.vocabulary_rows(a, layout) * a.hidden_size
     small = a.hidden_size * (2 * a.num_layers + 1) + a.num_layers * (a.num_attention_heads + 16) * a.kv_channels // 2

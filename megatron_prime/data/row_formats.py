@@ -1,4 +1,4 @@
-"""The layouts of dataset rows, and what is read from each."""
+"""The formats of dataset rows, and what is read from each."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron_prime.errors import DataError
 
 Row = Mapping[str, Any]
 
-PROMPT_LAYOUTS = (
+PROMPT_FORMATS = (
     "Eurus-2-RL-Data (prompt: list of messages, reward_model: {ground_truth}, and optionally data_source, ability, "
     "extra_info), GSM8K (question, answer with '#### 42'), or MATH (problem, and answer, expected_answer, or "
     "solution with \\boxed{..})"
 )
-SFT_LAYOUTS = (
+SFT_FORMATS = (
     "messages (the last by the assistant), prompt + response, GSM8K (question, answer), or MATH (problem, solution)"
 )
 
@@ -57,33 +57,33 @@ def read_question(row: Row, where: str) -> Question:
         The question and its ground truth.
 
     Raises:
-        DataError: the row has none of the layouts.
+        DataError: the row has none of the formats.
     """
     if "reward_model" in row and "prompt" in row:
         return _read_eurus(row, where)
     asked = row.get("problem", row.get("question"))
     if not isinstance(asked, str):
-        raise _unknown(where, PROMPT_LAYOUTS, row)
+        raise _unknown(where, PROMPT_FORMATS, row)
     if not asked.strip():
         raise DataError(f"{where}: the question is empty; remove the row")
     answer = row.get("answer", row.get("expected_answer"))
     if answer is None:
         solution = row.get("solution", "")
         if not isinstance(solution, str | None) or not {"answer", "expected_answer", "solution"} & row.keys():
-            raise _unknown(where, PROMPT_LAYOUTS, row)
+            raise _unknown(where, PROMPT_FORMATS, row)
         answer = last_boxed(solution or "")
     elif not isinstance(answer, (str, int, float)):
-        raise _unknown(where, PROMPT_LAYOUTS, row)
+        raise _unknown(where, PROMPT_FORMATS, row)
     return Question(messages=({"role": "user", "content": asked},), ground_truth=_final_answer(answer))
 
 
 def _read_eurus(row: Row, where: str) -> Question:
     reward_model, ability = row["reward_model"], row.get("ability", "math")
     if not isinstance(reward_model, Mapping) or "ground_truth" not in reward_model or not isinstance(ability, str):
-        raise _unknown(where, PROMPT_LAYOUTS, row)
+        raise _unknown(where, PROMPT_FORMATS, row)
     extra_info = row.get("extra_info")
     return Question(
-        messages=_read_messages(row["prompt"], where, PROMPT_LAYOUTS, row),
+        messages=_read_messages(row["prompt"], where, PROMPT_FORMATS, row),
         # Tests of programs may hold any text.
         ground_truth=(str if ability == "code" else _final_answer)(reward_model["ground_truth"]),
         ability=ability,
@@ -95,9 +95,9 @@ def _read_eurus(row: Row, where: str) -> Question:
 def read_demonstration(row: Row, where: str) -> Demonstration:
     """Reads a row of any supervised layout; arguments and errors as in `read_question`."""
     if "messages" in row:
-        messages = _read_messages(row["messages"], where, SFT_LAYOUTS, row)
+        messages = _read_messages(row["messages"], where, SFT_FORMATS, row)
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
-            raise _unknown(where, SFT_LAYOUTS, row)
+            raise _unknown(where, SFT_FORMATS, row)
         return Demonstration(messages=messages[:-1], response=messages[-1]["content"])
     for asked_key, answered_key in (("prompt", "response"), ("problem", "solution"), ("question", "answer")):
         asked, answered = row.get(asked_key), row.get(answered_key)
@@ -105,18 +105,18 @@ def read_demonstration(row: Row, where: str) -> Demonstration:
             continue
         if isinstance(asked, str):
             return Demonstration(messages=({"role": "user", "content": asked},), response=answered)
-        return Demonstration(messages=_read_messages(asked, where, SFT_LAYOUTS, row), response=answered)
-    raise _unknown(where, SFT_LAYOUTS, row)
+        return Demonstration(messages=_read_messages(asked, where, SFT_FORMATS, row), response=answered)
+    raise _unknown(where, SFT_FORMATS, row)
 
 
-def _read_messages(value: Any, where: str, layouts: str, row: Row) -> tuple[Message, ...]:
+def _read_messages(value: Any, where: str, formats: str, row: Row) -> tuple[Message, ...]:
     messages = list(value) if isinstance(value, (list, tuple)) else []
     whole = all(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
         for m in messages
     )
     if not messages or not whole:
-        raise _unknown(where, layouts, row)
+        raise _unknown(where, formats, row)
     return tuple({"role": m["role"], "content": m["content"]} for m in messages)
 
 
@@ -128,9 +128,9 @@ def _final_answer(answer: str | int | float | None) -> str:
     return "" if answer is None or answer != answer else str(answer)
 
 
-def _unknown(where: str, layouts: str, row: Row) -> DataError:
+def _unknown(where: str, formats: str, row: Row) -> DataError:
     columns = ", ".join(f"{key}: {type(value).__name__}" for key, value in row.items())
-    return DataError(f"{where}: unknown layout with columns ({columns}); expected {layouts}")
+    return DataError(f"{where}: unknown layout with columns ({columns}); expected {formats}")
 
 
 def last_boxed(solution: str) -> str:

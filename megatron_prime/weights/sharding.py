@@ -1,6 +1,6 @@
 """Cutting a tensor-parallel shard out of Hugging Face tensors, and putting shards together again.
 
-Column, qkv and gate_up are one layout with a different number of blocks: a shard is a sequence of
+Column, qkv and gate_up are one sharding with a different number of blocks: a shard is a sequence of
 blocks, and each block has its share of rows from every source tensor. qkv has a block per query
 group, the others have one.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_prime.errors import WeightsError
 from megatron_prime.weights.architecture import ModelArchitecture
-from megatron_prime.weights.families import Layout, WeightSpec
+from megatron_prime.weights.families import Sharding, WeightSpec
 
 Slices = tuple[slice, ...]
 Fetch = Callable[[str, Slices], Tensor]
@@ -40,22 +40,22 @@ def local_shape(
     """
     first = spec.hf_shapes[0]
     tp_size = 1 if spec.is_whole else tp_size
-    match spec.layout:
-        case Layout.REPLICATED:
+    match spec.sharding:
+        case Sharding.REPLICATED:
             return first
-        case Layout.ROW:
+        case Sharding.ROW:
             return (first[0], _share(first[1], tp_size, f"columns of {spec.hf_names[0]}"), *first[2:])
-        case Layout.VOCAB:
+        case Sharding.VOCAB:
             if padded_vocab_size < first[0]:
                 raise WeightsError(f"padded_vocab_size: {padded_vocab_size} is less than vocab_size {first[0]}")
             return (_share(padded_vocab_size, tp_size, "padded_vocab_size"), *first[1:])
-        case Layout.QKV | Layout.QKV_BIAS:
+        case Sharding.QKV | Sharding.QKV_BIAS:
             _share(architecture.num_attention_heads, tp_size, "num_attention_heads")
             _share(architecture.num_query_groups, tp_size, "num_key_value_heads")
-        case Layout.GATE_UP:
+        case Sharding.GATE_UP:
             shared = ".shared_expert." in spec.hf_names[0]
             _share(first[0], tp_size, "shared_expert_intermediate_size" if shared else "intermediate_size")
-        case Layout.COLUMN:
+        case Sharding.COLUMN:
             _share(first[0], tp_size, f"rows of {spec.hf_names[0]}")
     return (sum(shape[0] for shape in spec.hf_shapes) // tp_size, *first[1:])
 
@@ -93,12 +93,12 @@ def local_slice(
         slices[dim] = slice(start, stop)
         return fetch(spec.hf_names[index], tuple(slices))
 
-    match spec.layout:
-        case Layout.REPLICATED:
+    match spec.sharding:
+        case Sharding.REPLICATED:
             return cut(0, 0, 0, shape[0])
-        case Layout.ROW:
+        case Sharding.ROW:
             return cut(0, 1, tp_rank * shape[1], (tp_rank + 1) * shape[1])
-        case Layout.VOCAB:
+        case Sharding.VOCAB:
             vocab_size = spec.hf_shapes[0][0]
             start = min(tp_rank * shape[0], vocab_size)
             rows = cut(0, 0, start, min(start + shape[0], vocab_size))
@@ -138,12 +138,12 @@ def merge(
         if tuple(shard.shape) != shape:
             raise WeightsError(f"{spec.megatron_name}: shard {rank} has shape {tuple(shard.shape)}, expected {shape}")
     name = spec.hf_names[0]
-    match spec.layout:
-        case Layout.REPLICATED:
+    match spec.sharding:
+        case Sharding.REPLICATED:
             return [(name, shards[0].contiguous())]
-        case Layout.ROW:
+        case Sharding.ROW:
             return [(name, _join(shards, dim=1))]
-        case Layout.VOCAB:
+        case Sharding.VOCAB:
             return [(name, _join(shards, dim=0)[: spec.hf_shapes[0][0]])]
     num_blocks = _num_blocks(spec, architecture, tp_size)
     rows_per_block = [hf_shape[0] // tp_size // num_blocks for hf_shape in spec.hf_shapes]
@@ -157,7 +157,7 @@ def merge(
 
 
 def _num_blocks(spec: WeightSpec, architecture: ModelArchitecture, tp_size: int) -> int:
-    return architecture.num_query_groups // tp_size if spec.layout in (Layout.QKV, Layout.QKV_BIAS) else 1
+    return architecture.num_query_groups // tp_size if spec.sharding in (Sharding.QKV, Sharding.QKV_BIAS) else 1
 
 
 def _join(tensors: Sequence[Tensor], dim: int) -> Tensor:
