@@ -36,9 +36,9 @@ from megatron_prime.observe.run_folder import RunFolder, commit
 from megatron_prime.trainer.prime import PrimeParts, PrimeTrainer
 from megatron_prime.trainer.sft import SftTrainer
 from megatron_prime.verify.routing import RoutingVerifier, build_verifier
-from megatron_prime.watch.crash_report import last_words
+from megatron_prime.watch.crash_report import crash_report
 from megatron_prime.watch.interrupt import stop_requests
-from megatron_prime.watch.rank_status import SIGNS
+from megatron_prime.watch.rank_status import RANKS_FOLDER
 from megatron_prime.watch.watchdog import Watchdog
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
 from megatron_prime.weights.hf_folder import HfFolder
@@ -52,7 +52,7 @@ class _Process:
 
     should_stop: Callable[[], bool]
     watchdog: Watchdog
-    last_words: Callable[[], AbstractContextManager[None]]
+    crash_report: Callable[[], AbstractContextManager[None]]
 
 
 def run(config: AnyConfig, *, ends_process: bool = False) -> Mapping[str, Any]:
@@ -67,18 +67,18 @@ def run(config: AnyConfig, *, ends_process: bool = False) -> Mapping[str, Any]:
     """
     architecture = check(config)
     torch.set_num_threads(config.run.num_threads)
-    signs = RunFolder(config.run.directory, config.run.name).path / SIGNS
+    ranks_folder = RunFolder(config.run.directory, config.run.name).path / RANKS_FOLDER
     with parallel_layout(config.parallel, config.run.seed) as layout, stop_requests() as should_stop:
         _check_disk(config, architecture)
         watchdog = Watchdog(
-            signs,
+            ranks_folder,
             rank=collectives.rank(),
             world_size=collectives.world_size(),
             timeout_seconds=config.parallel.timeout_seconds,
         )
-        words = partial(last_words, watchdog, ends_process=ends_process)
-        process = _Process(should_stop=should_stop, watchdog=watchdog, last_words=words)
-        with watchdog.watching(), words():
+        report = partial(crash_report, watchdog, ends_process=ends_process)
+        process = _Process(should_stop=should_stop, watchdog=watchdog, crash_report=report)
+        with watchdog.watching(), report():
             if isinstance(config, PrimeConfig):
                 return _run_prime(config, architecture, layout, process)
             return _run_sft(config, architecture, layout, process)
@@ -126,7 +126,7 @@ def _run_prime(
         _prepared(folder, config, roles, starts, resume_from) as (checkpoints, metrics),
         configured_verifier(config) as verifier,
         # Innermost: a rank that fails speaks before it closes anything.
-        process.last_words(),
+        process.crash_report(),
     ):
         parts = PrimeParts(
             policy=policy,
@@ -167,7 +167,7 @@ def _run_sft(
     if config.model.init == "weights":
         model.load_hf(HfFolder(config.model.path))
     prepared = _prepared(folder, config, {"model": model}, {"model": config.model.path}, resume_from)
-    with prepared as (checkpoints, metrics), process.last_words():
+    with prepared as (checkpoints, metrics), process.crash_report():
         trainer = SftTrainer(config, model, examples, checkpoints, metrics, process.should_stop, process.watchdog.enter)
         summary = trainer.train()
         process.watchdog.enter("export", config.run.num_steps)

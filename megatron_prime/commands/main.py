@@ -27,12 +27,12 @@ from megatron_prime.commands import (
 )
 from megatron_prime.errors import PrimeError, RunInterrupted
 from megatron_prime.launch.local import is_main_rank
-from megatron_prime.watch.exit_status import FAILED, INPUT_AT_FAULT, INTERRUPTED
+from megatron_prime.watch.exit_status import FAILED, INTERRUPTED, INVALID_INPUT
 
 _COMMANDS = (demo, train, sft, check, serve, launch, replay, evaluate, generate, prepare, verify, convert)
-_SPEAK_AFTER_SECONDS = 2.0
-_SAID_ALIKE = ("data", "trainer", "mcore", "kernels", "verify.code.verifier")
-"""Modules that all ranks run on the same values: what they warn of is said once."""
+_OTHER_RANKS_WAIT_SECONDS = 2.0
+_SAME_ON_ALL_RANKS = ("data", "trainer", "mcore", "kernels", "verify.code.verifier")
+"""Modules that all ranks run on the same values: their warnings are logged by the main one alone."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,12 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except PrimeError as error:
         if not is_main_rank():
-            # Most errors reach every rank alike; the main one's exit then ends this process before it speaks.
-            time.sleep(_SPEAK_AFTER_SECONDS)
+            # Most errors reach every rank alike; the main one's exit then ends this process before it prints.
+            time.sleep(_OTHER_RANKS_WAIT_SECONDS)
         lines = "\n".join(f"  {line}" for line in str(error).splitlines())
         where = "" if is_main_rank() else f"rank {os.environ['RANK']}: "
         print(f"{where}{type(error).__name__}:\n{lines}", file=sys.stderr)
-        return INPUT_AT_FAULT
+        return INVALID_INPUT
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception:
@@ -80,5 +80,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _set_up_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron_prime").setLevel(logging.INFO if is_main_rank() else logging.WARNING)
-    for name in () if is_main_rank() else _SAID_ALIKE:
+    for name in () if is_main_rank() else _SAME_ON_ALL_RANKS:
         logging.getLogger(f"megatron_prime.{name}").setLevel(logging.ERROR)

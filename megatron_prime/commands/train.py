@@ -11,7 +11,7 @@ from megatron_prime.assembly.preflight import check
 from megatron_prime.commands.arguments import Commands, add_command, add_configuration, load_kind
 from megatron_prime.config.schema import AnyConfig, PrimeConfig
 from megatron_prime.launch.local import is_launched, is_main_rank, launch_local
-from megatron_prime.watch.rank_status import SIGNS
+from megatron_prime.watch.rank_status import RANKS_FOLDER
 
 
 def add_parser(commands: Commands) -> None:
@@ -33,7 +33,7 @@ def start(config: AnyConfig, arguments: Sequence[str]) -> int:
     if not is_launched() and config.parallel.world_size > 1:
         # The ranks look at files; to do it here too would import torch once more, for seconds.
         check(config, check_files=False)
-        return launch_local(arguments, config.parallel.world_size, config.run.num_threads, folder / SIGNS)
+        return launch_local(arguments, config.parallel.world_size, config.run.num_threads, folder / RANKS_FOLDER)
     from megatron_prime.assembly.run import run as run_ranks
     from megatron_prime.observe.report import final_table
 

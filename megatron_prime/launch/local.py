@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_prime.watch.exit_status import EXPLAINED, INTERRUPTED, PEER_LOST
 from megatron_prime.watch.interrupt import STOP_SIGNALS
-from megatron_prime.watch.rank_status import read_signs
+from megatron_prime.watch.rank_status import read_statuses
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 10.0
@@ -34,7 +34,7 @@ def is_main_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def launch_local(arguments: Sequence[str], world_size: int, num_threads: int, signs: Path | None = None) -> int:
+def launch_local(arguments: Sequence[str], world_size: int, num_threads: int, ranks_folder: Path | None = None) -> int:
     """Runs ``megatron-prime`` with the same arguments on ``world_size`` processes of this machine.
 
     The first process to fail takes the others down; none outlives this one. One that could not say why is named with
@@ -45,7 +45,7 @@ def launch_local(arguments: Sequence[str], world_size: int, num_threads: int, si
         arguments: of the command line, without the program.
         world_size: processes.
         num_threads: CPU threads of each.
-        signs: folder of the ranks' signs of life.
+        ranks_folder: of the ranks' status files.
 
     Returns:
         The exit status: 0, or that of the process that failed first.
@@ -76,7 +76,7 @@ def launch_local(arguments: Sequence[str], world_size: int, num_threads: int, si
             # Ranks that do not save, or not yet.
             return _SIGNALLED + signal.SIGINT
         if status not in EXPLAINED | {0}:
-            print(_how_it_ended(rank, processes[rank].pid, status, signs), file=sys.stderr, flush=True)
+            print(_how_it_ended(rank, processes[rank].pid, status, ranks_folder), file=sys.stderr, flush=True)
         if status == INTERRUPTED:
             _wait_for_the_rest(processes)
         return status
@@ -106,7 +106,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int]:
         time.sleep(_POLL_SECONDS)
 
 
-def _how_it_ended(rank: int, pid: int, status: int, signs: Path | None) -> str:
+def _how_it_ended(rank: int, pid: int, status: int, ranks_folder: Path | None) -> str:
     """One line about a rank that ended without a word."""
     if status > _SIGNALLED:
         number = status - _SIGNALLED
@@ -115,8 +115,10 @@ def _how_it_ended(rank: int, pid: int, status: int, signs: Path | None) -> str:
         how += " (often by the kernel, for want of memory)" if number == signal.SIGKILL else ""
     else:
         how = f"ended with status {status}"
-    sign = read_signs(signs).get(rank) if signs is not None else None
-    return f"rank {rank} {how}" + (f" in {sign.place()}" if sign is not None and sign.pid == pid else "")
+    rank_status = read_statuses(ranks_folder).get(rank) if ranks_folder is not None else None
+    return f"rank {rank} {how}" + (
+        f" in {rank_status.place()}" if rank_status is not None and rank_status.pid == pid else ""
+    )
 
 
 @contextmanager

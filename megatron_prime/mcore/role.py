@@ -29,7 +29,7 @@ from megatron_prime.mcore.packing import (
 from megatron_prime.mcore.parallel import Layout
 from megatron_prime.mcore.reports import TokenLoss, chunk_loss, combined, reduce_metrics
 from megatron_prime.mcore.residency import Residency
-from megatron_prime.mcore.skips import Skips
+from megatron_prime.mcore.skipped_steps import SkippedSteps
 from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.families import WeightSpec, weight_specs
 from megatron_prime.weights.hf_folder import HfFolder
@@ -266,7 +266,7 @@ class TrainableRole(ModelRole):
 
     def __init__(self, setup: RoleSetup, optimizer: OptimizerSection, *, num_optimizer_steps: int) -> None:
         super().__init__(setup)
-        self._skips = Skips(optimizer)
+        self._skipped_steps = SkippedSteps(optimizer)
         with megatron_platform():
             from megatron_prime.mcore.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 
@@ -311,7 +311,7 @@ class TrainableRole(ModelRole):
         found = self.measure(rows, selected, loss, **options)
         if check is not None and found.logprobs is not None:
             check(found.logprobs)
-        if self._skips.skip(found.metrics):
+        if self._skipped_steps.skip(found.metrics):
             return replace(found, metrics=found.metrics | {"skipped": 1.0})
         step_with_norm(self.optimizer, found.metrics["grad_norm"])
         if collectives.any_process(not stepped_parameters_are_finite(self.optimizer)):

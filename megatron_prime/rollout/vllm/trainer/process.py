@@ -265,10 +265,10 @@ class EngineProcess:
 def _comes_within(timeout_seconds: float, poll: Callable[[float], bool]) -> bool:
     """Waits, and says meanwhile that this process is not stuck."""
     deadline = time.monotonic() + timeout_seconds
-    while not poll(min(heartbeat.SIGN_SECONDS, max(0.0, deadline - time.monotonic()))):
+    while not poll(min(heartbeat.BEAT_SECONDS, max(0.0, deadline - time.monotonic()))):
         if time.monotonic() >= deadline:
             return False
-        heartbeat.heard()
+        heartbeat.beat()
     return True
 
 
