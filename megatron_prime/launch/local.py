@@ -107,7 +107,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int]:
 
 
 def _how_it_ended(rank: int, pid: int, status: int, ranks_folder: Path | None) -> str:
-    """One line about a rank that ended without a word."""
+    """One line about a rank that ended without a report."""
     if status > _SIGNALLED:
         number = status - _SIGNALLED
         known = number in {member.value for member in signal.Signals}
@@ -115,10 +115,8 @@ def _how_it_ended(rank: int, pid: int, status: int, ranks_folder: Path | None) -
         how += " (often by the kernel, for want of memory)" if number == signal.SIGKILL else ""
     else:
         how = f"ended with status {status}"
-    rank_status = read_statuses(ranks_folder).get(rank) if ranks_folder is not None else None
-    return f"rank {rank} {how}" + (
-        f" in {rank_status.place()}" if rank_status is not None and rank_status.pid == pid else ""
-    )
+    last = read_statuses(ranks_folder).get(rank) if ranks_folder is not None else None
+    return f"rank {rank} {how}" + (f" in {last.place()}" if last is not None and last.pid == pid else "")
 
 
 @contextmanager

@@ -29,7 +29,8 @@ def stall_report(
     lines = []
     for status in missing[:_MAX_CULPRITS] or waiting.values():
         state = _state(status, is_silent=status.rank in silent)
-        text = f"rank {status.rank} on host {status.host} has been in {status.place()} for {status.phase_seconds:.0f} s ({state})"
+        where = f"rank {status.rank} on host {status.host} has been in {status.place()}"
+        text = f"{where} for {status.phase_seconds:.0f} s ({state})"
         lines.append("; ".join(filter(None, [text, others if missing else ""])))
         if stack := stack_of(status):
             lines.append(_main_stack(stack))
