@@ -34,8 +34,8 @@ _BLOCK_WORDS, _BLOCKS_PER_PASS, _HALF = 8192, 1024, 2**32 - 1
 def digest(values: Tensor) -> bytes:
     """Checksum of a tensor's values (not of its name or shape, which plans carry).
 
-    XXH3 (xxhash.com) reads at the speed of memory, 27 GB/s on one core where `WeightChecksum` reads 2.5; it is for
-    errors, not against adversaries. A tensor on an accelerator is copied to the host for it.
+    XXH3 (xxhash.com) reads at the speed of memory, 27 GB/s on one core; it is for errors, not against adversaries. A
+    tensor on an accelerator is copied to the host for it.
 
     Args:
         values: any dtype, device and strides.
