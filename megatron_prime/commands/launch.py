@@ -20,6 +20,7 @@ from megatron_prime.commands.arguments import (
 from megatron_prime.config import load_config
 from megatron_prime.config.schema import AnyConfig, PrimeConfig
 from megatron_prime.launch import slurm
+from megatron_prime.launch.local import command_of, local_command
 
 _SERVED = ("rollout.engine=vllm", "rollout.vllm.servers=[http://server:8000]")
 
@@ -101,10 +102,9 @@ def _checked(options: argparse.Namespace, overrides: list[str]) -> AnyConfig:
 def _local(options: argparse.Namespace) -> int:
     config = _checked(options, options.overrides)
     if options.dry_run:
-        print(slurm.local_command(config, options.config, options.overrides))
+        print(local_command(config, options.config, options.overrides))
         return 0
-    kind = "train" if isinstance(config, PrimeConfig) else "sft"
-    return train.start(config, [kind, options.config, *options.overrides])
+    return train.start(config, [command_of(config), options.config, *options.overrides])
 
 
 def _slurm(options: argparse.Namespace) -> int:
@@ -134,8 +134,7 @@ def _nemo_run(options: argparse.Namespace) -> int:
 
     config = _checked(options, options.overrides)
     world_size = config.parallel.world_size
-    recipe = nemo_run.train_recipe if isinstance(config, PrimeConfig) else nemo_run.sft_recipe
-    task = recipe(str(Path(options.config).resolve()), options.overrides)
+    task = nemo_run.recipe(command_of(config), str(Path(options.config).resolve()), options.overrides)
     detached = options.executor == "slurm"
     if detached:
         executor = nemo_run.slurm_executor(world_size, _slurm_options(options))

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_prime.batch import Prompt, Response, SftExample
 from megatron_prime.config.schema import FileData
-from megatron_prime.data.order import shuffled_index
+from megatron_prime.data.order import shuffled_indices
 from megatron_prime.data.readers import read_rows
 from megatron_prime.data.row_formats import Demonstration, Question, Row, read_demonstration, read_question
 from megatron_prime.data.templates import Message, complete_messages, render
@@ -118,15 +118,14 @@ class FilePrompts:
         return len(self._training)
 
     def take(self, position: int, count: int) -> list[Prompt]:
-        places = range(position, position + count)
-        return self._prompts([self._training[shuffled_index(p, len(self), self._seed)] for p in places])
+        return self._prompts([self._training[i] for i in shuffled_indices(position, count, len(self), self._seed)])
 
     def evaluation(self, count: int) -> list[Prompt]:
         if not self._evaluation:
             raise DataError("data.evaluation: no prompts; name evaluation files")
         length = len(self._evaluation)
         # Not the run's seed: runs with different seeds are compared on the same prompts.
-        chosen = [shuffled_index(p, length, _EVALUATION_SEED) for p in range(min(count, length))]
+        chosen = shuffled_indices(0, min(count, length), length, _EVALUATION_SEED)
         return self._prompts([self._evaluation[index] for index in chosen])
 
     def _prompts(self, rows: Sequence[tuple[str, Question]]) -> list[Prompt]:
@@ -177,8 +176,7 @@ class FileSft:
         return len(self._kept)
 
     def take(self, position: int, count: int) -> list[SftExample]:
-        places = range(position, position + count)
-        return self._examples([self._kept[shuffled_index(p, len(self), self._seed)] for p in places])
+        return self._examples([self._kept[i] for i in shuffled_indices(position, count, len(self), self._seed)])
 
     def _examples(self, rows: Sequence[Demonstration]) -> list[SftExample]:
         prompts = self._renderer.encode([self._renderer.text(row.messages, row.ability) for row in rows])

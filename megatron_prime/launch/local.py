@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -13,9 +14,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
+from megatron_prime.config.schema import AnyConfig, PrimeConfig
 from megatron_prime.watch.exit_status import EXPLAINED, INTERRUPTED, PEER_LOST
-from megatron_prime.watch.interrupt import STOP_SIGNALS
+from megatron_prime.watch.interrupt import STOP_SIGNALS, signal_handlers
 from megatron_prime.watch.rank_status import read_statuses
 
 _POLL_SECONDS = 0.05
@@ -32,6 +35,31 @@ def is_launched() -> bool:
 def is_main_rank() -> bool:
     """Whether this process prints for all ranks, or is the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def command_of(config: AnyConfig) -> Literal["train", "sft"]:
+    """The command that runs a configuration."""
+    return "train" if isinstance(config, PrimeConfig) else "sft"
+
+
+def local_command(config: AnyConfig, config_path: str, overrides: Sequence[str]) -> str:
+    """What `launch_local` starts, one line per rank."""
+    world_size, num_threads = config.parallel.world_size, config.run.num_threads
+    command = shlex.join(["megatron-prime", command_of(config), config_path, *overrides])
+    environments = [_rank_environment(rank, world_size, num_threads, "<free port>") for rank in range(world_size)]
+    return "\n".join(" ".join([*map("=".join, variables.items()), command]) for variables in environments)
+
+
+def _rank_environment(rank: int, world_size: int, num_threads: int, port: str) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": str(num_threads),
+    }
 
 
 def launch_local(arguments: Sequence[str], world_size: int, num_threads: int, ranks_folder: Path | None = None) -> int:
@@ -53,18 +81,11 @@ def launch_local(arguments: Sequence[str], world_size: int, num_threads: int, ra
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": str(num_threads),
-    }
     command = [sys.executable, "-m", "megatron_prime", *arguments]
     processes = [
         subprocess.Popen(
             command,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=os.environ | _rank_environment(rank, world_size, num_threads, str(port)),
             preexec_fn=_die_with_parent,
         )
         for rank in range(world_size)
@@ -135,13 +156,8 @@ def _forward_stop_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Itera
         # A terminal sends Ctrl-C to all processes, `kill` to this one only: a second SIGINT would end a rank.
         forward(signal.SIGTERM, frame)
 
-    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
-    try:
+    with signal_handlers(dict.fromkeys(STOP_SIGNALS, forward) | {signal.SIGINT: interrupt}):
         yield interrupted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _wait_for_the_rest(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -1,7 +1,0 @@
-"""What a run shows and leaves behind: its folder, its metrics, its plots."""
-
-from megatron_prime.observe.metrics import MetricsLogger
-from megatron_prime.observe.report import draw_plots, final_table, read_metrics, write_summary
-from megatron_prime.observe.run_folder import RunFolder
-
-__all__ = ["MetricsLogger", "RunFolder", "draw_plots", "final_table", "read_metrics", "write_summary"]

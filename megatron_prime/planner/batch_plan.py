@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_prime.config.checks import data_parallel_size
 from megatron_prime.config.schema import AnyConfig, PrimeConfig, SftConfig
+from megatron_prime.planner.workload import has_reference
 
 
 def batch_plan(config: AnyConfig) -> list[tuple[str, str]]:
@@ -83,7 +84,7 @@ def _models(config: PrimeConfig) -> str:
     if config.uses_prm:
         models.append("PRM")
         places.append(config.prm.path or config.model.path)
-    if config.reference.source == "sft" and (config.uses_prm or config.policy.kl_coef > 0):
+    if has_reference(config):
         models.append("frozen reference")
         places.append(config.model.path)
     if len(set(places)) == 1:

@@ -105,7 +105,7 @@ def local_slice(
             return (
                 rows if len(rows) == shape[0] else torch.cat([rows, rows.new_zeros(shape[0] - len(rows), *shape[1:])])
             )
-    num_blocks = _num_blocks(spec, architecture, tp_size)
+    num_blocks = spec.num_blocks(architecture, tp_size)
     parts = []
     for index, hf_shape in enumerate(spec.hf_shapes):
         num_rows = hf_shape[0] // tp_size
@@ -145,7 +145,7 @@ def merge(
             return [(name, _join(shards, dim=1))]
         case Sharding.VOCAB:
             return [(name, _join(shards, dim=0)[: spec.hf_shapes[0][0]])]
-    num_blocks = _num_blocks(spec, architecture, tp_size)
+    num_blocks = spec.num_blocks(architecture, tp_size)
     rows_per_block = [hf_shape[0] // tp_size // num_blocks for hf_shape in spec.hf_shapes]
     blocks = [
         shard.reshape(num_blocks, sum(rows_per_block), *shape[1:]).split(rows_per_block, dim=1) for shard in shards
@@ -154,10 +154,6 @@ def merge(
         (name, _join([part[index] for part in blocks], dim=0).reshape(spec.hf_shapes[index]))
         for index, name in enumerate(spec.hf_names)
     ]
-
-
-def _num_blocks(spec: WeightSpec, architecture: ModelArchitecture, tp_size: int) -> int:
-    return architecture.num_query_groups // tp_size if spec.sharding in (Sharding.QKV, Sharding.QKV_BIAS) else 1
 
 
 def _join(tensors: Sequence[Tensor], dim: int) -> Tensor:

@@ -89,7 +89,7 @@ def shard_slices(
             start = min(tp_rank * shard.shape[0], first[0])
             rows = shard[: max(min(first[0] - start, shard.shape[0]), 0)]
             return [_rows(spec.hf_names[0], first, start, rows)] if len(rows) else []
-    num_blocks = architecture.num_query_groups // tp_size if spec.sharding in (Sharding.QKV, Sharding.QKV_BIAS) else 1
+    num_blocks = spec.num_blocks(architecture, tp_size)
     num_rows = [shape[0] // tp_size for shape in spec.hf_shapes]
     blocks = shard.reshape(num_blocks, sum(num_rows) // num_blocks, *first[1:])
     parts = blocks.split([rows // num_blocks for rows in num_rows], dim=1)

@@ -10,7 +10,9 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_prime.observe import MetricsLogger, RunFolder, read_metrics
+from megatron_prime.observe.metrics import MetricsLogger
+from megatron_prime.observe.report import read_metrics
+from megatron_prime.observe.run_folder import RunFolder
 
 
 @pytest.fixture
