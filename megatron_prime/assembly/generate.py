@@ -15,7 +15,7 @@ from megatron_prime.data.tokenizer import encode, load_tokenizer
 from megatron_prime.errors import ConfigError
 from megatron_prime.rollout.prompts import lack_of_room
 from megatron_prime.weights.architecture import read_architecture
-from megatron_prime.weights.convert import as_hf_folder
+from megatron_prime.weights.conversion import as_hf_folder
 
 
 def generate(

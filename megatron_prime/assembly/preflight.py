@@ -12,7 +12,7 @@ from megatron_prime.checkpoint.manifest import committed
 from megatron_prime.config.checks import check_architecture, check_config, raise_for_problems
 from megatron_prime.config.schema import AnyConfig, FileData, PrimeConfig, SftConfig
 from megatron_prime.errors import CheckpointError, ConfigError, WeightsError
-from megatron_prime.planner.memory import LayoutSizes, checkpoint_bytes, exported_bytes, num_checkpoints
+from megatron_prime.planner.footprint import LayoutSizes, checkpoint_bytes, exported_bytes, num_checkpoints
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from megatron_prime.mcore.packing import TokenRows
 from megatron_prime.mcore.parallel import parallel_layout
 from megatron_prime.mcore.role import ModelRole, RoleSetup
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
+from megatron_prime.weights.conversion import hf_tensors
 from megatron_prime.weights.conversion_plan import hf_sizes
-from megatron_prime.weights.convert import hf_tensors
 from megatron_prime.weights.families import weight_specs
 from megatron_prime.weights.hf_folder import HfFolder
 from megatron_prime.weights.megatron_folder import MegatronFolder

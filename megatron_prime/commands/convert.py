@@ -38,8 +38,8 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from megatron_prime.mcore.dtypes import DTYPES
+    from megatron_prime.weights.conversion import to_hf, to_megatron
     from megatron_prime.weights.conversion_plan import Cut
-    from megatron_prime.weights.convert import to_hf, to_megatron
 
     source, target, is_to_megatron = options.source, options.target, options.direction == "to-megatron"
     cut = Cut(tp_size=options.tensor_model_parallel_size, pp_size=options.pipeline_model_parallel_size)
@@ -89,8 +89,8 @@ def _plan_lines(options: argparse.Namespace, cut: Cut) -> list[str]:
 
     from megatron_prime.mcore.dtypes import DTYPES
     from megatron_prime.weights.architecture import read_architecture
+    from megatron_prime.weights.conversion import side_folder
     from megatron_prime.weights.conversion_plan import plan_conversion
-    from megatron_prime.weights.convert import side_folder
 
     is_to_megatron = options.direction == "to-megatron"
     architecture = read_architecture(options.source if is_to_megatron else side_folder(options.source, options.like))

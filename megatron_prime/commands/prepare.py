@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     from megatron_prime.data.prepare.output import check_output, write_rows
     from megatron_prime.data.prepare.pipeline import Cleaner, CleaningOptions
     from megatron_prime.data.readers import read_rows
-    from megatron_prime.observe.files import require_folder, write_atomically
+    from megatron_prime.observe.atomic_files import require_folder, write_atomically
     from megatron_prime.observe.report import cleaning_table
 
     output: Path = options.output

@@ -24,19 +24,19 @@ from megatron_prime.data.row_formats import Question
 from megatron_prime.data.templates import complete_messages, render
 from megatron_prime.data.tokenizer import encode, load_tokenizer
 from megatron_prime.errors import ConfigError, DataError
-from megatron_prime.evaluation.answers import GradedAnswer, answer_problems, problem_means, summarize
+from megatron_prime.evaluation.graded_answers import GradedAnswer, answer_problems, problem_means, summarize
 from megatron_prime.evaluation.options import EvaluationOptions
 from megatron_prime.evaluation.registry import BENCHMARKS, Benchmark, load_benchmarks
 from megatron_prime.evaluation.scores import mean_of_benchmarks
 from megatron_prime.interfaces import Engine
-from megatron_prime.observe.files import require_folder, write_atomically
+from megatron_prime.observe.atomic_files import require_folder, write_atomically
 from megatron_prime.observe.report import benchmark_table
-from megatron_prime.observe.rows import RowFile
+from megatron_prime.observe.row_file import RowFile
 from megatron_prime.rollout.prompts import lack_of_room
 from megatron_prime.verify.routing import RoutingVerifier, build_verifier
 from megatron_prime.watch.interrupt import stop_requests
 from megatron_prime.weights.architecture import read_architecture
-from megatron_prime.weights.convert import as_hf_folder
+from megatron_prime.weights.conversion import as_hf_folder
 
 _MAX_ROWS = 64
 _MAX_VLLM_ROWS = 256

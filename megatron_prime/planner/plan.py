@@ -9,11 +9,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_prime.config.schema import AnyConfig, PrimeConfig
-from megatron_prime.planner import memory
+from megatron_prime.config.schema import AnyConfig, PrimeConfig, VllmSection
+from megatron_prime.planner import footprint
 from megatron_prime.planner.hardware import GIB, Hardware
 from megatron_prime.planner.speed import step_seconds, traffic_bytes
-from megatron_prime.planner.workload import Workload, has_reference, micro_batch_tokens, workload_of
+from megatron_prime.planner.workload import PlanInputs, Workload, has_reference, micro_batch_tokens, workload_of
 from megatron_prime.weights.architecture import ModelArchitecture
 
 _PROCESS_BYTES = 3 * GIB
@@ -89,67 +89,59 @@ def make_plan(
         hardware: the machine.
         mean_response_tokens: see `workload_of`.
     """
-    layout = memory.LayoutSizes.of(config, on_cpu=hardware.name == "cpu")
+    layout = footprint.LayoutSizes.of(config, on_cpu=hardware.name == "cpu")
     work = workload_of(config, mean_response_tokens)
-    stages = [_phases(config, architecture, layout, work, hardware, stage) for stage in range(layout.pipeline)]
+    inputs = PlanInputs(config=config, architecture=architecture, layout=layout, work=work, hardware=hardware)
+    stages = [_phases(inputs, stage) for stage in range(layout.pipeline)]
     phases = tuple(max(same, key=lambda phase: phase.total) for same in zip(*stages, strict=True))
-    checkpoint = memory.checkpoint_bytes(config, architecture, layout)
+    checkpoint = footprint.checkpoint_bytes(config, architecture, layout)
+    exported = footprint.exported_bytes(config, architecture, layout)
     return Plan(
         hardware=hardware,
         workload=work,
         phases=phases,
-        host_bytes=_host_bytes(config, architecture, layout, work, checkpoint, hardware),
+        host_bytes=_host_bytes(inputs, checkpoint),
         checkpoint_bytes=checkpoint,
-        disk_bytes=memory.num_checkpoints(config) * checkpoint + memory.exported_bytes(config, architecture, layout),
-        traffic=traffic_bytes(config, architecture, layout, work),
-        seconds=step_seconds(config, architecture, layout, work, hardware),
+        disk_bytes=footprint.num_checkpoints(config) * checkpoint + exported,
+        traffic=traffic_bytes(inputs),
+        seconds=step_seconds(inputs),
     )
 
 
-def _phases(
-    config: AnyConfig,
-    architecture: ModelArchitecture,
-    layout: memory.LayoutSizes,
-    work: Workload,
-    hardware: Hardware,
-    stage: int,
-) -> list[PhaseMemory]:
+def _phases(inputs: PlanInputs, stage: int) -> list[PhaseMemory]:
     """Every phase's memory on a rank of one pipeline stage."""
-    engine = _engine_parts(config, architecture, layout, hardware)
+    config, architecture, layout, work = inputs.config, inputs.architecture, inputs.layout, inputs.work
+    engine = _engine_parts(inputs)
     whole = micro_batch_tokens(config, work)
     tokens = math.ceil(whole / layout.context)
     last = stage == layout.pipeline - 1
     workspace = config.head.workspace_mib * 2**20
 
     def resident(computing: str | None, training: bool = False) -> dict[str, float]:
-        return _model_parts(config, architecture, layout, stage, computing, training) | engine
+        return _model_parts(inputs, stage, computing, training) | engine
 
     def update(name: str, model: str, num_rows: int, num_steps: int) -> PhaseMemory:
         num_micro_batches = math.ceil(num_rows * work.row_tokens / max(num_steps, 1) / layout.data / whole)
-        kept = memory.kept_bytes(architecture, layout, stage, tokens, num_micro_batches)
-        layer = memory.backward_bytes(architecture, layout, tokens)
-        logits = memory.head_bytes(architecture, layout, tokens, workspace, backward=True) if last else 0
+        kept = footprint.kept_bytes(architecture, layout, stage, tokens, num_micro_batches)
+        layer = footprint.backward_bytes(architecture, layout, tokens)
+        logits = footprint.head_bytes(architecture, layout, tokens, workspace, backward=True) if last else 0
         # The head's backward pass is over when the layers' begins.
         passing = {"logits": logits} if logits > layer else {"layer workspace": layer}
         return PhaseMemory(name=name, parts=resident(model, training=True) | {"activations": kept} | passing)
 
     if not isinstance(config, PrimeConfig):
         return [update("update", "policy", work.num_rows, 1)]
-    score = {"layer workspace": memory.forward_bytes(architecture, layout, tokens)}
+    score = {"layer workspace": footprint.forward_bytes(architecture, layout, tokens)}
     if last:
-        score["logits"] = memory.head_bytes(architecture, layout, tokens, workspace, backward=False)
+        score["logits"] = footprint.head_bytes(architecture, layout, tokens, workspace, backward=False)
     phases = [
-        PhaseMemory(
-            name="rollout", parts=resident(None) | _rollout_parts(config, architecture, layout, work, hardware)
-        ),
+        PhaseMemory(name="rollout", parts=resident(None) | _rollout_parts(inputs, config)),
         PhaseMemory(name="score", parts=resident("policy") | score),
     ]
     if config.uses_prm:
         phases.append(update("prm_update", "PRM", work.num_prm_rows, work.num_prm_optimizer_steps))
-    return [
-        *phases,
-        update("policy_update", "policy", work.num_rows * config.policy.num_epochs, work.num_optimizer_steps),
-    ]
+    num_rows = work.num_rows * config.policy.num_epochs
+    return [*phases, update("policy_update", "policy", num_rows, work.num_optimizer_steps)]
 
 
 def _models(config: AnyConfig) -> tuple[list[str], list[str]]:
@@ -159,16 +151,10 @@ def _models(config: AnyConfig) -> tuple[list[str], list[str]]:
     return ["policy", "PRM"] if config.uses_prm else ["policy"], ["reference"] if has_reference(config) else []
 
 
-def _model_parts(
-    config: AnyConfig,
-    architecture: ModelArchitecture,
-    layout: memory.LayoutSizes,
-    stage: int,
-    computing: str | None,
-    training: bool,
-) -> dict[str, float]:
+def _model_parts(inputs: PlanInputs, stage: int, computing: str | None, training: bool) -> dict[str, float]:
     """What lies on a rank of the models while one of them computes, or none."""
-    size = memory.model_bytes(architecture, layout, stage, trained=True)
+    config, architecture, layout = inputs.config, inputs.architecture, inputs.layout
+    size = footprint.model_bytes(architecture, layout, stage, trained=True)
     given_away = config.parallel.offload_idle
     trained, frozen = _models(config)
     parts: dict[str, float] = {}
@@ -183,61 +169,51 @@ def _model_parts(
         if layout.fp8 and (given_away == "none" or name == computing):
             # Kept from pass to pass, those of a trained model with what backward took.
             kept = trains or (given_away == "none" and name in trained)
-            parts[f"{name} FP8 copies"] = memory.fp8_copy_bytes(architecture, layout, training=kept)
+            parts[f"{name} FP8 copies"] = footprint.fp8_copy_bytes(architecture, layout, training=kept)
     return parts
 
 
-def _engine_parts(
-    config: AnyConfig, architecture: ModelArchitecture, layout: memory.LayoutSizes, hardware: Hardware
-) -> dict[str, float]:
+def _engine_parts(inputs: PlanInputs) -> dict[str, float]:
     """What lies on a rank of the engine in every phase."""
+    config = inputs.config
     if not isinstance(config, PrimeConfig):
         return {}
     if config.rollout.engine == "transformers":
-        return {"engine weights": memory.num_parameters(architecture) * layout.item_bytes}
+        return {"engine weights": _whole_model_bytes(inputs)}
     if config.rollout.vllm.servers or config.rollout.vllm.in_ranks:
         return {}
-    return _vllm_parts(config, architecture, layout, hardware)
+    return _vllm_parts(inputs, config.rollout.vllm)
 
 
-def _vllm_parts(
-    config: PrimeConfig, architecture: ModelArchitecture, layout: memory.LayoutSizes, hardware: Hardware
-) -> dict[str, float]:
+def _whole_model_bytes(inputs: PlanInputs) -> float:
+    return footprint.num_parameters(inputs.architecture) * inputs.layout.item_bytes
+
+
+def _vllm_parts(inputs: PlanInputs, section: VllmSection) -> dict[str, float]:
     """What a vLLM engine takes of each of its GPUs."""
-    weights = memory.num_parameters(architecture) * layout.item_bytes / config.rollout.vllm.tensor_parallel_size
-    return {"engine weights": weights, "engine KV cache": _engine_cache_bytes(config, hardware, weights)}
-
-
-def _engine_cache_bytes(config: PrimeConfig, hardware: Hardware, weights: float) -> float:
-    """Memory of each GPU of a vLLM engine for keys and values."""
-    section = config.rollout.vllm
+    weights = _whole_model_bytes(inputs) / section.tensor_parallel_size
     if section.kv_cache_gib is not None:
-        return section.kv_cache_gib * GIB
-    return max(section.gpu_memory_utilization * hardware.memory_gib * GIB - weights, 0.0)
+        cache = section.kv_cache_gib * GIB
+    else:
+        cache = max(section.gpu_memory_utilization * inputs.hardware.memory_gib * GIB - weights, 0.0)
+    return {"engine weights": weights, "engine KV cache": cache}
 
 
-def _rollout_parts(
-    config: PrimeConfig, architecture: ModelArchitecture, layout: memory.LayoutSizes, work: Workload, hardware: Hardware
-) -> dict[str, float]:
+def _rollout_parts(inputs: PlanInputs, config: PrimeConfig) -> dict[str, float]:
     if config.rollout.engine == "vllm":
         # Engines in the ranks sleep in the other phases.
-        return _vllm_parts(config, architecture, layout, hardware) if config.rollout.vllm.in_ranks else {}
+        return _vllm_parts(inputs, config.rollout.vllm) if config.rollout.vllm.in_ranks else {}
+    architecture, work = inputs.architecture, inputs.work
     num_rows = min(config.rollout.max_batch_size, math.ceil(work.num_sampled / config.parallel.world_size))
     longest = work.prompt_tokens + work.max_response_tokens
-    logits = memory.FLOAT32 * 2 * num_rows * architecture.vocab_size
-    per_token = memory.kv_token_bytes(architecture, layout.item_bytes, 1)
+    logits = footprint.FLOAT32 * 2 * num_rows * architecture.vocab_size
+    per_token = footprint.kv_token_bytes(architecture, inputs.layout.item_bytes, 1)
     return {"engine KV cache": num_rows * longest * per_token, "engine logits": logits}
 
 
-def _host_bytes(
-    config: AnyConfig,
-    architecture: ModelArchitecture,
-    layout: memory.LayoutSizes,
-    work: Workload,
-    checkpoint: float,
-    hardware: Hardware,
-) -> float:
+def _host_bytes(inputs: PlanInputs, checkpoint: float) -> float:
     """Host memory of a full node: processes, whole batches, graders, the refit's copies, a checkpoint on its way."""
+    config, layout, work, hardware = inputs.config, inputs.layout, inputs.work, inputs.hardware
     ranks = min(hardware.num_gpus_per_node, config.parallel.world_size)
     num_nodes = math.ceil(config.parallel.world_size / hardware.num_gpus_per_node)
     process = _PROCESS_BYTES if hardware.name != "cpu" else 0
@@ -248,12 +224,12 @@ def _host_bytes(
         total += checkpoint / num_nodes
     if config.parallel.offload_idle == "all":
         trained, frozen = _models(config)
-        size = memory.model_bytes(architecture, layout, 0, trained=True)
+        size = footprint.model_bytes(inputs.architecture, layout, 0, trained=True)
         total += ranks * (len(trained) * (size.weights + size.optimizer) + len(frozen) * size.weights)
     if isinstance(config, PrimeConfig):
         total += ranks * config.verifier.num_workers * _GRADER_BYTES
         if config.rollout.engine == "vllm" and not config.rollout.vllm.servers:
             group = layout.tensor * layout.pipeline * layout.context
             engines = max(1, ranks // group)
-            total += engines * memory.num_parameters(architecture) * layout.item_bytes
+            total += engines * _whole_model_bytes(inputs)
     return total

@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 
 from megatron_prime.config.schema import AnyConfig, ArithmeticData, PrimeConfig
+from megatron_prime.planner.footprint import LayoutSizes
+from megatron_prime.planner.hardware import Hardware
+from megatron_prime.weights.architecture import ModelArchitecture
 
 _ARITHMETIC_PROMPT_TOKENS = 32
 
@@ -34,6 +37,17 @@ class Workload:
     def row_tokens(self) -> float:
         """Mean length of prompt and response."""
         return self.prompt_tokens + self.response_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanInputs:
+    """What a plan is made from."""
+
+    config: AnyConfig
+    architecture: ModelArchitecture
+    layout: LayoutSizes
+    work: Workload
+    hardware: Hardware
 
 
 def workload_of(config: AnyConfig, mean_response_tokens: float | None = None) -> Workload:

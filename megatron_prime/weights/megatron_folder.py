@@ -34,7 +34,7 @@ from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.families import Sharding, WeightSpec
 from megatron_prime.weights.sharding import local_shape
 
-Place = tuple[str, tuple[int, ...]]
+ChunkPlace = tuple[str, tuple[int, ...]]
 """Name of a stored tensor and offsets in it."""
 _NO_WEIGHTS = ("optimizer.",)
 _EXTRA_STATE = "_extra_state"
@@ -96,7 +96,7 @@ class MegatronWriter:
         self._dtype = dtype
         self._records: list[ChunkRecord] = []
 
-    def written(self, rank: int) -> set[Place]:
+    def written(self, rank: int) -> set[ChunkPlace]:
         """The chunks that a file begins with."""
         return {(part["key"], tuple(part["offsets"])) for part in self._whole_parts(rank)}
 

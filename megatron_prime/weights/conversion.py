@@ -38,9 +38,9 @@ from megatron_prime.weights.families import Sharding, WeightSpec, weight_specs
 from megatron_prime.weights.hf_folder import HfFolder, expected_shapes
 from megatron_prime.weights.hf_writer import HfWriter
 from megatron_prime.weights.megatron_folder import (
+    ChunkPlace,
     MegatronFolder,
     MegatronWriter,
-    Place,
     shard_chunks,
     stored_key,
     stored_shape,
@@ -237,7 +237,7 @@ class _Pieces:
     dtype: torch.dtype
     meter: _Meter
 
-    def read(self, stage: list[WeightSpec], folder: HfFolder, written: Collection[Place]) -> Iterator[StoredChunk]:
+    def read(self, stage: list[WeightSpec], folder: HfFolder, written: Collection[ChunkPlace]) -> Iterator[StoredChunk]:
         """The chunks of a stage's weights but those that are written."""
         cut, padded = self.cut, padded_vocab_size(self.architecture, self.cut)
         unreleased = 0
@@ -271,7 +271,7 @@ class _Pieces:
                 folder.release()
                 unreleased = 0
 
-    def _places(self, spec: WeightSpec, shape: tuple[int, ...]) -> set[Place]:
+    def _places(self, spec: WeightSpec, shape: tuple[int, ...]) -> set[ChunkPlace]:
         nothing = torch.empty(shape, device="meta")
         chunks = shard_chunks(spec, nothing, tp_rank=self.tp_rank, tp_size=self.cut.tp_size)
         return {(stored_key(spec), offsets) for offsets, _ in chunks}
