@@ -58,10 +58,6 @@ class WeightSpec:
         """Whether ranks that hold any of it hold all of it."""
         return self.sharding is Sharding.REPLICATED or self.expert is not None
 
-    def num_blocks(self, architecture: ModelArchitecture, tp_size: int) -> int:
-        """Blocks of a tensor-parallel shard, each with its share of rows of every Hugging Face tensor."""
-        return architecture.num_query_groups // tp_size if self.sharding in (Sharding.QKV, Sharding.QKV_BIAS) else 1
-
 
 @dataclass(frozen=True, slots=True)
 class _Row:

@@ -113,9 +113,8 @@ def check_stream(
     local = local_weights(architecture, weights, groups)
     checksum, expected = WeightChecksum(), WeightChecksum()
     names = []
-    for name, tensor in checksum.tee(
-        export_stream(weight_specs(architecture), architecture, local, groups, dtype=wire_dtype)
-    ):
+    for name, tensor in export_stream(weight_specs(architecture), architecture, local, groups, dtype=wire_dtype):
+        checksum.update(name, tensor)
         names.append(name)
         assert tensor.dtype == (wire_dtype or dtype), name
         assert torch.equal(tensor, weights[name].to(tensor.dtype)), name
