@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_prime.checkpoint.journal import HashedWriter, Journal, Part
+from megatron_prime.checkpoint.journal import Journal, Part
 from megatron_prime.checkpoint.torch_dist import (
     COMMON_FILE,
     ChunkRecord,
+    CountedFile,
     StoredChunk,
     file_name,
     read_chunks,
@@ -111,13 +112,13 @@ class MegatronWriter:
             file.truncate(end)
             file.seek(end)
             for key, shape, offsets, tensor in chunks:
-                start, written = file.tell(), HashedWriter(file)
+                start, written = file.tell(), CountedFile(file)
                 torch.save(tensor, written)  # type: ignore[arg-type]
                 part = {
                     "file": name,
                     "start": start,
-                    "length": file.tell() - start,
-                    "digest": written.digest,
+                    "length": written.num_bytes,
+                    "crc32": written.crc32,
                     "key": key,
                     "shape": list(shape),
                     "offsets": list(offsets),
