@@ -39,7 +39,7 @@ class ReplayedResponse:
     """One response of an update by itself."""
 
     batch: int
-    """Of the PRM's window, 0 is the oldest."""
+    """Position in the PRM's window, 0 is the oldest."""
     row: int
     group: int
     num_tokens: int

@@ -43,7 +43,7 @@ class StoredChunk(NamedTuple):
 
     key: str
     shape: tuple[int, ...]
-    """Of the whole stored tensor."""
+    """Shape of the whole stored tensor."""
     offsets: tuple[int, ...]
     """Where the rectangle begins in it."""
     tensor: Tensor

@@ -28,7 +28,7 @@ class GradedAnswer:
     reward: float | None
     extracted: str | None
     seconds: float
-    """Of grading."""
+    """Seconds that grading took."""
 
     @classmethod
     def of(cls, prompt: Prompt, number: int, response: Response, verdict: Verdict) -> GradedAnswer:

@@ -16,7 +16,7 @@ from megatron_prime.errors import DataError
 
 _VERSION = 1
 _MAX_FILES = 5
-"""Of one run: a file has a whole batch, or a window of them."""
+"""Files kept of one run: each has a whole batch, or a window of them."""
 _WHERE = "those are runs/NAME/failures/step_*.pt"
 
 
@@ -27,7 +27,7 @@ class FailedUpdate:
     update: ModelUpdate
     reason: str
     config: PrimeConfig
-    """Of the run."""
+    """Configuration of the run."""
 
 
 class FailedUpdateFiles:

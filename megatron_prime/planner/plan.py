@@ -45,13 +45,13 @@ class Plan:
     workload: Workload
     phases: tuple[PhaseMemory, ...]
     host_bytes: float
-    """Of a full node."""
+    """Host memory of a full node."""
     checkpoint_bytes: float
     disk_bytes: float
     traffic: Mapping[str, float]
     """Bytes that one GPU sends per step, by purpose."""
     seconds: Mapping[str, float]
-    """Of a step, by stage."""
+    """Seconds of a step, by stage."""
 
     @property
     def peak(self) -> PhaseMemory:

@@ -61,10 +61,10 @@ class ParallelGroups:
 class _Owner:
     stage: int
     num_rows: int
-    """Of one shard."""
+    """Rows of one shard."""
     dtype: torch.dtype
     ep_rank: int | None
-    """Of an expert."""
+    """Expert-parallel rank that holds it, where it is an expert."""
 
 
 class WeightExport:
