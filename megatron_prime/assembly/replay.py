@@ -39,7 +39,7 @@ class ReplayedResponse:
     """One response of an update by itself."""
 
     batch: int
-    """Position in the PRM's window, 0 is the oldest."""
+    """Of the PRM's window, 0 is the oldest."""
     row: int
     group: int
     num_tokens: int

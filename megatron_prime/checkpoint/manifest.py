@@ -42,7 +42,7 @@ class Manifest:
     step: int
     """Steps done."""
     accuracy: float | None
-    """Accuracy of the evaluation after this step, if there was one."""
+    """Of the evaluation after this step, if there was one."""
     identity: Mapping[str, Any]
     """What the models are; a run goes on only from its own."""
     layout: Mapping[str, int]

@@ -43,7 +43,7 @@ class StoredChunk(NamedTuple):
 
     key: str
     shape: tuple[int, ...]
-    """Shape of the whole stored tensor."""
+    """Of the whole stored tensor."""
     offsets: tuple[int, ...]
     """Where the rectangle begins in it."""
     tensor: Tensor

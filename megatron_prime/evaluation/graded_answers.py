@@ -28,7 +28,7 @@ class GradedAnswer:
     reward: float | None
     extracted: str | None
     seconds: float
-    """Seconds that grading took."""
+    """Of grading."""
 
     @classmethod
     def of(cls, prompt: Prompt, number: int, response: Response, verdict: Verdict) -> GradedAnswer:

@@ -20,7 +20,7 @@ class EvaluationOptions:
     """Folder for answers and results; where it has some, the evaluation goes on."""
     engine: Literal["transformers", "vllm"] = "transformers"
     tensor_parallel_size: int = 1
-    """GPUs of a vLLM engine."""
+    """Of a vLLM engine."""
     dtype: str = "float32"
     num_samples: int | None = None
     temperature: float | None = None

@@ -20,7 +20,7 @@ from typing import Any
 
 _NUM_ROUNDS = 3
 _SLOW_SHARE = 0.25
-"""Share of the median node's rate below which a node is bad: healthy links differ by less than a factor of two."""
+"""Of the median node's rate, below which a node is bad: links differ by less than a factor of two where they work."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

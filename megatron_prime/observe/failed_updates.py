@@ -16,7 +16,7 @@ from megatron_prime.errors import DataError
 
 _VERSION = 1
 _MAX_FILES = 5
-"""Files kept of one run: each has a whole batch, or a window of them."""
+"""Of one run: a file has a whole batch, or a window of them."""
 _WHERE = "those are runs/NAME/failures/step_*.pt"
 
 
@@ -27,7 +27,7 @@ class FailedUpdate:
     update: ModelUpdate
     reason: str
     config: PrimeConfig
-    """Configuration of the run."""
+    """Of the run."""
 
 
 class FailedUpdateFiles:

@@ -18,7 +18,7 @@ from megatron_prime.weights.architecture import ModelArchitecture
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 FLOAT32 = 4
 LOGIT_TILE_BYTES = 8 * 2**20
-"""Tile of the log-prob op (`kernels/tiles.py`)."""
+"""Of the log-prob op (`kernels/tiles.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,7 @@ class LayoutSizes:
     sequence_parallel: bool
     distributed_optimizer: bool
     item_bytes: int
-    """Bytes of a parameter and of an activation."""
+    """Of parameters and activations."""
     vocab_multiple: int
     recompute: str
     fp8: bool = False
@@ -83,7 +83,7 @@ class LayoutSizes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelBytes:
-    """Bytes of one model on one rank."""
+    """Of one model on one rank."""
 
     weights: int
     gradients: int
@@ -148,7 +148,7 @@ def _layer_matrices(a: ModelArchitecture) -> int:
 
 
 def _expert_parameters(a: ModelArchitecture) -> int:
-    """Parameters of all experts of a layer but the shared one."""
+    """Of all experts of a layer but the shared one."""
     return 3 * a.hidden_size * a.experts.ffn_hidden_size * a.experts.num_experts if a.experts else 0
 
 
@@ -260,7 +260,7 @@ def layer_activation_bytes(architecture: ModelArchitecture, layout: LayoutSizes)
 
 
 def _norm_bytes(a: ModelArchitecture, layout: LayoutSizes) -> float:
-    """Bytes of one token: the norm's input and output; torch's keeps input and product in float32 beside the output."""
+    """Of one token: the norm's input and output; torch's keeps input and product in float32 beside the output."""
     per_channel = layout.item_bytes + 2 * FLOAT32 if layout.local_layers else 2 * layout.item_bytes
     return per_channel * a.hidden_size / layout.norm_shards
 

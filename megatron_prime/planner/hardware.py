@@ -19,7 +19,7 @@ class Hardware:
     memory_gib: float
     """What CUDA reports as total memory of one GPU."""
     reserved_gib: float
-    """Part of it that is taken: CUDA context, NCCL buffers and what the allocator cannot use. An assumption, no measurement."""
+    """Of it: CUDA context, NCCL buffers and what the allocator cannot use. An assumption, no measurement."""
     peak_tflops: float
     """Dense bfloat16, float32 accumulation."""
     memory_gb_per_second: float

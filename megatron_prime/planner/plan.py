@@ -45,13 +45,13 @@ class Plan:
     workload: Workload
     phases: tuple[PhaseMemory, ...]
     host_bytes: float
-    """Host memory of a full node."""
+    """Of a full node."""
     checkpoint_bytes: float
     disk_bytes: float
     traffic: Mapping[str, float]
     """Bytes that one GPU sends per step, by purpose."""
     seconds: Mapping[str, float]
-    """Seconds of a step, by stage."""
+    """Of a step, by stage."""
 
     @property
     def peak(self) -> PhaseMemory:

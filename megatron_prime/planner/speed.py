@@ -16,7 +16,7 @@ from megatron_prime.planner.workload import PlanInputs, micro_batch_tokens
 _COLLECTIVE_SECONDS = 15e-6
 """Start of one collective inside a node; what a decoded layer pays twice under tensor parallelism."""
 _DISK_BYTES_PER_SECOND = 2e9
-"""A node's share of a parallel file system; an assumption."""
+"""Of a node's share of a parallel file system; an assumption."""
 _PCIE_BYTES_PER_SECOND = 20e9
 """Between a GPU and host memory; an assumption."""
 
@@ -96,7 +96,7 @@ def step_seconds(inputs: PlanInputs) -> dict[str, float]:
 
 
 def _flops(inputs: PlanInputs) -> float:
-    """Floating-point operations of a forward pass, per token."""
+    """Of a forward pass, per token."""
     a = inputs.architecture
     pairs = 4 * a.num_layers * a.num_attention_heads * a.kv_channels * inputs.work.row_tokens / 2
     embedding = 0 if a.tied_embeddings else a.vocab_size * a.hidden_size

@@ -26,7 +26,7 @@ class Workload:
     """Mean."""
     max_response_tokens: int
     num_optimizer_steps: int
-    """Optimizer steps of the policy."""
+    """Of the policy."""
     num_prm_optimizer_steps: int
     num_prm_rows: int
     """Responses that the PRM trains on."""

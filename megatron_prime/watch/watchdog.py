@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _WAITING_MODULES = ("torch.distributed", "megatron.core")
 """Where the innermost Python frame of an idle thread is that waits for a collective or for a pipeline stage."""
 _MAX_CPU_SHARE = 0.05
-"""Share of one core: a rank that waits uses less, one that computes between quick collectives more."""
+"""Of one core: who waits uses less, who computes between quick collectives more."""
 _PATIENT_PHASES = frozenset({"start", "rollout", "evaluation", "refit"})
 """They may be idle without a collective: engines, which start in the first, and verifiers have limits of their own. The
 other ranks wait there for one whose engine or verifier makes progress, however long it takes."""

@@ -40,9 +40,9 @@ class ExpertLayers:
     normalize_weights: bool
     """The weights of a token's experts sum to 1; else they are what the softmax over all experts gave them."""
     ffn_hidden_size: int
-    """Width of one expert."""
+    """Of one expert."""
     shared_ffn_hidden_size: int | None
-    """Width of the gated expert that sees every token, where there is one."""
+    """Of the gated expert that sees every token, where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +53,7 @@ class ModelArchitecture:
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
-    """Width of a feed-forward part without experts."""
+    """Of a feed-forward part without experts."""
     num_attention_heads: int
     num_query_groups: int
     """Key/value heads."""

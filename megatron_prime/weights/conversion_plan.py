@@ -22,7 +22,7 @@ RELEASE_BYTES = 64 << 20
 _SLACK_BYTES = 2 * RELEASE_BYTES
 """What is read between, and what the libraries load at first use."""
 _COPIES = 3
-"""Copies of the largest tensor: the source's pages or chunk, the tensor put together, and it cast or cut to pieces."""
+"""Of the largest tensor: the source's pages or chunk, the tensor put together, and it cast or cut to pieces."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class ConversionPlan:
 
     num_tensors: int
     num_bytes: int
-    """Bytes of the weights written, padding included."""
+    """Of the weights written, padding included."""
     largest: str
     largest_bytes: int
     peak_bytes: int

@@ -61,10 +61,10 @@ class ParallelGroups:
 class _Owner:
     stage: int
     num_rows: int
-    """Rows of one shard."""
+    """Of one shard."""
     dtype: torch.dtype
     ep_rank: int | None
-    """Expert-parallel rank that holds it, where it is an expert."""
+    """Of an expert."""
 
 
 class WeightExport:

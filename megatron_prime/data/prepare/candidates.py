@@ -105,7 +105,7 @@ def _read_mbpp(row: Row) -> tuple[str, Any] | None:
 
 
 def _references(row: Row) -> tuple[str, ...]:
-    """Programs of the first column that has any; APPS and TACO pack their list into text."""
+    """Of the first column that has any; APPS and TACO pack their list into text."""
     for key in _REFERENCES:
         value = row.get(key)
         if isinstance(value, str):
