@@ -8,7 +8,7 @@ setup(
     description="PRIME reinforcement learning on Megatron-Core, from a CPU to a cluster",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_prime", "megatron_prime.*"]),
-    entry_points={"console_scripts": ["megatron-prime = megatron_prime.commands.main:main_and_exit"]},
+    entry_points={"console_scripts": ["megatron-prime = megatron_prime.commands.main:main"]},
     install_requires=[
         "torch==2.13.*",
         "megatron-core==0.16.1",

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from megatron_prime import algorithm
     from megatron_prime.algorithm.policy_loss import PolicyTokens
     from megatron_prime.algorithm.prm_loss import PrmResponses
-    from megatron_prime.assembly.run import generate
+    from megatron_prime.assembly.generate import generate
     from megatron_prime.assembly.run import run as train
     from megatron_prime.batch import (
         Group,
@@ -107,7 +107,7 @@ _PLACES = {
     "Verdict": "batch",
     "Verifier": "interfaces",
     "check_verifier": "verify.contract",
-    "generate": "assembly.run",
+    "generate": "assembly.generate",
     "is_main": "collectives",
     "load_config": "config",
     "resolve": "sockets",

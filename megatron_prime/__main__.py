@@ -1,6 +1,8 @@
 """`python -m megatron_prime` is `megatron-prime`."""
 
-from megatron_prime.commands.main import main_and_exit
+import sys
+
+from megatron_prime.commands.main import main
 
 if __name__ == "__main__":
-    main_and_exit()
+    sys.exit(main())

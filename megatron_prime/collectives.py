@@ -1,4 +1,4 @@
-"""The few collectives that every room needs, over `talking`'s group or else the default one of `torch.distributed`.
+"""The few collectives that every room needs, over the group of `control_group` or else torch's default one.
 
 Without a process group (unit tests, `generate` on one process) everything acts as a world of one.
 """
@@ -20,11 +20,11 @@ _group: Any = None
 
 
 @contextmanager
-def talking() -> Iterator[None]:
+def control_group() -> Iterator[None]:
     """Gives the functions below a gloo group of their own for a ``with`` block; collective.
 
     A rank that waits here may wait for a rollout of an hour: NCCL would fill its GPU with a kernel that waits, on which
-    the engine samples, and every backend would give up after its time-out. Who is stuck is the watchdog's to find.
+    the engine samples, and every backend would give up after its time-out. The watchdog finds who is stuck.
     """
     global _group
     if world_size() == 1:

@@ -11,15 +11,7 @@ environment of yours), and the folder of the repository as working directory.
 import sys
 from pathlib import Path
 
-from megatron_prime.launch.nemo_run import (
-    evaluate_recipe,
-    experiment,
-    local_executor,
-    sft_recipe,
-    slurm_executor,
-    succeeded,
-    train_recipe,
-)
+from megatron_prime.launch.nemo_run import experiment, local_executor, recipe, slurm_executor, succeeded
 from megatron_prime.launch.slurm import SlurmOptions
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -38,9 +30,9 @@ def main(way: str = "local", *overrides: str) -> int:
 
     sft, prime = str(CONFIGS / "arithmetic_sft.yaml"), str(CONFIGS / "arithmetic.yaml")
     steps = [
-        ("sft", sft_recipe(sft, of("sft")), executor(2)),
-        ("prime", train_recipe(prime, of("prime")), executor(2)),
-        ("evaluate", evaluate_recipe(prime, ["model.path=runs/demo/hf", *of("evaluate")]), executor(1)),
+        ("sft", recipe("sft", sft, of("sft")), executor(2)),
+        ("prime", recipe("train", prime, of("prime")), executor(2)),
+        ("evaluate", recipe("evaluate", prime, ["model.path=runs/demo/hf", *of("evaluate")]), executor(1)),
     ]
     chain = experiment("sft-prime-evaluate", steps)
     with chain:

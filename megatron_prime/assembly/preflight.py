@@ -15,7 +15,7 @@ from megatron_prime.config.checks import check_architecture, check_config, raise
 from megatron_prime.config.schema import AnyConfig, FileData, PrimeConfig, SftConfig
 from megatron_prime.errors import CheckpointError, ConfigError, DataError, VerifierError, WeightsError
 from megatron_prime.launch.local import is_launched
-from megatron_prime.planner.memory import Layout, checkpoint_bytes, exported_bytes, num_checkpoints
+from megatron_prime.planner.footprint import LayoutSizes, checkpoint_bytes, exported_bytes, num_checkpoints
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def check_disk(config: AnyConfig, architecture: ModelArchitecture) -> None:
         raise CheckpointError(
             f"run.directory: {folder} cannot be written: {error.strerror}; choose another, or change its rights"
         ) from error
-    layout = Layout.of(config, on_cpu=False)
+    layout = LayoutSizes.of(config, on_cpu=False)
     size = checkpoint_bytes(config, architecture, layout)
     num_missing = max(1, num_checkpoints(config) - len(committed(folder)))
     needed = num_missing * size + exported_bytes(config, architecture, layout)

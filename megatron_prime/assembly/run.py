@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,15 +13,11 @@ from typing import Any
 import torch
 
 from megatron_prime import collectives
-from megatron_prime.assembly.engines import loaded_engine, running_engine
+from megatron_prime.assembly.engines import running_engine
 from megatron_prime.assembly.preflight import check, check_disk, read_examples, read_prompts
-from megatron_prime.batch import Prompt, Response, SamplingParams
 from megatron_prime.checkpoint.manifest import step_of
-from megatron_prime.config.checks import check_config, raise_for_problems
-from megatron_prime.config.schema import AnyConfig, PrimeConfig, RolloutSection, SftConfig, VllmSection
+from megatron_prime.config.schema import AnyConfig, PrimeConfig, SftConfig
 from megatron_prime.data.sources import PromptSource
-from megatron_prime.data.templates import complete_messages, render
-from megatron_prime.data.tokenizer import encode, load_tokenizer
 from megatron_prime.errors import CheckpointError, ConfigError
 from megatron_prime.kernels import HeadOptions, choose_backend, choose_gemm
 from megatron_prime.mcore.checkpoint.checkpointer import Checkpointer
@@ -39,17 +34,14 @@ from megatron_prime.observe.loggers import GuardedLoggers
 from megatron_prime.observe.metrics import RunLog
 from megatron_prime.observe.report import draw_plots, write_summary
 from megatron_prime.observe.run_folder import RunFolder, commit
-from megatron_prime.rollout.prompts import lack_of_room
-from megatron_prime.trainer.evaluation import accuracy, evaluation_sampling, sample_and_verify
 from megatron_prime.trainer.prime import PrimeParts, PrimeTrainer
 from megatron_prime.trainer.sft import SftTrainer
 from megatron_prime.verify.routing import RoutingVerifier, build_verifier
-from megatron_prime.watch.crash_report import last_words
+from megatron_prime.watch.crash_report import crash_report
 from megatron_prime.watch.interrupt import stop_requests
-from megatron_prime.watch.rank_status import SIGNS
+from megatron_prime.watch.rank_status import RANKS_FOLDER
 from megatron_prime.watch.watchdog import Watchdog
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
-from megatron_prime.weights.convert import SIDE_FOLDER, to_hf
 from megatron_prime.weights.hf_folder import HfFolder
 
 logger = logging.getLogger(__name__)
@@ -61,15 +53,7 @@ class _Process:
 
     should_stop: Callable[[], bool]
     watchdog: Watchdog
-    last_words: Callable[[], AbstractContextManager[None]]
-
-
-def import_megatron() -> None:
-    """Imports what a run imports once it has begun; a process whose forks are ranks does it for all of them."""
-    with megatron_platform():
-        import megatron_prime.mcore.libraries
-        import megatron_prime.mcore.model
-        import megatron_prime.mcore.optimizer  # noqa: F401
+    crash_report: Callable[[], AbstractContextManager[None]]
 
 
 def run(config: AnyConfig, *, ends_process: bool = False) -> Mapping[str, Any]:
@@ -84,18 +68,18 @@ def run(config: AnyConfig, *, ends_process: bool = False) -> Mapping[str, Any]:
     """
     architecture = check(config)
     torch.set_num_threads(config.run.num_threads)
-    signs = RunFolder(config.run.directory, config.run.name).path / SIGNS
+    ranks_folder = RunFolder(config.run.directory, config.run.name).path / RANKS_FOLDER
     with parallel_layout(config.parallel, config.run.seed) as layout, stop_requests() as should_stop:
         _check_disk(config, architecture)
         watchdog = Watchdog(
-            signs,
+            ranks_folder,
             rank=collectives.rank(),
             world_size=collectives.world_size(),
             timeout_seconds=config.parallel.timeout_seconds,
         )
-        words = partial(last_words, watchdog, ends_process=ends_process)
-        process = _Process(should_stop=should_stop, watchdog=watchdog, last_words=words)
-        with watchdog.watching(), words():
+        report = partial(crash_report, watchdog, ends_process=ends_process)
+        process = _Process(should_stop=should_stop, watchdog=watchdog, crash_report=report)
+        with watchdog.watching(), report():
             if isinstance(config, PrimeConfig):
                 return _run_prime(config, architecture, layout, process)
             return _run_sft(config, architecture, layout, process)
@@ -108,7 +92,7 @@ def _run_prime(
         raise ConfigError("parallel.offload_idle: all moves models off a GPU, and there is none; use gradients or none")
     process.watchdog.enter("data", 0)
     # Before anything large: wrong rows show at once.
-    prompts = _prompts(config)
+    prompts = configured_prompts(config)
     process.watchdog.enter("start", 0)
     starts = {"policy": config.model.path}
     if config.uses_prm:
@@ -141,9 +125,9 @@ def _run_prime(
             config.model.path, config.model.dtype, config.rollout, architecture, layout, config.run.num_threads
         ) as engine,
         _prepared(folder, config, roles, starts, resume_from) as (checkpoints, metrics),
-        _verifier(config) as verifier,
+        configured_verifier(config) as verifier,
         # Innermost: a rank that fails speaks before it closes anything.
-        process.last_words(),
+        process.crash_report(),
     ):
         parts = PrimeParts(
             policy=policy,
@@ -184,98 +168,13 @@ def _run_sft(
     if config.model.init == "weights":
         model.load_hf(HfFolder(config.model.path))
     prepared = _prepared(folder, config, {"model": model}, {"model": config.model.path}, resume_from)
-    with prepared as (checkpoints, metrics), process.last_words():
+    with prepared as (checkpoints, metrics), process.crash_report():
         trainer = SftTrainer(config, model, examples, checkpoints, metrics, process.should_stop, process.watchdog.enter)
         summary = trainer.train()
         process.watchdog.enter("export", config.run.num_steps)
         if config.checkpoint.export_hf:
             export_hf(model, folder.path / "hf", Path(config.model.path))
         return _finish(config, folder, summary, metrics)
-
-
-def evaluate(config: PrimeConfig) -> Mapping[str, Any]:
-    """avg@k of the model in ``model.path`` on the evaluation prompts of a configuration, in this process."""
-    raise_for_problems(check_config(config))
-    torch.set_num_threads(config.run.num_threads)
-    section = config.evaluation
-    loaded = loaded_engine(config.model.path, config.model.dtype, config.rollout, config.run.num_threads)
-    with loaded as (engine, _), _verifier(config) as verifier:
-        prompts = _prompts(config).evaluation(section.num_prompts)
-        sampling = evaluation_sampling(config)
-        answers = sample_and_verify(engine, verifier, prompts, sampling)
-    result = accuracy([[verdict for _, verdict in row] for row in answers])
-    return {
-        "model": config.model.path,
-        "accuracy": result.value,
-        "accuracy_interval": [result.low, result.high],
-        "num_prompts": result.num_prompts,
-        "num_responses": section.num_responses,
-        "num_missing": result.num_missing,
-    }
-
-
-def generate(
-    folder: str,
-    questions: Sequence[str],
-    *,
-    ability: str,
-    raw: bool,
-    sampling: SamplingParams,
-    engine: str = "transformers",
-) -> list[list[Response]]:
-    """Answers of a model to questions, in this process and without a trainer.
-
-    Args:
-        folder: Hugging Face folder with tokenizer, or a Megatron checkpoint that `to_megatron` made of one.
-        questions: one prompt each.
-        ability: ``math`` or ``code``: which of PRIME's suffixes the question gets.
-        raw: take the questions as they are, without system prompt, suffix and chat template.
-        sampling: how to sample.
-        engine: which engine samples, as `rollout.engine` names it.
-    """
-    with as_hf_folder(folder) as readable:
-        return _generate(readable, questions, ability=ability, raw=raw, sampling=sampling, engine=engine)
-
-
-@contextmanager
-def as_hf_folder(path: str) -> Iterator[str]:
-    """The folder itself, or the Megatron checkpoint converted for as long as it is needed."""
-    if not (Path(path) / SIDE_FOLDER / "config.json").is_file():
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        target = Path(scratch) / "hf"
-        to_hf(Path(path), target)
-        yield str(target)
-
-
-def _generate(
-    folder: str,
-    questions: Sequence[str],
-    *,
-    ability: str,
-    raw: bool,
-    sampling: SamplingParams,
-    engine: str,
-) -> list[list[Response]]:
-    tokenizer = load_tokenizer(folder)
-    prompts: list[Prompt] = []
-    for number, question in enumerate(questions):
-        message = {"role": "user", "content": question}
-        kept = "none" if raw else "prime"
-        messages = complete_messages([message], ability=ability, system_prompt=kept, task_suffix=not raw)
-        text = render(tokenizer, messages, "raw" if raw else "chat")
-        ids = encode(tokenizer, [text], special_tokens=raw)[0]
-        prompts.append(Prompt(prompt_id=str(number), text=text, token_ids=ids, ground_truth="", ability=ability))
-    longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
-    num_tokens, answer = len(longest.token_ids), sampling.max_response_tokens
-    limit = read_architecture(folder).max_position_embeddings
-    if lack := lack_of_room(f"question {int(longest.prompt_id) + 1}", num_tokens, answer, limit):
-        raise ConfigError(lack)
-    vllm = VllmSection(max_model_len=num_tokens + answer, max_num_seqs=64)
-    section = RolloutSection(engine=engine, num_prompts=1, max_batch_size=64, vllm=vllm)
-    with loaded_engine(folder, "float32", section, torch.get_num_threads()) as (loaded, _):
-        return loaded.generate(prompts, sampling)
 
 
 def _check_disk(config: AnyConfig, architecture: ModelArchitecture) -> None:
@@ -368,12 +267,13 @@ def _prepared(
         folder.close()
 
 
-def _verifier(config: PrimeConfig) -> RoutingVerifier:
+def configured_verifier(config: PrimeConfig) -> RoutingVerifier:
+    """Builds the verifier of a configuration, for the abilities of its data."""
     abilities = ["math"] if config.data.kind == "arithmetic" else config.data.abilities
     return build_verifier(config.verifier, abilities)
 
 
-def _prompts(config: PrimeConfig) -> PromptSource:
+def configured_prompts(config: PrimeConfig) -> PromptSource:
     prompts = read_prompts(config)
     logger.info("%d prompts; left out: %s", len(prompts), prompts.dropped)
     return prompts

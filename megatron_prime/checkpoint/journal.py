@@ -7,15 +7,14 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import xxhash
+from megatron_prime.checkpoint.manifest import FileRecord, record_of
 
 _FILE = "journal.jsonl"
-_READ_BYTES = 1 << 22
 
 Part = dict[str, Any]
-"""A finished piece of a file: `file`, `start`, `length`, `digest`, and what its writer wants to know again."""
+"""A finished piece of a file: `file`, `start`, `length`, `crc32`, and what its writer wants to know again."""
 
 
 class Journal:
@@ -74,47 +73,13 @@ class Journal:
 
     def _is_whole(self, part: Part) -> bool:
         try:
-            with (self.folder / part["file"]).open("rb") as file:
-                file.seek(part["start"])
-                return _digest(file, part["length"]) == part["digest"]
-        except OSError:
+            record = record_of(self.folder / part["file"], part["start"], part["length"])
+            return record == FileRecord(part["length"], part["crc32"])
+        except (OSError, KeyError):
             return False
-
-
-class HashedWriter:
-    """Passes on what is written and knows its checksum (XXH3).
-
-    Args:
-        file: open for writing.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._hash = xxhash.xxh3_128()
-
-    def write(self, data: Any) -> int:
-        """Writes bytes."""
-        self._hash.update(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        """Nothing: the file's owner says when."""
-
-    @property
-    def digest(self) -> str:
-        """Of everything written so far."""
-        return self._hash.hexdigest()
 
 
 def fingerprint(folders: Iterable[Path]) -> list[list[Any]]:
     """Names, sizes and times of the files of folders: other ones are another source."""
     files = sorted(entry.path for folder in folders for entry in os.scandir(folder) if entry.is_file())
     return [[str(Path(file).resolve()), os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files]
-
-
-def _digest(file: BinaryIO, length: int) -> str:
-    found = xxhash.xxh3_128()
-    while length > 0 and (data := file.read(min(length, _READ_BYTES))):
-        found.update(data)
-        length -= len(data)
-    return found.hexdigest()

@@ -66,11 +66,12 @@ def committed(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if _STEP.fullmatch(path.name) and not path.is_file())
 
 
-def record_of(path: Path) -> FileRecord:
-    """Reads a file."""
+def record_of(path: Path, start: int = 0, length: int | None = None) -> FileRecord:
+    """Reads a file, or as much of it as there is of `length` bytes from `start` on."""
     num_bytes = crc = 0
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
+        file.seek(start)
+        while block := file.read(_BLOCK_BYTES if length is None else min(_BLOCK_BYTES, length - num_bytes)):
             num_bytes, crc = num_bytes + len(block), zlib.crc32(block, crc)
     return FileRecord(num_bytes, crc)
 

@@ -72,8 +72,8 @@ class WrittenFile:
     chunks: tuple[ChunkRecord, ...]
 
 
-class _Counted(io.RawIOBase):
-    """A file that knows the size and checksum of what went through it."""
+class CountedFile(io.RawIOBase):
+    """A file that knows the size and CRC-32 of what went through it, and the error that ended it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -108,7 +108,7 @@ def write_chunks(path: Path, chunks: Iterable[StoredChunk]) -> WrittenFile:
     """
     records: list[ChunkRecord] = []
     with path.open("wb") as file:
-        counted = _Counted(file)
+        counted = CountedFile(file)
         for key, shape, offsets, tensor in chunks:
             start = counted.num_bytes
             try:

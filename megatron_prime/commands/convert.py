@@ -1,113 +1,103 @@
-"""`megatron-prime convert`: conversion, its plan without weights, and the proof that nothing was changed."""
+"""`megatron-prime convert`: Hugging Face folders to Megatron checkpoints and back."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import AutoModelForCausalLM
+from megatron_prime.commands.arguments import Commands, add_command, at_least_one
+from megatron_prime.errors import ConfigError
 
-from megatron_prime.batch import SftExample
-from megatron_prime.config.schema import MicroBatchSection, ModelSection, ParallelSection
-from megatron_prime.data.tokenizer import encode, load_tokenizer
-from megatron_prime.errors import CheckpointError, ConfigError, DataError
-from megatron_prime.mcore.checkpoint.state import load_weights
-from megatron_prime.mcore.cpu import on_megatron_platform
-from megatron_prime.mcore.dtypes import DTYPES
-from megatron_prime.mcore.packing import TokenRows
-from megatron_prime.mcore.parallel import parallel_layout
-from megatron_prime.mcore.role import ModelRole, RoleSetup
-from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
-from megatron_prime.weights.convert import Cut, hf_sizes, hf_tensors, plan_conversion, side_folder, to_hf, to_megatron
-from megatron_prime.weights.families import weight_specs
-from megatron_prime.weights.hf_folder import HfFolder
-from megatron_prime.weights.megatron_folder import MegatronFolder
+if TYPE_CHECKING:
+    from megatron_prime.weights.conversion_plan import Cut
 
-logger = logging.getLogger(__name__)
-
-ShowProgress = Callable[[str, int, int], None]
-"""Told what is going on, bytes done and bytes in all."""
-PROMPTS = (
-    "Natalia sold clips to 48 of her friends in April, and then half as many in May. How many in all?",
-    "Let $f(x) = x^2 - 3x + 2$. Find all real roots of $f$.",
-    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n",
-)
-_NUM_IDS = 24
-"""Tokens of a prompt made up where there is no tokenizer."""
-_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.3}
-"""Largest difference of a log-prob: two programs sum in different orders, over all layers."""
 _MAX_FILES = 12
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ConvertOptions:
-    """What the command line says."""
-
-    direction: Literal["to-megatron", "to-hf"]
-    source: Path
-    target: Path
-    like: Path | None
-    dtype: Literal["float32", "bfloat16"] | None
-    tensor_model_parallel_size: int
-    pipeline_model_parallel_size: int
-    verify: bool
-
-    @property
-    def to_megatron(self) -> bool:
-        return self.direction == "to-megatron"
-
-    @property
-    def cut(self) -> Cut:
-        """The layout to cut files for.
-
-        Raises:
-            ConfigError: one was given for a Hugging Face folder.
-        """
-        cut = Cut(tp_size=self.tensor_model_parallel_size, pp_size=self.pipeline_model_parallel_size)
-        if not self.to_megatron and cut != Cut():
-            raise ConfigError("--tensor-model-parallel-size, --pipeline-model-parallel-size: only for to-megatron")
-        return cut
+def add_parser(commands: Commands) -> None:
+    parser = add_command(commands, "convert", "Hugging Face folder <-> Megatron distributed checkpoint", run)
+    parser.add_argument("direction", choices=["to-megatron", "to-hf"])
+    parser.add_argument("source", type=Path, help="Hugging Face folder, or Megatron checkpoint")
+    parser.add_argument("target", type=Path, help="new folder; appears when it is complete")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as the source is stored")
+    text = "to-hf: Hugging Face folder with config.json and tokenizer (default: kept copy)"
+    parser.add_argument("--like", type=Path, help=text)
+    text = "to-megatron: cut files for this layout (default: 1); any other can read them too"
+    parser.add_argument("--tensor-model-parallel-size", type=at_least_one, default=1, help=text)
+    parser.add_argument("--pipeline-model-parallel-size", type=at_least_one, default=1, help="the same")
+    text = "read everything back and compare every bit, and log-probs of a few prompts with transformers'"
+    parser.add_argument("--verify", action="store_true", help=text)
+    text = "print files and peak memory; needs no weights, only config.json of the source (to-hf: of --like)"
+    parser.add_argument("--dry-run", action="store_true", help=text)
 
 
-def convert(options: ConvertOptions, show: ShowProgress) -> list[str]:
-    """Converts, and verifies where it was asked for.
+def run(options: argparse.Namespace) -> int:
+    from megatron_prime.mcore.dtypes import DTYPES
+    from megatron_prime.weights.conversion import to_hf, to_megatron
+    from megatron_prime.weights.conversion_plan import Cut
 
-    Args:
-        options: what to do.
-        show: told the progress.
-
-    Returns:
-        Lines that say what was verified.
-
-    Raises:
-        PrimeError: the input is at fault, or verification found a difference.
-    """
+    source, target, is_to_megatron = options.source, options.target, options.direction == "to-megatron"
+    cut = Cut(tp_size=options.tensor_model_parallel_size, pp_size=options.pipeline_model_parallel_size)
+    if not is_to_megatron and cut != Cut():
+        raise ConfigError("--tensor-model-parallel-size, --pipeline-model-parallel-size: only for to-megatron")
+    if options.dry_run:
+        print("\n".join(_plan_lines(options, cut)))
+        return 0
     dtype = DTYPES[options.dtype] if options.dtype else None
-    told = partial(show, "converted")
-    if options.to_megatron:
-        to_megatron(options.source, options.target, dtype=dtype, cut=options.cut, progress=told)
-    else:
-        _ = options.cut
-        to_hf(options.source, options.target, like=options.like, dtype=dtype, progress=told)
-    if not options.verify:
-        return []
-    hf, megatron = (options.source, options.target) if options.to_megatron else (options.target, options.source)
-    return [verify_bits(hf, megatron, partial(show, "compared")), verify_logprobs(hf, megatron)]
+    lines = []
+    with _progress_bars() as show:
+        if is_to_megatron:
+            to_megatron(source, target, dtype=dtype, cut=cut, progress=partial(show, "converted"))
+        else:
+            to_hf(source, target, like=options.like, dtype=dtype, progress=partial(show, "converted"))
+        if options.verify:
+            from megatron_prime.assembly.verify_conversion import verify_bits, verify_logprobs
+
+            hf, megatron = (source, target) if is_to_megatron else (target, source)
+            lines = [verify_bits(hf, megatron, partial(show, "compared")), verify_logprobs(hf, megatron)]
+    print("\n".join([*lines, f"wrote {target}"]))
+    return 0
 
 
-def dry_run(options: ConvertOptions) -> list[str]:
-    """What `convert` would write and the memory it would take, from config.json alone."""
-    side = options.source if options.to_megatron else side_folder(options.source, options.like)
-    architecture = read_architecture(side)
+@contextmanager
+def _progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Shows bars on a terminal; yields what is told a stage, its bytes done and its bytes in all."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty()) as bars:
+        tasks = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        yield show
+
+
+def _plan_lines(options: argparse.Namespace, cut: Cut) -> list[str]:
+    """What would be written and the memory that it would take, from config.json alone."""
+    import torch
+
+    from megatron_prime.mcore.dtypes import DTYPES
+    from megatron_prime.weights.architecture import read_architecture
+    from megatron_prime.weights.conversion import side_folder
+    from megatron_prime.weights.conversion_plan import plan_conversion
+
+    is_to_megatron = options.direction == "to-megatron"
+    architecture = read_architecture(options.source if is_to_megatron else side_folder(options.source, options.like))
     written = str(architecture.hf_config.get("dtype") or architecture.hf_config.get("torch_dtype"))
     stored = DTYPES.get(written, torch.float32)
     dtype = DTYPES[options.dtype] if options.dtype else stored
-    plan = plan_conversion(architecture, megatron=options.to_megatron, stored=stored, dtype=dtype, cut=options.cut)
+    plan = plan_conversion(architecture, megatron=is_to_megatron, stored=stored, dtype=dtype, cut=cut)
     files = [f"  {name:<36} {size / 1e9:9.3f} GB" for name, size in plan.files.items()]
     hidden = len(files) - _MAX_FILES
     if hidden > 0:
@@ -118,95 +108,3 @@ def dry_run(options: ConvertOptions) -> list[str]:
         f"largest tensor  {plan.largest}, {plan.largest_bytes / 1e9:.3f} GB",
         f"peak memory     {plan.peak_bytes / 1e9:.3f} GB at most, beside 0.5 GB of libraries",
     ]
-
-
-def verify_bits(hf: Path, megatron: Path, show: Callable[[int, int], None]) -> str:
-    """Compares every tensor of a Megatron checkpoint with a Hugging Face folder's, bit by bit.
-
-    Where the two are stored in different types, the wider one is rounded to the narrower first.
-
-    Raises:
-        CheckpointError: a tensor differs; names the first.
-    """
-    architecture, folder = read_architecture(hf), HfFolder(hf)
-    folder.validate(architecture)
-    stored = MegatronFolder(megatron)
-    stored.validate(weight_specs(architecture), architecture)
-    sizes = hf_sizes(architecture, torch.uint8)
-    done, num_tensors = 0, 0
-    for name, tensor in hf_tensors(stored, architecture):
-        wanted = folder.fetch(name, tuple(slice(0, size) for size in tensor.shape))
-        narrow = min((tensor.dtype, wanted.dtype), key=lambda dtype: dtype.itemsize)
-        bits = torch.int16 if narrow.itemsize == 2 else torch.int32
-        if not torch.equal(tensor.to(narrow).view(bits), wanted.to(narrow).view(bits)):
-            raise CheckpointError(f"{megatron}: {name} is not what {hf} has; convert again, and suspect the disk")
-        del wanted
-        folder.release()
-        done, num_tensors = done + sizes[name], num_tensors + 1
-        show(done, sum(sizes.values()))
-    return f"verified: {num_tensors} tensors are equal bit by bit"
-
-
-def verify_logprobs(hf: Path, megatron: Path) -> str:
-    """Compares log-probs of a few prompts: the checkpoint in Megatron's model, the folder in transformers'.
-
-    Both models are in memory, one after the other.
-
-    Raises:
-        CheckpointError: a log-prob differs by more than rounding explains.
-    """
-    architecture = read_architecture(hf)
-    dtype = next(iter(MegatronFolder(megatron).dtypes))
-    prompts = _prompts(hf, architecture)
-    expected = _transformers_logprobs(hf, dtype, prompts)
-    found = _megatron_logprobs(hf, megatron, dtype, architecture, prompts)
-    gap = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
-    if not gap <= _TOLERANCES[dtype]:
-        raise CheckpointError(
-            f"{megatron}: a log-prob differs by {gap:.2g} from transformers', more than {_TOLERANCES[dtype]};"
-            f" {hf}/config.json asks for something that the Megatron model does not do"
-        )
-    num_tokens = sum(len(ids) - 1 for ids in prompts)
-    return f"verified: log-probs of {num_tokens} tokens differ by at most {gap:.2g} from transformers'"
-
-
-def _prompts(hf: Path, architecture: ModelArchitecture) -> list[tuple[int, ...]]:
-    try:
-        return encode(load_tokenizer(hf), PROMPTS, special_tokens=True)
-    except DataError as error:
-        logger.info("%s; comparing log-probs of made-up token ids", error)
-    seeded = torch.Generator().manual_seed(1)
-    made_up = torch.randint(architecture.vocab_size, (len(PROMPTS), _NUM_IDS), generator=seeded)
-    return [tuple(ids) for ids in made_up.tolist()]
-
-
-def _transformers_logprobs(hf: Path, dtype: torch.dtype, prompts: list[tuple[int, ...]]) -> list[torch.Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=dtype, local_files_only=True)
-    results = []
-    for ids in prompts:
-        with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0, :-1].float()
-        results.append(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0])
-    return results
-
-
-@on_megatron_platform
-def _megatron_logprobs(
-    hf: Path, megatron: Path, dtype: torch.dtype, architecture: ModelArchitecture, prompts: list[tuple[int, ...]]
-) -> list[torch.Tensor]:
-    name = next(name for name, known in DTYPES.items() if known is dtype)
-    parallel = ParallelSection()
-    with parallel_layout(parallel, seed=1) as layout:
-        role = ModelRole(
-            RoleSetup(
-                architecture=architecture,
-                model=ModelSection(path=str(hf), dtype=name),  # type: ignore[arg-type]
-                parallel=parallel,
-                micro_batch=MicroBatchSection(micro_batch_size=1),
-                layout=layout,
-            )
-        )
-        load_weights(role.chunks, megatron)
-        examples = [SftExample(prompt_token_ids=ids[:1], response_token_ids=ids[1:]) for ids in prompts]
-        scores = role.logprobs(TokenRows.from_examples(examples))
-    return [scores[row, : len(ids) - 1] for row, ids in enumerate(prompts)]

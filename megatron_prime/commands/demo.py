@@ -1,17 +1,35 @@
-"""The two commands that `megatron-prime demo` runs: SFT and then PRIME, with the shipped configurations."""
+"""`megatron-prime demo`: SFT and then PRIME, with the shipped configurations."""
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import megatron_prime
+from megatron_prime.commands import train
+from megatron_prime.commands.arguments import Commands, add_command
 from megatron_prime.config.checks import check_config, raise_for_problems
 from megatron_prime.config.loader import load_config
 from megatron_prime.errors import ConfigError
 
 _CONFIGS = Path(megatron_prime.__file__).resolve().parents[1] / "configs"
+
+
+def add_parser(commands: Commands) -> None:
+    text = "the whole story in minutes on a CPU: SFT, then PRIME, in runs/demo/"
+    parser = add_command(commands, "demo", text, run)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="run.seed=N, rollout.engine=vllm")
+
+
+def run(options: argparse.Namespace) -> int:
+    for command in demo_commands(options.overrides):
+        print(f"megatron-prime {' '.join(command)}", flush=True)
+        _, config, *overrides = command
+        if status := train.start(load_config(config, overrides), command):
+            return status
+    return 0
 
 
 def demo_commands(overrides: Sequence[str]) -> list[list[str]]:
@@ -28,11 +46,12 @@ def demo_commands(overrides: Sequence[str]) -> list[list[str]]:
     # Supervised runs sample nothing and have no rollout section.
     seed = [override for override in overrides if override.startswith("run.seed=")]
     start, folder = "demo/sft" + folder_suffix(seed), "demo" + folder_suffix(overrides)
-    train = [*overrides, f"run.name={folder}", f"model.path=runs/{start}/hf"]
-    raise_for_problems(check_config(load_config(_CONFIGS / "arithmetic.yaml", train), None, check_files=False))
+    train_overrides = [*overrides, f"run.name={folder}", f"model.path=runs/{start}/hf"]
+    config = load_config(_CONFIGS / "arithmetic.yaml", train_overrides)
+    raise_for_problems(check_config(config, None, check_files=False))
     return [
         ["sft", str(_CONFIGS / "arithmetic_sft.yaml"), *seed, f"run.name={start}"],
-        ["train", str(_CONFIGS / "arithmetic.yaml"), *train],
+        ["train", str(_CONFIGS / "arithmetic.yaml"), *train_overrides],
     ]
 
 

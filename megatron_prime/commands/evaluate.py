@@ -1,285 +1,89 @@
-"""`megatron-prime evaluate MODEL --benchmarks ...`: a finished model on published test sets."""
+"""`megatron-prime evaluate`: a finished model on benchmarks, or a configuration's model on its evaluation prompts."""
 
 from __future__ import annotations
 
-import hashlib
+import argparse
 import json
-import logging
-import math
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
-from megatron_prime.assembly.engines import loaded_engine
-from megatron_prime.assembly.run import as_hf_folder
-from megatron_prime.batch import Prompt, SamplingParams
-from megatron_prime.config.schema import RolloutSection, VerifierSection, VllmSection
-from megatron_prime.config.schema_verifier import CodeVerifierSection
-from megatron_prime.data.layouts import Question
-from megatron_prime.data.templates import complete_messages, render
-from megatron_prime.data.tokenizer import encode, load_tokenizer
-from megatron_prime.errors import ConfigError, DataError
-from megatron_prime.evaluation.answers import Answer, answer_problems, problem_means, summarize
-from megatron_prime.evaluation.registry import BENCHMARKS, Benchmark, load_benchmarks
-from megatron_prime.evaluation.scores import mean_of_benchmarks
-from megatron_prime.interfaces import Engine
-from megatron_prime.observe.files import require_folder, write_atomically
-from megatron_prime.observe.report import benchmark_table
-from megatron_prime.observe.rows import RowFile
-from megatron_prime.rollout.prompts import lack_of_room
-from megatron_prime.verify.routing import RoutingVerifier, build_verifier
-from megatron_prime.watch.interrupt import stop_requests
-from megatron_prime.weights.architecture import read_architecture
-
-_MAX_ROWS = 64
-_MAX_VLLM_ROWS = 256
-_CPU_CACHE_GIB = 2.0
-_GPU_SHARE = 0.85
-_TEST_SECONDS = 6.0
-_PROGRAM_SECONDS = 120.0
-_LINE_SECONDS = 10.0
-_log = logging.getLogger(__name__)
+from megatron_prime.commands.arguments import (
+    ENGINE_HELP,
+    Commands,
+    add_command,
+    add_configuration,
+    at_least_one,
+    engine,
+    load_kind,
+    probability,
+    temperature,
+)
+from megatron_prime.config.schema import PrimeConfig
+from megatron_prime.config.single_process import single_process
+from megatron_prime.errors import ConfigError
+from megatron_prime.evaluation.options import EvaluationOptions
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluationOptions:
-    """What the command line says; None means the benchmark's own protocol."""
-
-    model: str
-    """Hugging Face folder with tokenizer, or a Megatron checkpoint of `convert`."""
-    benchmarks: tuple[str, ...]
-    data: str
-    """Folder with one folder per benchmark."""
-    output: str
-    """Folder for answers and results; where it has some, the evaluation goes on."""
-    engine: str = "transformers"
-    """As `rollout.engine` names it."""
-    tensor_parallel_size: int = 1
-    """Of a vLLM engine."""
-    dtype: str = "float32"
-    num_samples: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    max_tokens: int | None = None
-    num_problems: int | None = None
-    """The first ones only, for a try."""
-    system_prompt: Literal["prime", "none"] = "prime"
-    template: Literal["chat", "raw"] = "chat"
-    seed: int = 1
-    num_workers: int = 1
-    """Processes that grade."""
-
-    def sampling(self, benchmark: Benchmark) -> SamplingParams:
-        """How a benchmark is answered."""
-
-        def chosen(given: Any, published: Any) -> Any:
-            return published if given is None else given
-
-        return SamplingParams(
-            num_responses=chosen(self.num_samples, benchmark.num_responses),
-            temperature=chosen(self.temperature, benchmark.temperature),
-            top_p=chosen(self.top_p, benchmark.top_p),
-            max_response_tokens=chosen(self.max_tokens, benchmark.max_response_tokens),
-            seed=self.seed,
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Task:
-    """A benchmark ready to be answered."""
-
-    benchmark: Benchmark
-    prompts: list[Prompt]
-    sampling: SamplingParams
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt."""
-        return max(len(prompt.token_ids) for prompt in self.prompts)
-
-
-def evaluate_benchmarks(options: EvaluationOptions) -> Mapping[str, Any]:
-    """Answers and grades benchmarks, in this process alone, and writes results.json and results.txt.
-
-    Returns:
-        What results.json holds.
-
-    Raises:
-        ConfigError: options that contradict each other, the model, or what the output folder already holds.
-        DataError: see `load_benchmarks`; the output folder cannot be written.
-        RunInterrupted: a stop signal came; the answers so far are kept and the same call goes on.
-    """
-    questions = load_benchmarks(options.data, options.benchmarks)
-    _check_sampling(options, list(questions))
-    with as_hf_folder(options.model) as folder, stop_requests() as should_stop:
-        tokenizer, architecture = load_tokenizer(folder), read_architecture(folder)
-        tasks = [_task(options, tokenizer, name, rows) for name, rows in questions.items()]
-        _check_lengths(tasks, architecture.max_position_embeddings)
-        require_folder(Path(options.output))
-        section = _engine_section(options, tasks)
-        abilities = {prompt.ability for task in tasks for prompt in task.prompts}
-        limits = CodeVerifierSection(test_seconds=_TEST_SECONDS, total_seconds=_PROGRAM_SECONDS)
-        graders = VerifierSection(num_workers=options.num_workers, code=limits)
-        loaded = loaded_engine(folder, options.dtype, section, torch.get_num_threads())
-        with (
-            build_verifier(graders, abilities) as verifier,
-            loaded as (engine, checksum),
-        ):
-            answers = {
-                task.benchmark.name: _answer(options, task, engine, verifier, checksum, should_stop) for task in tasks
-            }
-    return _write_results(options, tasks, answers)
-
-
-def _check_sampling(options: EvaluationOptions, names: Sequence[str]) -> None:
-    problems = []
-    for name in names:
-        sampling = options.sampling(BENCHMARKS[name])
-        if sampling.temperature == 0 and sampling.num_responses > 1:
-            problems.append(f"{name}: {sampling.num_responses} greedy answers are all the same; give --temperature")
-    if problems:
-        raise ConfigError(problems)
-
-
-def _task(
-    options: EvaluationOptions, tokenizer: PreTrainedTokenizerBase, name: str, rows: list[tuple[str, Question]]
-) -> _Task:
-    chosen = rows[: options.num_problems]
-    texts = []
-    for _, question in chosen:
-        messages = complete_messages(
-            question.messages, ability=question.ability, system_prompt=options.system_prompt, task_suffix=True
-        )
-        texts.append(render(tokenizer, messages, options.template))
-    prompts = [
-        Prompt(
-            prompt_id=prompt_id,
-            text=text,
-            token_ids=ids,
-            ground_truth=question.ground_truth,
-            ability=question.ability,
-            data_source=name,
-            extra_info=question.extra_info,
-        )
-        for (prompt_id, question), text, ids in zip(
-            chosen, texts, encode(tokenizer, texts, special_tokens=options.template == "raw"), strict=True
-        )
-    ]
-    return _Task(benchmark=BENCHMARKS[name], prompts=prompts, sampling=options.sampling(BENCHMARKS[name]))
-
-
-def _check_lengths(tasks: Sequence[_Task], limit: int) -> None:
-    lacks = [
-        lack_of_room(task.benchmark.name, task.longest, task.sampling.max_response_tokens, limit) for task in tasks
-    ]
-    if problems := [lack for lack in lacks if lack is not None]:
-        raise ConfigError(problems)
-
-
-def _engine_section(options: EvaluationOptions, tasks: Sequence[_Task]) -> RolloutSection:
-    on_gpu = torch.cuda.is_available()
-    vllm = VllmSection(
-        tensor_parallel_size=options.tensor_parallel_size,
-        max_model_len=max(task.longest + task.sampling.max_response_tokens for task in tasks),
-        max_num_seqs=_MAX_VLLM_ROWS,
-        kv_cache_gib=None if on_gpu else _CPU_CACHE_GIB,
-        gpu_memory_utilization=_GPU_SHARE,
+def add_parser(commands: Commands) -> None:
+    text = "avg@k of a configuration's model.path on its evaluation prompts (JSON), or a model on published benchmarks"
+    parser = add_command(commands, "evaluate", text, run)
+    text = "YAML file; or, with --benchmarks, a Hugging Face folder or Megatron checkpoint"
+    add_configuration(parser, text, metavar="CONFIG|MODEL")
+    group = parser.add_argument_group(
+        "for a model (docs/reference/evaluation.md)",
+        "defaults are each benchmark's own protocol",
+        argument_default=argparse.SUPPRESS,
     )
-    return RolloutSection(engine=options.engine, num_prompts=1, max_batch_size=_MAX_ROWS, vllm=vllm)
+    group.add_argument("--benchmarks", type=_names, metavar="NAME,NAME", help="aime24, math500, gsm8k, humaneval, ...")
+    group.add_argument("--data", help="folder with one folder per benchmark (default: data)")
+    group.add_argument("--output", help="answers, results.json, results.txt (default: evaluations/MODEL)")
+    group.add_argument("--engine", type=engine, help=ENGINE_HELP)
+    group.add_argument("--tensor-parallel-size", type=at_least_one, help="GPUs of a vLLM engine (default: 1)")
+    group.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32")
+    group.add_argument("--num-samples", type=at_least_one, help="answers per problem")
+    group.add_argument("--temperature", type=temperature, help="0 = greedy")
+    group.add_argument("--top-p", type=probability)
+    group.add_argument("--max-tokens", type=at_least_one, help="longest answer")
+    group.add_argument("--num-problems", type=at_least_one, help="only the first ones")
+    group.add_argument("--system-prompt", choices=["prime", "none"], help="default: prime")
+    group.add_argument("--template", choices=["chat", "raw"], help="raw: no chat template (default: chat)")
+    group.add_argument("--seed", type=int, help="default: 1")
+    group.add_argument("--num-workers", type=at_least_one, help="processes that grade (default: one per core)")
 
 
-def _answer(
-    options: EvaluationOptions,
-    task: _Task,
-    engine: Engine,
-    verifier: RoutingVerifier,
-    checksum: str,
-    should_stop: Callable[[], bool],
-) -> list[Answer]:
-    """All answers to a benchmark's problems, those of earlier calls among them."""
-    name, count = task.benchmark.name, task.sampling.num_responses
-    file = RowFile(Path(options.output) / f"{name}.jsonl")
-    _claim(Path(options.output) / f"{name}.settings.json", _settings(options, task, checksum))
-    before = [Answer.from_row(row, str(file.path)) for row in file.read()]
-    kept = {(answer.prompt_id, answer.number): answer for answer in before}
-    total, last_line = len(task.prompts) * count, -math.inf
+def run(options: argparse.Namespace) -> int:
+    """A folder is a model, a file a configuration."""
+    given = {name: getattr(options, name) for name in EvaluationOptions.__slots__ if hasattr(options, name)}
+    if Path(options.config).is_dir():
+        return _evaluate_model(options, given)
+    if "benchmarks" in given:
+        raise ConfigError(f"{options.config}: no such folder; --benchmarks needs one with a model")
+    if given:
+        option = next(iter(given)).replace("_", "-")
+        raise ConfigError(f"--{option}: goes with --benchmarks; a configuration takes KEY=VALUE")
+    config = single_process(load_kind(options, PrimeConfig))
+    from megatron_prime.assembly.evaluate import evaluate
 
-    def keep(answers: list[Answer]) -> None:
-        nonlocal last_line
-        file.append(answer.row() for answer in answers)
-        kept.update({(answer.prompt_id, answer.number): answer for answer in answers})
-        if time.monotonic() - last_line > _LINE_SECONDS or len(kept) == total:
-            last_line = time.monotonic()
-            _log.info("%s: %d of %d answers", name, len(kept), total)
-
-    answer_problems(
-        engine, verifier, task.prompts, task.sampling, kept=frozenset(kept), keep=keep, should_stop=should_stop
-    )
-    return [kept[prompt.prompt_id, number] for prompt in task.prompts for number in range(count)]
+    print(json.dumps(evaluate(config), indent=1))
+    return 0
 
 
-def _settings(options: EvaluationOptions, task: _Task, checksum: str) -> dict[str, Any]:
-    """What all answers of a benchmark must have in common."""
-    digest = hashlib.blake2b(digest_size=16)
-    for prompt in task.prompts:
-        digest.update(repr((prompt.prompt_id, prompt.text, prompt.ground_truth)).encode(errors="surrogatepass"))
-    return {
-        "weights": checksum,
-        "problems": digest.hexdigest(),
-        "num_problems": len(task.prompts),
-        "engine": options.engine,
-        "dtype": options.dtype,
-        "template": options.template,
-        "system_prompt": options.system_prompt,
-        "num_samples": task.sampling.num_responses,
-        "temperature": task.sampling.temperature,
-        "top_p": task.sampling.top_p,
-        "max_tokens": task.sampling.max_response_tokens,
-        "seed": task.sampling.seed,
-    }
+def _evaluate_model(options: argparse.Namespace, given: dict[str, Any]) -> int:
+    if "benchmarks" not in given:
+        raise ConfigError(f"{options.config}: a model needs --benchmarks NAME,NAME; without them name a YAML file")
+    if options.overrides:
+        raise ConfigError(f"{options.overrides[0]}: --benchmarks takes a model and no configuration or overrides")
+    from megatron_prime.assembly.engines import loaded_engine
+    from megatron_prime.evaluation.benchmarks import evaluate_benchmarks
+    from megatron_prime.observe.report import benchmark_table
+
+    given.setdefault("output", str(Path("evaluations") / Path(os.path.normpath(options.config)).name))
+    results = evaluate_benchmarks(EvaluationOptions(model=options.config, **given), loaded_engine)
+    print(benchmark_table(results), end="")
+    print(f"everything is in {given['output']}/")
+    return 0
 
 
-def _claim(path: Path, settings: Mapping[str, Any]) -> None:
-    """Writes the settings of a benchmark, or finds them there."""
-    if not path.exists():
-        write_atomically(path, json.dumps(dict(settings), indent=1) + "\n")
-        return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        differing = [
-            f"{key} (was {before[key]!r}, now {settings[key]!r})" for key in settings if before[key] != settings[key]
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not the settings of an evaluation; move the folder away") from error
-    if differing:
-        raise ConfigError(f"{path}: holds answers given otherwise: {', '.join(differing)}; choose another --output")
-
-
-def _write_results(
-    options: EvaluationOptions, tasks: Sequence[_Task], answers: Mapping[str, list[Answer]]
-) -> Mapping[str, Any]:
-    output = Path(options.output)
-    benchmarks = {
-        task.benchmark.name: {
-            "title": task.benchmark.title,
-            "num_published": task.benchmark.num_problems,
-            **summarize(answers[task.benchmark.name]),
-            "settings": json.loads((output / f"{task.benchmark.name}.settings.json").read_text(encoding="utf-8")),
-        }
-        for task in tasks
-    }
-    means = {name: problem_means(rows) for name, rows in answers.items()}
-    results = {
-        "model": os.path.normpath(options.model),
-        "average": mean_of_benchmarks(means).row() if len(means) > 1 else None,
-        "benchmarks": benchmarks,
-    }
-    write_atomically(output / "results.json", json.dumps(results, indent=1) + "\n")
-    write_atomically(output / "results.txt", benchmark_table(results))
-    return results
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_prime.batch import Prompt, Response, SftExample, StepSpan
 from megatron_prime.config.schema import ArithmeticData
-from megatron_prime.data.order import shuffled_index
+from megatron_prime.data.order import shuffled_indices
 from megatron_prime.data.tokenizer import encode, eos_token_id
 from megatron_prime.errors import DataError
 from megatron_prime.interfaces import DropCounts
@@ -221,7 +221,7 @@ class ArithmeticPrompts:
         return self._config.num_problems
 
     def take(self, position: int, count: int) -> list[Prompt]:
-        numbers = [shuffled_index(p, len(self), self._seed) for p in range(position, position + count)]
+        numbers = shuffled_indices(position, count, len(self), self._seed)
         return self._prompts("prompts", self._seed, numbers, held_out=False)
 
     def evaluation(self, count: int) -> list[Prompt]:
@@ -285,8 +285,7 @@ class ArithmeticSft:
 
     def take(self, position: int, count: int) -> list[SftExample]:
         questions, answers = [], []
-        for place in range(position, position + count):
-            index = shuffled_index(place, len(self), self._seed)
+        for index in shuffled_indices(position, count, len(self), self._seed):
             problem = make_problem(self._config, stream="sft", seed=self._seed, index=index, held_out=False)
             rng = random.Random(f"errors:{self._seed}:{index}")
             questions.append(problem.question)

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_prime.batch import Prompt, Response, SftExample
 from megatron_prime.config.schema import FileData
-from megatron_prime.data.layouts import Demonstration, Question, Row, read_demonstration, read_question
-from megatron_prime.data.order import shuffled_index
+from megatron_prime.data.order import shuffled_indices
 from megatron_prime.data.readers import read_rows
+from megatron_prime.data.row_formats import Demonstration, Question, Row, read_demonstration, read_question
 from megatron_prime.data.templates import Message, complete_messages, render
 from megatron_prime.data.tokenizer import encode, eos_token_id
 from megatron_prime.errors import DataError
@@ -159,15 +159,15 @@ class FilePrompts:
         return {where: question.ground_truth for where, question in rows[:: max(1, -(-len(rows) // count))]}
 
     def take(self, position: int, count: int) -> list[Prompt]:
-        places = range(position, position + count)
-        return _prompts(self._renderer, [self._training[shuffled_index(p, len(self), self._seed)] for p in places])
+        chosen = shuffled_indices(position, count, len(self), self._seed)
+        return _prompts(self._renderer, [self._training[index] for index in chosen])
 
     def evaluation(self, count: int) -> list[Prompt]:
         if not self._evaluation:
             raise DataError("data.evaluation: no prompts; name evaluation files")
         length = len(self._evaluation)
         # Not the run's seed: runs with different seeds are compared on the same prompts.
-        chosen = [shuffled_index(p, length, _EVALUATION_SEED) for p in range(min(count, length))]
+        chosen = shuffled_indices(0, min(count, length), length, _EVALUATION_SEED)
         return _prompts(self._renderer, [self._evaluation[index] for index in chosen])
 
     def step_spans(self, prompt: Prompt, response: Response) -> None:
@@ -203,8 +203,7 @@ class FileSft:
         return len(self._kept)
 
     def take(self, position: int, count: int) -> list[SftExample]:
-        places = range(position, position + count)
-        return self._examples([self._kept[shuffled_index(p, len(self), self._seed)] for p in places])
+        return self._examples([self._kept[i] for i in shuffled_indices(position, count, len(self), self._seed)])
 
     def _examples(self, rows: Sequence[Demonstration]) -> list[SftExample]:
         prompts = self._renderer.encode([self._renderer.text(row.messages, row.ability) for row in rows])

@@ -7,6 +7,11 @@ from hashlib import blake2b
 _NUM_ROUNDS = 4
 
 
+def shuffled_indices(position: int, count: int, length: int, seed: int) -> list[int]:
+    """`shuffled_index` of `count` positions in a row."""
+    return [shuffled_index(place, length, seed) for place in range(position, position + count)]
+
+
 def shuffled_index(position: int, length: int, seed: int) -> int:
     """Returns the dataset row that is the `position`-th since the start of training.
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_prime.data.layouts import Row
+from megatron_prime.data.row_formats import Row
 from megatron_prime.errors import DataError
 
 

@@ -11,7 +11,7 @@ import zlib
 from datetime import date, datetime
 from typing import Any
 
-from megatron_prime.data.layouts import Question, Row
+from megatron_prime.data.row_formats import Question, Row
 from megatron_prime.errors import DataError
 from megatron_prime.evaluation.rows import code_question, livecodebench_wording
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prime.data.layouts import Question, Row
 from megatron_prime.data.readers import read_rows
+from megatron_prime.data.row_formats import Question, Row
 from megatron_prime.errors import DataError
 from megatron_prime.evaluation import rows
 from megatron_prime.evaluation.livecodebench import read_livecodebench
@@ -17,102 +17,82 @@ from megatron_prime.evaluation.livecodebench import read_livecodebench
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Benchmark:
     """A published test set and how it is asked."""
 
     name: str
     title: str
-    files: tuple[str, ...]
-    """Patterns below the data folder; all files of the first that matches any are read."""
+    num_problems: int | None
+    """As published; None where releases differ."""
     read: Callable[[Row, str], Question | None]
     """None: the row is of another test set in the same file."""
-    num_problems: int | None
-    """Number of published problems; None: releases differ."""
+    files: tuple[str, ...]
+    """Patterns below the data folder; all files of the first that matches any are read."""
     max_response_tokens: int = 4096
     num_responses: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
 
 
-BENCHMARKS: Mapping[str, Benchmark] = {
-    benchmark.name: benchmark
-    for benchmark in (
-        Benchmark(
-            name="aime24",
-            title="AIME 2024",
-            files=("aime24/aimo-validation-aime.jsonl", "aime24/aime24_test.jsonl"),
-            read=rows.read_aime24,
-            num_problems=30,
-        ),
-        Benchmark(
-            name="amc23", title="AMC 2023", files=("amc/amc23_test.jsonl",), read=rows.read_math, num_problems=40
-        ),
-        Benchmark(
-            name="amc",
-            title="AMC 2022-23 (PRIME's)",
-            files=("amc/aimo-validation-amc.jsonl",),
-            read=rows.read_math,
-            num_problems=83,
-        ),
-        Benchmark(
-            name="math500",
-            title="MATH-500",
-            files=("math500/math_test_cleaned.json", "math500/math500_test.jsonl"),
-            read=rows.read_math,
-            num_problems=500,
-            max_response_tokens=8192,
-        ),
-        Benchmark(
-            name="minerva_math",
-            title="Minerva Math",
-            files=("minerva_math/minerva_test.jsonl", "minerva_math/test.jsonl"),
-            read=rows.read_math,
-            num_problems=272,
-        ),
-        Benchmark(
-            name="olympiadbench",
-            title="OlympiadBench",
-            files=("olympiadbench/olympiadbench_test.jsonl", "olympiadbench/test.jsonl"),
-            read=rows.read_olympiadbench,
-            num_problems=675,
-        ),
-        Benchmark(name="gsm8k", title="GSM8K", files=("gsm8k/test.jsonl",), read=rows.read_math, num_problems=1319),
-        Benchmark(
-            name="humaneval",
-            title="HumanEval",
-            files=("humaneval/HumanEval.jsonl.gz", "humaneval/HumanEval.jsonl"),
-            read=rows.read_humaneval,
-            num_problems=164,
-        ),
-        Benchmark(
-            name="mbpp",
-            title="MBPP (sanitized, PRIME's)",
-            files=("mbpp/new_mbpp.json",),
-            read=rows.read_mbpp,
-            num_problems=399,
-        ),
-        Benchmark(
-            name="leetcode",
-            title="LeetCode (PRIME's 180)",
-            files=("leetcode/leetcode-test.json",),
-            read=rows.read_leetcode,
-            num_problems=180,
-            max_response_tokens=8192,
-        ),
-        Benchmark(
-            name="livecodebench",
-            title="LiveCodeBench v2",
-            files=("livecodebench/test*.jsonl",),
-            read=read_livecodebench,
-            num_problems=None,
-            num_responses=10,
-            temperature=0.2,
-            top_p=0.95,
-        ),
-    )
-}
-"""All benchmarks, in the order of tables."""
+_TABLE = (
+    Benchmark(
+        "aime24", "AIME 2024", 30, rows.read_aime24, ("aime24/aimo-validation-aime.jsonl", "aime24/aime24_test.jsonl")
+    ),
+    Benchmark("amc23", "AMC 2023", 40, rows.read_math, ("amc/amc23_test.jsonl",)),
+    Benchmark("amc", "AMC 2022-23 (PRIME's)", 83, rows.read_math, ("amc/aimo-validation-amc.jsonl",)),
+    Benchmark(
+        "math500",
+        "MATH-500",
+        500,
+        rows.read_math,
+        ("math500/math_test_cleaned.json", "math500/math500_test.jsonl"),
+        max_response_tokens=8192,
+    ),
+    Benchmark(
+        "minerva_math",
+        "Minerva Math",
+        272,
+        rows.read_math,
+        ("minerva_math/minerva_test.jsonl", "minerva_math/test.jsonl"),
+    ),
+    Benchmark(
+        "olympiadbench",
+        "OlympiadBench",
+        675,
+        rows.read_olympiadbench,
+        ("olympiadbench/olympiadbench_test.jsonl", "olympiadbench/test.jsonl"),
+    ),
+    Benchmark("gsm8k", "GSM8K", 1319, rows.read_math, ("gsm8k/test.jsonl",)),
+    Benchmark(
+        "humaneval",
+        "HumanEval",
+        164,
+        rows.read_humaneval,
+        ("humaneval/HumanEval.jsonl.gz", "humaneval/HumanEval.jsonl"),
+    ),
+    Benchmark("mbpp", "MBPP (sanitized, PRIME's)", 399, rows.read_mbpp, ("mbpp/new_mbpp.json",)),
+    Benchmark(
+        "leetcode",
+        "LeetCode (PRIME's 180)",
+        180,
+        rows.read_leetcode,
+        ("leetcode/leetcode-test.json",),
+        max_response_tokens=8192,
+    ),
+    Benchmark(
+        "livecodebench",
+        "LiveCodeBench v2",
+        None,
+        read_livecodebench,
+        ("livecodebench/test*.jsonl",),
+        num_responses=10,
+        temperature=0.2,
+        top_p=0.95,
+    ),
+)
+BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in _TABLE}
+"""In the order of tables."""
 
 
 def available(folder: Path) -> list[str]:

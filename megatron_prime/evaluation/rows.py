@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_prime.data.layouts import Question, Row, read_question
+from megatron_prime.data.row_formats import Question, Row, read_question
 from megatron_prime.errors import DataError
 
 _LEETCODE_IMPORTS = """\

@@ -24,7 +24,7 @@ _SLOW_SHARE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class RankPlace:
     """Where this process is."""
 
     rank: int
@@ -65,7 +65,7 @@ def slow_nodes(rates: Mapping[str, float], min_gb_per_second: float) -> dict[str
     return {node: f"{text}; check its links and adapters" for node, text in problems.items()}
 
 
-def measure(place: Place, num_bytes: int, timeout_seconds: float, min_gb_per_second: float) -> list[str]:
+def measure(place: RankPlace, num_bytes: int, timeout_seconds: float, min_gb_per_second: float) -> list[str]:
     """Lines about every node on rank 0, nothing elsewhere.
 
     Args:
@@ -117,7 +117,7 @@ def measure(place: Place, num_bytes: int, timeout_seconds: float, min_gb_per_sec
     ]
 
 
-def _absent(place: Place, store: Any, timeout_seconds: float) -> set[str]:
+def _absent(place: RankPlace, store: Any, timeout_seconds: float) -> set[str]:
     """Nodes whose ranks do not come, the same answer everywhere; rank 0's own where it alone is there."""
     store.set(f"here/{place.rank}", "")
     if place.rank == 0:
@@ -137,7 +137,7 @@ def _absent(place: Place, store: Any, timeout_seconds: float) -> set[str]:
     return set(json.loads(store.get("absent")))
 
 
-def _exchange_rate(place: Place, partners: Mapping[int, int], num_bytes: int) -> float:
+def _exchange_rate(place: RankPlace, partners: Mapping[int, int], num_bytes: int) -> float:
     """GB/s of this rank and one of another node in both directions at once; 0 without a partner."""
     import torch
     import torch.distributed as dist
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout-seconds", type=float, default=120.0)
     parser.add_argument("--min-gb-per-second", type=float, default=0.0, help="what a node must reach")
     options = parser.parse_args(arguments)
-    place = Place(
+    place = RankPlace(
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         per_node=int(os.environ["LOCAL_WORLD_SIZE"]),

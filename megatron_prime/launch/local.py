@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from megatron_prime.launch.forked import ForkedProcess
+from megatron_prime.config.schema import AnyConfig, PrimeConfig
 from megatron_prime.watch.exit_status import EXPLAINED, INTERRUPTED, PEER_LOST
-from megatron_prime.watch.interrupt import STOP_SIGNALS
-from megatron_prime.watch.rank_status import read_signs
+from megatron_prime.watch.interrupt import STOP_SIGNALS, signal_handlers
+from megatron_prime.watch.rank_status import read_statuses
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1
 _SIGNALLED = 128
-
-_Process = subprocess.Popen[bytes] | ForkedProcess
 
 
 def is_launched() -> bool:
@@ -33,13 +32,37 @@ def is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launch_local(
-    arguments: Sequence[str],
-    world_size: int,
-    num_threads: int,
-    signs: Path | None = None,
-    forked: Callable[[], int] | None = None,
-) -> int:
+def is_main_rank() -> bool:
+    """Whether this process prints for all ranks, or is the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def command_of(config: AnyConfig) -> Literal["train", "sft"]:
+    """The command that runs a configuration."""
+    return "train" if isinstance(config, PrimeConfig) else "sft"
+
+
+def local_command(config: AnyConfig, config_path: str, overrides: Sequence[str]) -> str:
+    """What `launch_local` starts, one line per rank."""
+    world_size, num_threads = config.parallel.world_size, config.run.num_threads
+    command = shlex.join(["megatron-prime", command_of(config), config_path, *overrides])
+    environments = [_rank_environment(rank, world_size, num_threads, "<free port>") for rank in range(world_size)]
+    return "\n".join(" ".join([*map("=".join, variables.items()), command]) for variables in environments)
+
+
+def _rank_environment(rank: int, world_size: int, num_threads: int, port: str) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": str(num_threads),
+    }
+
+
+def launch_local(arguments: Sequence[str], world_size: int, num_threads: int, ranks_folder: Path | None = None) -> int:
     """Runs ``megatron-prime`` with the same arguments on ``world_size`` processes of this machine.
 
     The first process to fail takes the others down; none outlives this one. One that could not say why is named with
@@ -50,8 +73,7 @@ def launch_local(
         arguments: of the command line, without the program.
         world_size: processes.
         num_threads: CPU threads of each.
-        signs: folder of the ranks' signs of life.
-        forked: what each rank runs in a fork of this process; without it the command is started anew for each.
+        ranks_folder: of the ranks' status files.
 
     Returns:
         The exit status: 0, or that of the process that failed first.
@@ -59,21 +81,15 @@ def launch_local(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": str(num_threads),
-    }
     command = [sys.executable, "-m", "megatron_prime", *arguments]
-    processes: list[_Process] = []
-    for rank in range(world_size):
-        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        if forked is not None:
-            processes.append(ForkedProcess(partial(_rank, forked), environment))
-        else:
-            processes.append(subprocess.Popen(command, env=os.environ | environment, preexec_fn=_die_with_parent))
+    processes = [
+        subprocess.Popen(
+            command,
+            env=os.environ | _rank_environment(rank, world_size, num_threads, str(port)),
+            preexec_fn=_die_with_parent,
+        )
+        for rank in range(world_size)
+    ]
     try:
         with _forward_stop_signals(processes) as interrupted:
             rank, status = _wait(processes)
@@ -81,7 +97,7 @@ def launch_local(
             # Ranks that do not save, or not yet.
             return _SIGNALLED + signal.SIGINT
         if status not in EXPLAINED | {0}:
-            print(_how_it_ended(rank, processes[rank].pid, status, signs), file=sys.stderr, flush=True)
+            print(_how_it_ended(rank, processes[rank].pid, status, ranks_folder), file=sys.stderr, flush=True)
         if status == INTERRUPTED:
             _wait_for_the_rest(processes)
         return status
@@ -91,17 +107,12 @@ def launch_local(
         _end(processes)
 
 
-def _rank(function: Callable[[], int]) -> int:
-    _die_with_parent()
-    return function()
-
-
 def _die_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _wait(processes: Sequence[_Process]) -> tuple[int, int]:
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int]:
     """Rank and exit status of the first process that fails; the status is 0 when all have ended well."""
     while True:
         statuses = [process.poll() for process in processes]
@@ -116,8 +127,8 @@ def _wait(processes: Sequence[_Process]) -> tuple[int, int]:
         time.sleep(_POLL_SECONDS)
 
 
-def _how_it_ended(rank: int, pid: int, status: int, signs: Path | None) -> str:
-    """One line about a rank that ended without a word."""
+def _how_it_ended(rank: int, pid: int, status: int, ranks_folder: Path | None) -> str:
+    """One line about a rank that ended without a report."""
     if status > _SIGNALLED:
         number = status - _SIGNALLED
         known = number in {member.value for member in signal.Signals}
@@ -125,12 +136,12 @@ def _how_it_ended(rank: int, pid: int, status: int, signs: Path | None) -> str:
         how += " (often by the kernel, for want of memory)" if number == signal.SIGKILL else ""
     else:
         how = f"ended with status {status}"
-    sign = read_signs(signs).get(rank) if signs is not None else None
-    return f"rank {rank} {how}" + (f" in {sign.place()}" if sign is not None and sign.pid == pid else "")
+    last = read_statuses(ranks_folder).get(rank) if ranks_folder is not None else None
+    return f"rank {rank} {how}" + (f" in {last.place()}" if last is not None and last.pid == pid else "")
 
 
 @contextmanager
-def _forward_stop_signals(processes: Sequence[_Process]) -> Iterator[threading.Event]:
+def _forward_stop_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[threading.Event]:
     """Yields whether there was a Ctrl-C."""
     interrupted = threading.Event()
 
@@ -145,23 +156,18 @@ def _forward_stop_signals(processes: Sequence[_Process]) -> Iterator[threading.E
         # A terminal sends Ctrl-C to all processes, `kill` to this one only: a second SIGINT would end a rank.
         forward(signal.SIGTERM, frame)
 
-    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
-    try:
+    with signal_handlers(dict.fromkeys(STOP_SIGNALS, forward) | {signal.SIGINT: interrupt}):
         yield interrupted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
-def _wait_for_the_rest(processes: Sequence[_Process]) -> None:
+def _wait_for_the_rest(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Gives ranks that have saved as well the time to end by themselves."""
     deadline = time.monotonic() + _GRACE_SECONDS
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
 
 
-def _end(processes: Sequence[_Process]) -> None:
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     # SIGTERM would ask for a save, which ranks that miss one of them cannot make.
     for process in processes:
         if process.poll() is None:

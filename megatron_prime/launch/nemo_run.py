@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_prime.errors import LaunchError
 from megatron_prime.launch.slurm import SlurmOptions
@@ -34,28 +34,15 @@ def run_command(arguments: list[str], folder: str) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "megatron_prime", *arguments])
 
 
-def _task(command: str, config: str, overrides: Sequence[str]) -> Any:
-    return nemo_run_module().Partial(run_command, arguments=[command, config, *overrides], folder=os.getcwd())
-
-
-def train_recipe(config: str, overrides: Sequence[str] = ()) -> Any:
-    """A PRIME run as `run.Partial`, in the folder that this is called in.
+def recipe(command: Literal["train", "sft", "evaluate"], config: str, overrides: Sequence[str] = ()) -> Any:
+    """A command on a configuration as `run.Partial`, in the folder that this is called in.
 
     Args:
+        command: a PRIME run, a supervised one, or an evaluation in one process.
         config: YAML file, as the job will read it.
         overrides: ``key=value``.
     """
-    return _task("train", config, overrides)
-
-
-def sft_recipe(config: str, overrides: Sequence[str] = ()) -> Any:
-    """A supervised run as `run.Partial`; arguments as for `train_recipe`."""
-    return _task("sft", config, overrides)
-
-
-def evaluate_recipe(config: str, overrides: Sequence[str] = ()) -> Any:
-    """An evaluation in one process as `run.Partial`; arguments as for `train_recipe`."""
-    return _task("evaluate", config, overrides)
+    return nemo_run_module().Partial(run_command, arguments=[command, config, *overrides], folder=os.getcwd())
 
 
 def local_executor(num_tasks: int) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 import megatron_prime
 from megatron_prime.config.schema import AnyConfig, PrimeConfig
 from megatron_prime.errors import LaunchError
+from megatron_prime.launch.local import command_of
 
 SCRIPT = Path(megatron_prime.__file__).resolve().parents[1] / "tools" / "launch_prime.sbatch"
 
@@ -80,8 +81,7 @@ def sbatch_command(config: AnyConfig, config_path: str, overrides: Sequence[str]
     for name in ("python", "container", "mounts"):
         if value := getattr(options, name):
             command += [f"--{name}", value]
-    kind = "train" if isinstance(config, PrimeConfig) else "sft"
-    return [*command, "--", kind, config_path, *overrides]
+    return [*command, "--", command_of(config), config_path, *overrides]
 
 
 def _component_options(options: SlurmOptions) -> list[str]:
@@ -158,15 +158,3 @@ def _slurm(command: Sequence[str]) -> str:
     if result.returncode != 0:
         raise LaunchError(f"{shlex.join(command)}: {result.stderr.strip() or result.stdout.strip()}")
     return result.stdout
-
-
-def local_command(config: AnyConfig, config_path: str, overrides: Sequence[str]) -> str:
-    """What `launch local` starts, one line per rank."""
-    world_size = config.parallel.world_size
-    kind = "train" if isinstance(config, PrimeConfig) else "sft"
-    command = shlex.join(["megatron-prime", kind, config_path, *overrides])
-    return "\n".join(
-        f"RANK={rank} WORLD_SIZE={world_size} LOCAL_RANK={rank} LOCAL_WORLD_SIZE={world_size} MASTER_ADDR=127.0.0.1"
-        f" MASTER_PORT=<free port> OMP_NUM_THREADS={config.run.num_threads} {command}"
-        for rank in range(world_size)
-    )

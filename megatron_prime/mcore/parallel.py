@@ -173,7 +173,7 @@ def parallel_layout(config: ParallelSection, seed: int) -> Iterator[Layout]:
             device=device,
         )
     try:
-        with collectives.talking():
+        with collectives.control_group():
             yield layout
     finally:
         parallel_state.destroy_model_parallel()

@@ -6,12 +6,11 @@ import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
-if TYPE_CHECKING:
-    from megatron_prime.mcore.role import ModelRole
+from megatron_prime.interfaces import Resident
 
 _EXACT_SIZES = "pinned_max_cached_size_mb:4"
 
@@ -139,8 +138,8 @@ class Residency:
 
 
 @contextmanager
-def awake(role: ModelRole) -> Iterator[None]:
-    """Keeps a model's weights, gradients and optimizer states in memory during a ``with`` block."""
+def awake(role: Resident) -> Iterator[None]:
+    """A ``with`` block in which a model's weights, gradients and optimizer states are there; behind it they sleep."""
     role.wake(training=True)
     yield
     role.sleep()

@@ -29,7 +29,7 @@ from megatron_prime.mcore.packing import (
 from megatron_prime.mcore.parallel import Layout
 from megatron_prime.mcore.reports import ReportingLoss, combined, reduce_metrics
 from megatron_prime.mcore.residency import Residency
-from megatron_prime.mcore.skips import Skips
+from megatron_prime.mcore.skipped_steps import SkippedSteps
 from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.families import WeightSpec, weight_specs
 from megatron_prime.weights.hf_folder import HfFolder
@@ -276,7 +276,7 @@ class TrainableRole(ModelRole):
 
     def __init__(self, setup: RoleSetup, optimizer: OptimizerSection, *, num_optimizer_steps: int) -> None:
         super().__init__(setup)
-        self._skips = Skips(optimizer)
+        self._skipped_steps = SkippedSteps(optimizer)
         with megatron_platform():
             from megatron_prime.mcore.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 
@@ -320,7 +320,7 @@ class TrainableRole(ModelRole):
 
         found = self.measure(rows, selected, loss, temperature=temperature, keep_logprobs=keep_logprobs)
         try:
-            is_skipped = self._skips.skip(found.metrics)
+            is_skipped = self._skipped_steps.skip(found.metrics)
         except NonFiniteError as error:
             raise NonFiniteError(str(error), found.logprobs) from error
         if is_skipped:

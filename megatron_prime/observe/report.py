@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_prime.observe.files import write_atomically
+from megatron_prime.observe.atomic_files import write_atomically
 from megatron_prime.observe.run_folder import RunFolder
 
 Series = tuple[list[int], list[float]]

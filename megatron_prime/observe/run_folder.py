@@ -21,7 +21,7 @@ from megatron_prime.checkpoint.manifest import committed
 from megatron_prime.config import AnyConfig, load_config, save_config, to_dict
 from megatron_prime.config.keys import changeable_keys
 from megatron_prime.errors import ConfigError
-from megatron_prime.observe.files import write_atomically
+from megatron_prime.observe.atomic_files import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from megatron_prime.config.checks import data_parallel_size
 from megatron_prime.config.schema import PrimeConfig
-from megatron_prime.planner import memory
+from megatron_prime.planner import footprint
+from megatron_prime.planner.footprint import LayoutSizes
 from megatron_prime.planner.hardware import GIB, Hardware
 from megatron_prime.planner.workload import Workload
 from megatron_prime.weights.architecture import ModelArchitecture
@@ -32,7 +33,11 @@ class EnginePlan:
 
 
 def plan_engine(
-    config: PrimeConfig, architecture: ModelArchitecture, layout: memory.Layout, work: Workload, hardware: Hardware
+    config: PrimeConfig,
+    architecture: ModelArchitecture,
+    layout: LayoutSizes,
+    work: Workload,
+    hardware: Hardware,
 ) -> EnginePlan:
     """Plans the engine of a checked configuration.
 
@@ -63,35 +68,47 @@ def describe_engine(config: PrimeConfig) -> str:
 
 
 def _own(
-    config: PrimeConfig, architecture: ModelArchitecture, layout: memory.Layout, work: Workload, hardware: Hardware
+    config: PrimeConfig,
+    architecture: ModelArchitecture,
+    layout: LayoutSizes,
+    work: Workload,
+    hardware: Hardware,
 ) -> EnginePlan:
     return EnginePlan(num_engines=config.parallel.world_size, batch=config.rollout.max_batch_size)
 
 
 def _embedded(
-    config: PrimeConfig, architecture: ModelArchitecture, layout: memory.Layout, work: Workload, hardware: Hardware
+    config: PrimeConfig,
+    architecture: ModelArchitecture,
+    layout: LayoutSizes,
+    work: Workload,
+    hardware: Hardware,
 ) -> EnginePlan:
     world_size, batch = config.parallel.world_size, config.rollout.max_batch_size
     num_rows = min(batch, math.ceil(work.num_sampled / world_size))
     longest = work.prompt_tokens + work.max_response_tokens
-    cache = num_rows * longest * memory.kv_token_bytes(architecture, layout.item_bytes, 1)
-    logits = memory.FLOAT32 * 2 * num_rows * architecture.vocab_size
+    cache = num_rows * longest * footprint.kv_token_bytes(architecture, layout.item_bytes, 1)
+    logits = footprint.FLOAT32 * 2 * num_rows * architecture.vocab_size
     return EnginePlan(
         num_engines=world_size,
         batch=batch,
-        resident={"engine weights": memory.num_parameters(architecture) * layout.item_bytes},
+        resident={"engine weights": footprint.num_parameters(architecture) * layout.item_bytes},
         sampling={"engine KV cache": cache, "engine logits": logits},
     )
 
 
 def _vllm(
-    config: PrimeConfig, architecture: ModelArchitecture, layout: memory.Layout, work: Workload, hardware: Hardware
+    config: PrimeConfig,
+    architecture: ModelArchitecture,
+    layout: LayoutSizes,
+    work: Workload,
+    hardware: Hardware,
 ) -> EnginePlan:
     section, world_size = config.rollout.vllm, config.parallel.world_size
     tensor, batch = section.tensor_parallel_size, section.max_num_seqs
     if section.servers:
         return EnginePlan(num_engines=len(section.servers), tensor=tensor, batch=batch)
-    whole = memory.num_parameters(architecture) * layout.item_bytes
+    whole = footprint.num_parameters(architecture) * layout.item_bytes
     weights = whole / tensor
     if section.kv_cache_gib is not None:
         cache = section.kv_cache_gib * GIB
@@ -108,7 +125,7 @@ def _vllm(
     return EnginePlan(num_engines=layout.data, tensor=tensor, batch=batch, resident=parts, host_bytes=host_bytes)
 
 
-_PLANS: Mapping[str, Callable[[PrimeConfig, ModelArchitecture, memory.Layout, Workload, Hardware], EnginePlan]] = {
+_PLANS: Mapping[str, Callable[[PrimeConfig, ModelArchitecture, LayoutSizes, Workload, Hardware], EnginePlan]] = {
     "transformers": _embedded,
     "vllm": _vllm,
 }

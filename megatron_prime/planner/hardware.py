@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GIB = 2**30
 
@@ -45,60 +45,48 @@ _SHARES_SOURCE = (
     " reach 42% and 27% of the peak and whose scoring passes about 40%"
 )
 
-PROFILES: dict[str, Hardware] = {
-    profile.name: profile
-    for profile in (
-        Hardware(
-            name="h100",
-            memory_gib=79.1,
-            reserved_gib=3.0,
-            peak_tflops=989.0,
-            memory_gb_per_second=3350.0,
-            node_gb_per_second=450.0,
-            network_gb_per_second=50.0,
-            num_gpus_per_node=8,
-            host_memory_gib=2048.0,
-            source=f"NVIDIA H100 SXM5 80GB and DGX H100 data sheets; {_SHARES_SOURCE}",
-            **_SHARES,
-        ),
-        Hardware(
-            name="h200",
-            memory_gib=139.8,
-            reserved_gib=3.0,
-            peak_tflops=989.0,
-            memory_gb_per_second=4800.0,
-            node_gb_per_second=450.0,
-            network_gb_per_second=50.0,
-            num_gpus_per_node=8,
-            host_memory_gib=2048.0,
-            source=f"NVIDIA H200 SXM 141GB and DGX H200 data sheets; {_SHARES_SOURCE}",
-            **_SHARES,
-        ),
-        Hardware(
-            name="a100",
-            memory_gib=79.2,
-            reserved_gib=3.0,
-            peak_tflops=312.0,
-            memory_gb_per_second=2039.0,
-            node_gb_per_second=300.0,
-            network_gb_per_second=25.0,
-            num_gpus_per_node=8,
-            host_memory_gib=1024.0,
-            source=f"NVIDIA A100 SXM4 80GB and DGX A100 data sheets; {_SHARES_SOURCE}",
-            **_SHARES,
-        ),
-        Hardware(
-            name="cpu",
-            memory_gib=4.0,
-            reserved_gib=0.4,
-            peak_tflops=0.05,
-            memory_gb_per_second=10.0,
-            node_gb_per_second=2.0,
-            network_gb_per_second=1.0,
-            num_gpus_per_node=8,
-            host_memory_gib=16.0,
-            source="a process on one core of a laptop, in round numbers; for the order of magnitude only",
-            **_SHARES,
-        ),
-    )
-}
+_H100 = Hardware(
+    name="h100",
+    memory_gib=79.1,
+    reserved_gib=3.0,
+    peak_tflops=989.0,
+    memory_gb_per_second=3350.0,
+    node_gb_per_second=450.0,
+    network_gb_per_second=50.0,
+    num_gpus_per_node=8,
+    host_memory_gib=2048.0,
+    source=f"NVIDIA H100 SXM5 80GB and DGX H100 data sheets; {_SHARES_SOURCE}",
+    **_SHARES,
+)
+_H200 = replace(
+    _H100,
+    name="h200",
+    memory_gib=139.8,
+    memory_gb_per_second=4800.0,
+    source=f"NVIDIA H200 SXM 141GB and DGX H200 data sheets; {_SHARES_SOURCE}",
+)
+_A100 = replace(
+    _H100,
+    name="a100",
+    memory_gib=79.2,
+    peak_tflops=312.0,
+    memory_gb_per_second=2039.0,
+    node_gb_per_second=300.0,
+    network_gb_per_second=25.0,
+    host_memory_gib=1024.0,
+    source=f"NVIDIA A100 SXM4 80GB and DGX A100 data sheets; {_SHARES_SOURCE}",
+)
+_CPU = Hardware(
+    name="cpu",
+    memory_gib=4.0,
+    reserved_gib=0.4,
+    peak_tflops=0.05,
+    memory_gb_per_second=10.0,
+    node_gb_per_second=2.0,
+    network_gb_per_second=1.0,
+    num_gpus_per_node=8,
+    host_memory_gib=16.0,
+    source="a process on one core of a laptop, in round numbers; for the order of magnitude only",
+    **_SHARES,
+)
+PROFILES = {profile.name: profile for profile in (_H100, _H200, _A100, _CPU)}

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_prime.config.schema import AnyConfig, PrimeConfig
-from megatron_prime.planner import memory
+from megatron_prime.planner import footprint
 from megatron_prime.planner.engines import plan_engine
+from megatron_prime.planner.footprint import LayoutSizes
 from megatron_prime.planner.hardware import GIB, Hardware
 from megatron_prime.planner.speed import step_seconds, traffic_bytes
 from megatron_prime.planner.workload import Workload, has_reference, micro_batch_tokens, workload_of
@@ -90,18 +91,19 @@ def make_plan(
         hardware: the machine.
         mean_response_tokens: see `workload_of`.
     """
-    layout = memory.Layout.of(config, on_cpu=hardware.name == "cpu")
+    layout = LayoutSizes.of(config, on_cpu=hardware.name == "cpu")
     work = workload_of(config, mean_response_tokens)
     stages = [_phases(config, architecture, layout, work, hardware, stage) for stage in range(layout.pipeline)]
     phases = tuple(max(same, key=lambda phase: phase.total) for same in zip(*stages, strict=True))
-    checkpoint = memory.checkpoint_bytes(config, architecture, layout)
+    checkpoint = footprint.checkpoint_bytes(config, architecture, layout)
     return Plan(
         hardware=hardware,
         workload=work,
         phases=phases,
         host_bytes=_host_bytes(config, architecture, layout, work, checkpoint, hardware),
         checkpoint_bytes=checkpoint,
-        disk_bytes=memory.num_checkpoints(config) * checkpoint + memory.exported_bytes(config, architecture, layout),
+        disk_bytes=footprint.num_checkpoints(config) * checkpoint
+        + footprint.exported_bytes(config, architecture, layout),
         traffic=traffic_bytes(config, architecture, layout, work),
         seconds=step_seconds(config, architecture, layout, work, hardware),
     )
@@ -110,7 +112,7 @@ def make_plan(
 def _phases(
     config: AnyConfig,
     architecture: ModelArchitecture,
-    layout: memory.Layout,
+    layout: LayoutSizes,
     work: Workload,
     hardware: Hardware,
     stage: int,
@@ -128,18 +130,18 @@ def _phases(
 
     def update(name: str, model: str, num_rows: int, num_steps: int) -> PhaseMemory:
         num_micro_batches = math.ceil(num_rows * work.row_tokens / max(num_steps, 1) / layout.data / whole)
-        kept = memory.kept_bytes(architecture, layout, stage, tokens, num_micro_batches)
-        layer = memory.backward_bytes(architecture, layout, tokens)
-        logits = memory.head_bytes(architecture, layout, tokens, workspace, backward=True) if last else 0
+        kept = footprint.kept_bytes(architecture, layout, stage, tokens, num_micro_batches)
+        layer = footprint.backward_bytes(architecture, layout, tokens)
+        logits = footprint.head_bytes(architecture, layout, tokens, workspace, backward=True) if last else 0
         # The head's backward pass is over when the layers' begins.
         passing = {"logits": logits} if logits > layer else {"layer workspace": layer}
         return PhaseMemory(name=name, parts=resident(model, training=True) | {"activations": kept} | passing)
 
     if not isinstance(config, PrimeConfig) or planned is None:
         return [update("update", "policy", work.num_rows, 1)]
-    score = {"layer workspace": memory.forward_bytes(architecture, layout, tokens)}
+    score = {"layer workspace": footprint.forward_bytes(architecture, layout, tokens)}
     if last:
-        score["logits"] = memory.head_bytes(architecture, layout, tokens, workspace, backward=False)
+        score["logits"] = footprint.head_bytes(architecture, layout, tokens, workspace, backward=False)
     phases = [
         PhaseMemory(name="rollout", parts=resident(None) | planned.sampling),
         PhaseMemory(name="score", parts=resident("policy") | score),
@@ -162,13 +164,13 @@ def _models(config: AnyConfig) -> tuple[list[str], list[str]]:
 def _model_parts(
     config: AnyConfig,
     architecture: ModelArchitecture,
-    layout: memory.Layout,
+    layout: LayoutSizes,
     stage: int,
     computing: str | None,
     training: bool,
 ) -> dict[str, float]:
     """What lies on a rank of the models while one of them computes, or none."""
-    size = memory.model_bytes(architecture, layout, stage, trained=True)
+    size = footprint.model_bytes(architecture, layout, stage, trained=True)
     given_away = config.parallel.offload_idle
     trained, frozen = _models(config)
     parts: dict[str, float] = {}
@@ -183,14 +185,14 @@ def _model_parts(
         if layout.fp8 and (given_away == "none" or name == computing):
             # Kept from pass to pass, those of a trained model with what backward took.
             kept = trains or (given_away == "none" and name in trained)
-            parts[f"{name} FP8 copies"] = memory.fp8_copy_bytes(architecture, layout, training=kept)
+            parts[f"{name} FP8 copies"] = footprint.fp8_copy_bytes(architecture, layout, training=kept)
     return parts
 
 
 def _host_bytes(
     config: AnyConfig,
     architecture: ModelArchitecture,
-    layout: memory.Layout,
+    layout: LayoutSizes,
     work: Workload,
     checkpoint: float,
     hardware: Hardware,
@@ -206,7 +208,7 @@ def _host_bytes(
         total += checkpoint / num_nodes
     if config.parallel.offload_idle == "all":
         trained, frozen = _models(config)
-        size = memory.model_bytes(architecture, layout, 0, trained=True)
+        size = footprint.model_bytes(architecture, layout, 0, trained=True)
         total += ranks * (len(trained) * (size.weights + size.optimizer) + len(frozen) * size.weights)
     if isinstance(config, PrimeConfig):
         total += ranks * config.verifier.num_workers * _GRADER_BYTES

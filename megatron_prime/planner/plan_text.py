@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 
 from megatron_prime.config.schema import AnyConfig, PrimeConfig
 from megatron_prime.planner.engines import describe_engine
+from megatron_prime.planner.footprint import num_checkpoints
 from megatron_prime.planner.hardware import GIB
-from megatron_prime.planner.memory import num_checkpoints
 from megatron_prime.planner.plan import PhaseMemory, Plan
 
 

@@ -17,7 +17,7 @@ _GPUS = re.compile(r"(?:(\d+)x)?(\d+)x(\d+)GB", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Candidate:
+class LayoutCandidate:
     """A layout that can run."""
 
     config: AnyConfig
@@ -80,7 +80,7 @@ def search_layouts(
     num_gpus: int,
     *,
     mean_response_tokens: float | None = None,
-) -> list[Candidate]:
+) -> list[LayoutCandidate]:
     """Every layout that passes the checks and fits, by estimated step time.
 
     Tensor parallelism and engines stay inside a node; recomputation is taken only where nothing else fits.
@@ -95,7 +95,7 @@ def search_layouts(
     Raises:
         ConfigError: nothing fits; names the layout that comes closest and by how much it fails.
     """
-    fitting: list[Candidate] = []
+    fitting: list[LayoutCandidate] = []
     smallest: Plan | None = None
     for candidate in _layouts(config, architecture, hardware, num_gpus):
         if check_config(candidate, architecture, check_files=False):
@@ -104,7 +104,7 @@ def search_layouts(
         if smallest is None or plan.peak_gib < smallest.peak_gib:
             smallest = plan
         if plan.fits:
-            fitting.append(Candidate(config=candidate, plan=plan))
+            fitting.append(LayoutCandidate(config=candidate, plan=plan))
     if fitting:
         return sorted(fitting, key=lambda candidate: candidate.plan.step_seconds)
     if smallest is None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 
 from megatron_prime.config.schema import AnyConfig, PrimeConfig
-from megatron_prime.planner import memory
+from megatron_prime.planner import footprint
 from megatron_prime.planner.engines import plan_engine
+from megatron_prime.planner.footprint import LayoutSizes
 from megatron_prime.planner.hardware import Hardware
 from megatron_prime.planner.workload import Workload, micro_batch_tokens
 from megatron_prime.weights.architecture import ModelArchitecture
@@ -25,10 +26,10 @@ _PCIE_BYTES_PER_SECOND = 20e9
 
 
 def traffic_bytes(
-    config: AnyConfig, architecture: ModelArchitecture, layout: memory.Layout, work: Workload
+    config: AnyConfig, architecture: ModelArchitecture, layout: LayoutSizes, work: Workload
 ) -> dict[str, float]:
     """Bytes that one GPU sends per step, by purpose (ring collectives: Patarasuk and Yuan, 2009)."""
-    per_gpu = memory.stage_parameters(architecture, layout, 0)
+    per_gpu = footprint.stage_parameters(architecture, layout, 0)
     steps = work.num_optimizer_steps + work.num_prm_optimizer_steps
     train_tokens, score_tokens = _tokens_per_replica(config, layout, work)
     ring = _ring_share(layout.tensor)
@@ -41,7 +42,7 @@ def traffic_bytes(
         result["pipeline"] = boundary * (2 * train_tokens + score_tokens)
     replicas = layout.data * layout.context
     if replicas > 1:
-        reduced = memory.FLOAT32 if layout.distributed_optimizer else 2 * memory.FLOAT32
+        reduced = footprint.FLOAT32 if layout.distributed_optimizer else 2 * footprint.FLOAT32
         gathered = layout.item_bytes if layout.distributed_optimizer else 0
         result["data"] = steps * _ring_share(replicas) * per_gpu * (reduced + gathered)
     if isinstance(config, PrimeConfig):
@@ -53,7 +54,7 @@ def _ring_share(size: int) -> float:
     return (size - 1) / size
 
 
-def _tokens_per_replica(config: AnyConfig, layout: memory.Layout, work: Workload) -> tuple[float, float]:
+def _tokens_per_replica(config: AnyConfig, layout: LayoutSizes, work: Workload) -> tuple[float, float]:
     """Tokens that a rank's tensor and pipeline group trains on (policy and PRM) and scores, per step."""
     epochs = config.policy.num_epochs if isinstance(config, PrimeConfig) else 1
     trained = work.num_rows * epochs + work.num_prm_rows
@@ -64,7 +65,11 @@ def _tokens_per_replica(config: AnyConfig, layout: memory.Layout, work: Workload
 
 
 def step_seconds(
-    config: AnyConfig, architecture: ModelArchitecture, layout: memory.Layout, work: Workload, hardware: Hardware
+    config: AnyConfig,
+    architecture: ModelArchitecture,
+    layout: LayoutSizes,
+    work: Workload,
+    hardware: Hardware,
 ) -> dict[str, float]:
     """Seconds of a step by stage.
 
@@ -94,7 +99,7 @@ def step_seconds(
     seconds["update"] += tensor * trained_share
     seconds["update"] += traffic.get("data", 0.0) / _data_bandwidth(config, layout, hardware)
     if isinstance(config, PrimeConfig):
-        whole = memory.num_parameters(architecture) * layout.item_bytes
+        whole = footprint.num_parameters(architecture) * layout.item_bytes
         # The refit goes through host memory, written by the ranks and read by the engine: two copies at PCIe's pace.
         seconds["refit"] = 2 * whole / _PCIE_BYTES_PER_SECOND
     if config.checkpoint.every_steps:
@@ -102,7 +107,7 @@ def step_seconds(
         num_nodes = math.ceil(ranks / hardware.num_gpus_per_node)
         # In the background only the copy to host memory holds training up.
         pace = ranks * _PCIE_BYTES_PER_SECOND if config.checkpoint.asynchronous else num_nodes * _DISK_BYTES_PER_SECOND
-        state = memory.checkpoint_bytes(config, architecture, layout)
+        state = footprint.checkpoint_bytes(config, architecture, layout)
         seconds["checkpoint"] = state / pace / config.checkpoint.every_steps
     return seconds
 
@@ -111,24 +116,24 @@ def _flops(a: ModelArchitecture, work: Workload) -> float:
     """Of a forward pass, per token."""
     pairs = 4 * a.num_layers * a.num_attention_heads * a.kv_channels * work.row_tokens / 2
     embedding = 0 if a.tied_embeddings else a.vocab_size * a.hidden_size
-    return 2 * (memory.active_parameters(a) - embedding) + pairs
+    return 2 * (footprint.active_parameters(a) - embedding) + pairs
 
 
-def _bubble(config: AnyConfig, layout: memory.Layout, work: Workload) -> float:
+def _bubble(config: AnyConfig, layout: LayoutSizes, work: Workload) -> float:
     """Factor by which an idle pipeline stretches an update (Narayanan et al., arXiv 2104.04473, section 2.2)."""
     tokens = work.num_rows * work.row_tokens / work.num_optimizer_steps / layout.data
     num_micro_batches = max(math.ceil(tokens / micro_batch_tokens(config, work)), 1)
     return 1 + (layout.pipeline - 1) / (num_micro_batches * layout.virtual)
 
 
-def _data_bandwidth(config: AnyConfig, layout: memory.Layout, hardware: Hardware) -> float:
+def _data_bandwidth(config: AnyConfig, layout: LayoutSizes, hardware: Hardware) -> float:
     inside = config.parallel.world_size <= hardware.num_gpus_per_node
     rate = hardware.node_gb_per_second if inside else hardware.network_gb_per_second
     return rate * 1e9 * hardware.network_efficiency
 
 
 def _rollout_seconds(
-    config: PrimeConfig, a: ModelArchitecture, layout: memory.Layout, work: Workload, hardware: Hardware
+    config: PrimeConfig, a: ModelArchitecture, layout: LayoutSizes, work: Workload, hardware: Hardware
 ) -> float:
     """Decoding: every wave reads the weights once per position up to the longest answer, and all keys and values."""
     engine = plan_engine(config, a, layout, work, hardware)
@@ -137,9 +142,9 @@ def _rollout_seconds(
     bandwidth = hardware.memory_gb_per_second * 1e9 * hardware.decode_efficiency * tensor
     # Finished answers make room at once: only the last ones decode in a batch that empties.
     positions = max(rows / engine.batch, 1) * work.response_tokens + work.max_response_tokens - work.response_tokens
-    weights = positions * memory.num_parameters(a) * layout.item_bytes
+    weights = positions * footprint.num_parameters(a) * layout.item_bytes
     context = work.prompt_tokens + work.response_tokens / 2
-    cache = rows * work.response_tokens * context * memory.kv_token_bytes(a, layout.item_bytes, 1)
+    cache = rows * work.response_tokens * context * footprint.kv_token_bytes(a, layout.item_bytes, 1)
     starts = positions * 2 * a.num_layers * _COLLECTIVE_SECONDS if tensor > 1 else 0.0
     compute = rows * work.row_tokens * _flops(a, work)
     compute /= hardware.peak_tflops * 1e12 * tensor * hardware.score_efficiency

@@ -80,7 +80,7 @@ def sample_and_verify(
     for prompt, answer in collectives.my_share([place for place in places if place not in early]):
         grade(prompt, answer, responses[prompt][answer])
     for _ in as_completed(pending.values()):
-        heartbeat.heard()
+        heartbeat.beat()
     verdicts: dict[tuple[int, int], Verdict] = {}
     for graded in collectives.all_gather({place: future.result() for place, future in pending.items()}):
         verdicts |= graded

@@ -1,6 +1,6 @@
 """What the exit statuses of a rank, and of the launcher that waits for ranks, mean (docs/reference/faults.md)."""
 
-INPUT_AT_FAULT = 2
+INVALID_INPUT = 2
 """The configuration or its files; the same command fails again."""
 PEER_LOST = 69
 """This rank lost another one and had to end; that one's status says why (EX_UNAVAILABLE of sysexits.h)."""
@@ -11,5 +11,5 @@ INTERRUPTED = 75
 STALLED = 76
 """A rank did not arrive where others waited for it (EX_PROTOCOL)."""
 
-EXPLAINED = frozenset({INPUT_AT_FAULT, PEER_LOST, FAILED, INTERRUPTED, STALLED})
+EXPLAINED = frozenset({INVALID_INPUT, PEER_LOST, FAILED, INTERRUPTED, STALLED})
 """A rank that ends so has said why."""

@@ -1,4 +1,4 @@
-"""What is said of a job in which ranks wait for one that does not arrive."""
+"""The report on a job in which ranks wait for one that hangs."""
 
 from __future__ import annotations
 
@@ -6,49 +6,50 @@ import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from megatron_prime.watch.rank_status import Sign, rank_list
+from megatron_prime.watch.rank_status import RankStatus, rank_list
 
 _MAX_CULPRITS = 8
 _STOPPED = "T"
 
 
-def stall_report(before: Mapping[int, Sign], now: Mapping[int, Sign], stack_of: Callable[[Sign], str]) -> str:
+def stall_report(
+    before: Mapping[int, RankStatus], now: Mapping[int, RankStatus], stack_of: Callable[[RankStatus], str]
+) -> str:
     """Who is waited for, where it is, and its stack.
 
     Args:
-        before: signs of life by rank.
-        now: the same, after every watchdog should have looked again.
+        before: status by rank.
+        now: the same, after every watchdog should have checked again.
         stack_of: Python stacks of a rank, empty where they cannot be had.
     """
-    silent = {rank for rank, sign in now.items() if rank in before and sign.num_looks == before[rank].num_looks}
-    waiting = {rank: sign for rank, sign in now.items() if sign.waits_in and rank not in silent}
-    missing = [sign for rank, sign in now.items() if rank not in waiting]
+    silent = {rank for rank, status in now.items() if rank in before and status.num_checks == before[rank].num_checks}
+    waiting = {rank: status for rank, status in now.items() if status.waits_in and rank not in silent}
+    missing = [status for rank, status in now.items() if rank not in waiting]
     others = f"{rank_list(waiting)} {'waits' if len(waiting) == 1 else 'wait'} for it" if waiting else ""
     lines = []
-    for sign in missing[:_MAX_CULPRITS] or waiting.values():
-        state = _state(sign, is_silent=sign.rank in silent)
-        text = (
-            f"rank {sign.rank} on host {sign.host} has been in {sign.place()} for {sign.phase_seconds:.0f} s ({state})"
-        )
+    for status in missing[:_MAX_CULPRITS] or waiting.values():
+        state = _state(status, is_silent=status.rank in silent)
+        where = f"rank {status.rank} on host {status.host} has been in {status.place()}"
+        text = f"{where} for {status.phase_seconds:.0f} s ({state})"
         lines.append("; ".join(filter(None, [text, others if missing else ""])))
-        if stack := stack_of(sign):
+        if stack := stack_of(status):
             lines.append(_main_stack(stack))
     if len(missing) > _MAX_CULPRITS:
-        lines.append(f"{rank_list(sign.rank for sign in missing[_MAX_CULPRITS:])} did not arrive either")
+        lines.append(f"{rank_list(status.rank for sign in missing[_MAX_CULPRITS:])} did not arrive either")
     if not missing:
         lines.append("every rank waits in a collective: they disagree about which one comes next")
     return "\n".join(lines)
 
 
-def _state(sign: Sign, *, is_silent: bool) -> str:
-    if sign.failure:
-        return f"failed: {sign.failure}"
+def _state(status: RankStatus, *, is_silent: bool) -> str:
+    if status.failure:
+        return f"failed: {status.failure}"
     if not is_silent:
-        return f"waits in {sign.waits_in}" if sign.waits_in else "its main thread runs or waits in no collective"
-    kind = _process_state(sign.pid)
+        return f"waits in {status.waits_in}" if status.waits_in else "its main thread runs or waits in no collective"
+    kind = _process_state(status.pid)
     if kind == _STOPPED:
         return f"stopped by a signal, as {signal.Signals.SIGSTOP.name} does"
-    return "gives no sign of life"
+    return "its heartbeats have stopped"
 
 
 def _process_state(pid: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -36,10 +36,17 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             # Unlike print, allowed in the middle of another one.
             os.write(2, _TOLD)
 
-    before = {number: signal.signal(number, lambda *_: signalled.set()) for number in STOP_SIGNALS}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupted)
-    try:
+    handlers = dict.fromkeys(STOP_SIGNALS, lambda number, frame: signalled.set())
+    with signal_handlers(handlers | {signal.SIGINT: interrupted}):
         yield lambda: collectives.any_process(signalled.is_set())
+
+
+@contextmanager
+def signal_handlers(handlers: Mapping[signal.Signals, Callable[[int, object], None]]) -> Iterator[None]:
+    """Handles signals by these functions for a ``with`` block, in the main thread."""
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

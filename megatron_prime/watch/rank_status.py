@@ -1,4 +1,4 @@
-"""Signs of life: what each rank does, in a file of its own below the run folder.
+"""What each rank does, in a status file of its own below the run folder.
 
 Nobody has to take part for a file to be read, so they also tell about ranks that are stuck, stopped or dead. Ranks on
 several hosts need what checkpoints need as well: a run folder that all of them see.
@@ -13,15 +13,15 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-SIGNS = "ranks"
-"""Name of the folder of signs in the run folder."""
+RANKS_FOLDER = "ranks"
+"""Name of the folder of status files in the run folder."""
 _NUM_BYTES = 1024
 _MAX_FAILURE_CHARACTERS = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sign:
-    """What a rank last said of itself."""
+class RankStatus:
+    """The last status of a rank."""
 
     rank: int
     host: str
@@ -31,10 +31,10 @@ class Sign:
     """0 before the first one."""
     phase_seconds: float
     """In this phase."""
-    num_looks: int
-    """How often the rank's watchdog has looked so far: a process that is stopped does not."""
+    num_checks: int
+    """How often the rank's watchdog has checked so far: that of a stopped process does not."""
     idle_seconds: float = 0.0
-    """Since its main thread last computed, or heard that what it waits for gets on."""
+    """Since its main thread last computed, or what it waits for last sent a heartbeat."""
     waits_in: str | None = None
     """The collective that it waits in."""
     failure: str | None = None
@@ -45,7 +45,7 @@ class Sign:
         return f"phase {self.phase} of step {self.step}" if self.step else f"phase {self.phase}"
 
 
-class SignFile:
+class StatusFile:
     """The file of one rank.
 
     Args:
@@ -57,26 +57,26 @@ class SignFile:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = os.open(folder / f"rank_{rank:05}.json", os.O_WRONLY | os.O_CREAT, 0o644)
 
-    def write(self, sign: Sign) -> None:
+    def write(self, status: RankStatus) -> None:
         """Replaces what is there in one call, so that a reader sees the old or the new."""
-        content = asdict(sign) | {"failure": sign.failure and sign.failure[:_MAX_FAILURE_CHARACTERS]}
+        content = asdict(status) | {"failure": status.failure and status.failure[:_MAX_FAILURE_CHARACTERS]}
         os.pwrite(self._file, json.dumps(content).encode().ljust(_NUM_BYTES), 0)
 
     def close(self) -> None:
-        """Ends the writing; the last sign stays."""
+        """Ends the writing; the last status stays."""
         os.close(self._file)
 
 
-def read_signs(folder: Path) -> dict[int, Sign]:
-    """The newest sign of every rank that has given one, by rank."""
-    found: dict[int, Sign] = {}
+def read_statuses(folder: Path) -> dict[int, RankStatus]:
+    """The newest status of every rank that has written one, by rank."""
+    found: dict[int, RankStatus] = {}
     for path in sorted(folder.glob("rank_*.json")):
         try:
-            sign = Sign(**json.loads(path.read_bytes()))
+            status = RankStatus(**json.loads(path.read_bytes()))
             age = max(0.0, time.time() - path.stat().st_mtime)
         except (OSError, ValueError, TypeError):
             continue
-        found[sign.rank] = replace(sign, phase_seconds=sign.phase_seconds + age)
+        found[status.rank] = replace(status, phase_seconds=status.phase_seconds + age)
     return found
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import numpy
@@ -11,7 +13,6 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megatron_prime.weights.checksum import block_values
 from megatron_prime.weights.shards import ShardSlice
 
 NUM_DIGEST_BYTES = 16
@@ -26,6 +27,9 @@ _INFINITY = {
     torch.float64: 0x7FF0000000000000,
 }
 """Its bits; those of NaN are beyond."""
+_BLOCK_WORDS = 2**15
+_ROWS_PER_PASS = {"cpu": 2, "cuda": 512}
+"""Blocks handled by one kernel: in the cache on a CPU, few launches and 128 MiB of scratch on a GPU."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By size: numpy has no bfloat16."""
 
@@ -33,8 +37,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def digest(values: Tensor) -> bytes:
     """Checksum of a tensor's values (not of its name or shape, which plans carry).
 
-    XXH3 (xxhash.com) reads at the speed of memory, 27 GB/s on one core where `WeightChecksum` reads 2.5; it is for
-    errors, not against adversaries. A tensor on an accelerator is copied to the host for it.
+    XXH3 (xxhash.com) reads at the speed of memory, 27 GB/s on one core; it is for errors, not against adversaries. A
+    tensor on an accelerator is copied to the host for it.
 
     Args:
         values: any dtype, device and strides.
@@ -69,7 +73,7 @@ def find_non_finite(slices: Iterable[ShardSlice]) -> list[str]:
 def digest_on(device: torch.device, values: Tensor) -> bytes:
     """The checksum that a device computes where it has the values: on a CPU `digest`, elsewhere one that reads no less.
 
-    A GPU reduces every block of 128 KiB to eight bytes (`checksum.block_values`), which go to the host for `digest`.
+    A GPU reduces every block of 128 KiB to eight bytes (`block_values`), which go to the host for `digest`.
 
     Args:
         device: both sides of a comparison name the same kind.
@@ -77,6 +81,44 @@ def digest_on(device: torch.device, values: Tensor) -> bytes:
     """
     values = values.detach().to(device)
     return digest(values if device.type == "cpu" else torch.cat(list(block_values(values))))
+
+
+def block_values(tensor: Tensor) -> Iterator[Tensor]:
+    """Weighted sums of a tensor's blocks, on its device.
+
+    A block's value is the sum of its 32-bit words, each times its own fixed odd 64-bit weight, modulo 2**64
+    (multilinear hashing; Lemire and Kaser, "Strongly universal string hashing is fast", 2014). A block in which a
+    single word changed has another value, always; any other fixed change keeps it with a probability of at most 2**-32.
+
+    Args:
+        tensor: any shape, dtype, device and strides.
+
+    Yields:
+        int64 [blocks], a few blocks at a time.
+    """
+    data = tensor.reshape(-1).contiguous()
+    if data.storage_offset() * data.element_size() % 4:
+        data = data.clone()  # a view as 32-bit words needs an aligned start
+    data = data.view(torch.uint8)
+    block_bytes = 4 * _BLOCK_WORDS
+    whole = data.numel() // block_bytes * block_bytes
+    weights = _weights(data.device)
+    rows_per_pass = _ROWS_PER_PASS.get(data.device.type, 2)
+    for rows in data[:whole].view(torch.int32).view(-1, _BLOCK_WORDS).split(rows_per_pass):
+        yield rows.to(torch.int64).mul_(weights).sum(dim=1)
+    if whole < data.numel():
+        # The shape is part of the digest, so zero padding cannot be taken for data.
+        rest = data.new_zeros(-(-(data.numel() - whole) // 4) * 4)
+        rest[: data.numel() - whole] = data[whole:]
+        words = rest.view(torch.int32).to(torch.int64)
+        yield words.mul_(weights[: len(words)]).sum().view(1)
+
+
+@cache
+def _weights(device: torch.device) -> Tensor:
+    """Fixed odd 64-bit weights, int64 [_BLOCK_WORDS]: odd, so that no change of one word can vanish modulo 2**64."""
+    random_bytes = hashlib.shake_128(b"megatron_prime.weights.checksum").digest(8 * _BLOCK_WORDS)
+    return (torch.frombuffer(bytearray(random_bytes), dtype=torch.int64) | 1).to(device)
 
 
 def _in_groups(slices: Iterable[ShardSlice]) -> list[list[ShardSlice]]:

@@ -16,8 +16,8 @@ from megatron_prime.weights.architecture import ModelArchitecture
 Stage = Literal["embedding", "layer", "head"]
 
 
-class Layout(StrEnum):
-    """The cut of a Megatron tensor over tensor-parallel ranks."""
+class Sharding(StrEnum):
+    """How a Megatron tensor is cut over tensor-parallel ranks."""
 
     COLUMN = "column"
     """By output rows (dim 0)."""
@@ -44,7 +44,7 @@ class WeightSpec:
     transformer_engine_name: str
     """Its name with layers of Transformer Engine, which fuse norms into the next projection."""
     hf_names: tuple[str, ...]
-    layout: Layout
+    sharding: Sharding
     hf_shapes: tuple[tuple[int, ...], ...]
     """Shape of each of `hf_names`."""
     layer: int | None
@@ -55,14 +55,14 @@ class WeightSpec:
 
     @property
     def is_whole(self) -> bool:
-        """True if a rank that holds any of it holds all of it."""
-        return self.layout is Layout.REPLICATED or self.expert is not None
+        """Whether ranks that hold any of it hold all of it."""
+        return self.sharding is Sharding.REPLICATED or self.expert is not None
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
     megatron_name: str
-    layout: Layout
+    sharding: Sharding
     hf: Mapping[str, str]
     """Hugging Face name -> its dimensions, keys of `_dimensions`."""
     only_if: str | None = None
@@ -71,18 +71,18 @@ class _Row:
     """Megatron name with layers of Transformer Engine, where it is another one."""
 
 
-_EMBEDDING = (_Row("embedding.word_embeddings.weight", Layout.VOCAB, {"model.embed_tokens.weight": "vocab hidden"}),)
+_EMBEDDING = (_Row("embedding.word_embeddings.weight", Sharding.VOCAB, {"model.embed_tokens.weight": "vocab hidden"}),)
 
 _ATTENTION = (
     _Row(
         "input_layernorm.weight",
-        Layout.REPLICATED,
+        Sharding.REPLICATED,
         {"input_layernorm.weight": "hidden"},
         fused_name="self_attention.linear_qkv.layer_norm_weight",
     ),
     _Row(
         "self_attention.linear_qkv.weight",
-        Layout.QKV,
+        Sharding.QKV,
         {
             "self_attn.q_proj.weight": "query hidden",
             "self_attn.k_proj.weight": "key hidden",
@@ -91,49 +91,49 @@ _ATTENTION = (
     ),
     _Row(
         "self_attention.linear_qkv.bias",
-        Layout.QKV_BIAS,
+        Sharding.QKV_BIAS,
         {"self_attn.q_proj.bias": "query", "self_attn.k_proj.bias": "key", "self_attn.v_proj.bias": "key"},
         only_if="add_qkv_bias",
     ),
     _Row(
         "self_attention.q_layernorm.weight",
-        Layout.REPLICATED,
+        Sharding.REPLICATED,
         {"self_attn.q_norm.weight": "head"},
         only_if="qk_layernorm",
     ),
     _Row(
         "self_attention.k_layernorm.weight",
-        Layout.REPLICATED,
+        Sharding.REPLICATED,
         {"self_attn.k_norm.weight": "head"},
         only_if="qk_layernorm",
     ),
-    _Row("self_attention.linear_proj.weight", Layout.ROW, {"self_attn.o_proj.weight": "hidden query"}),
+    _Row("self_attention.linear_proj.weight", Sharding.ROW, {"self_attn.o_proj.weight": "hidden query"}),
 )
 
 _DENSE_MLP = (
     _Row(
         "pre_mlp_layernorm.weight",
-        Layout.REPLICATED,
+        Sharding.REPLICATED,
         {"post_attention_layernorm.weight": "hidden"},
         fused_name="mlp.linear_fc1.layer_norm_weight",
     ),
     _Row(
         "mlp.linear_fc1.weight",
-        Layout.GATE_UP,
+        Sharding.GATE_UP,
         {"mlp.gate_proj.weight": "ffn hidden", "mlp.up_proj.weight": "ffn hidden"},
     ),
-    _Row("mlp.linear_fc2.weight", Layout.ROW, {"mlp.down_proj.weight": "hidden ffn"}),
+    _Row("mlp.linear_fc2.weight", Sharding.ROW, {"mlp.down_proj.weight": "hidden ffn"}),
 )
 
 _ROUTER = (
-    _Row("pre_mlp_layernorm.weight", Layout.REPLICATED, {"post_attention_layernorm.weight": "hidden"}),
-    _Row("mlp.router.weight", Layout.REPLICATED, {"mlp.gate.weight": "experts hidden"}),
+    _Row("pre_mlp_layernorm.weight", Sharding.REPLICATED, {"post_attention_layernorm.weight": "hidden"}),
+    _Row("mlp.router.weight", Sharding.REPLICATED, {"mlp.gate.weight": "experts hidden"}),
 )
 
 _EXPERT = (
     _Row(
         "mlp.experts.local_experts.{expert}.linear_fc1.weight",
-        Layout.GATE_UP,
+        Sharding.GATE_UP,
         {
             "mlp.experts.{expert}.gate_proj.weight": "expert_ffn hidden",
             "mlp.experts.{expert}.up_proj.weight": "expert_ffn hidden",
@@ -141,7 +141,7 @@ _EXPERT = (
     ),
     _Row(
         "mlp.experts.local_experts.{expert}.linear_fc2.weight",
-        Layout.ROW,
+        Sharding.ROW,
         {"mlp.experts.{expert}.down_proj.weight": "hidden expert_ffn"},
     ),
 )
@@ -149,7 +149,7 @@ _EXPERT = (
 _SHARED_EXPERT = (
     _Row(
         "mlp.shared_experts.linear_fc1.weight",
-        Layout.GATE_UP,
+        Sharding.GATE_UP,
         {
             "mlp.shared_expert.gate_proj.weight": "shared_ffn hidden",
             "mlp.shared_expert.up_proj.weight": "shared_ffn hidden",
@@ -157,15 +157,15 @@ _SHARED_EXPERT = (
     ),
     _Row(
         "mlp.shared_experts.linear_fc2.weight",
-        Layout.ROW,
+        Sharding.ROW,
         {"mlp.shared_expert.down_proj.weight": "hidden shared_ffn"},
     ),
-    _Row("mlp.shared_experts.gate_weight", Layout.REPLICATED, {"mlp.shared_expert_gate.weight": "one hidden"}),
+    _Row("mlp.shared_experts.gate_weight", Sharding.REPLICATED, {"mlp.shared_expert_gate.weight": "one hidden"}),
 )
 
 _HEAD = (
-    _Row("decoder.final_layernorm.weight", Layout.REPLICATED, {"model.norm.weight": "hidden"}),
-    _Row("output_layer.weight", Layout.VOCAB, {"lm_head.weight": "vocab hidden"}, only_if="untied"),
+    _Row("decoder.final_layernorm.weight", Sharding.REPLICATED, {"model.norm.weight": "hidden"}),
+    _Row("output_layer.weight", Sharding.VOCAB, {"lm_head.weight": "vocab hidden"}, only_if="untied"),
 )
 
 
@@ -196,7 +196,7 @@ def weight_specs(architecture: ModelArchitecture) -> list[WeightSpec]:
                 megatron_name=megatron_prefix + row.megatron_name.format(expert=expert),
                 transformer_engine_name=megatron_prefix + (row.fused_name or row.megatron_name).format(expert=expert),
                 hf_names=tuple(hf_prefix + name.format(expert=expert) for name in row.hf),
-                layout=row.layout,
+                sharding=row.sharding,
                 hf_shapes=tuple(tuple(sizes[dim] for dim in dims.split()) for dims in row.hf.values()),
                 layer=layer,
                 stage=stage,

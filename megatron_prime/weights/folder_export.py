@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_prime.weights.architecture import ModelArchitecture
-from megatron_prime.weights.families import weight_specs
-from megatron_prime.weights.hf_folder import HfFolder
+from megatron_prime.weights.hf_folder import HfFolder, expected_shapes
 from megatron_prime.weights.shards import ShardSlice
 
 
@@ -25,11 +24,7 @@ class FolderExport:
 
     def __init__(self, folder: HfFolder, architecture: ModelArchitecture, dtype: torch.dtype) -> None:
         self._folder = folder
-        self._shapes = {
-            name: tuple(shape)
-            for spec in weight_specs(architecture)
-            for name, shape in zip(spec.hf_names, spec.hf_shapes, strict=True)
-        }
+        self._shapes = expected_shapes(architecture)
         self._dtype = dtype
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:

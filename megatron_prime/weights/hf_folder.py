@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_prime.errors import WeightsError
 from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.families import weight_specs
-from megatron_prime.weights.layouts import Slices
+from megatron_prime.weights.sharding import Slices
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import uuid
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megatron_prime.checkpoint.journal import HashedWriter, Journal
+from megatron_prime.checkpoint.journal import Journal
 from megatron_prime.errors import WeightsError
 from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.hf_folder import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, expected_shapes
@@ -99,14 +100,14 @@ class _ShardFile:
         for name in written:
             del self._offsets[name]
 
-    def write(self, name: str, tensor: Tensor) -> tuple[int, str]:
-        """Writes one tensor; returns where it begins and its checksum."""
+    def write(self, name: str, tensor: Tensor) -> tuple[int, int]:
+        """Writes one tensor; returns where it begins and its CRC-32."""
         start = self._start + self._offsets.pop(name)
         self._file.seek(start)
-        hashed = HashedWriter(self._file)
-        hashed.write(tensor.flatten().view(torch.uint8).numpy().data)
+        data = tensor.flatten().view(torch.uint8).numpy().data
+        self._file.write(data)
         self._file.flush()
-        return start, hashed.digest
+        return start, zlib.crc32(data)
 
     @property
     def is_whole(self) -> bool:
@@ -209,9 +210,9 @@ class HfWriter:
             written = [other for other in shapes if other in self.written]
             self._open[file] = _ShardFile(self._partial / file, shapes, self.dtype, written)
         stored = tensor.detach().to("cpu", self.dtype).contiguous()
-        start, digest = self._open[file].write(name, stored)
+        start, crc32 = self._open[file].write(name, stored)
         if self._journal:
-            self._journal.note({"file": file, "start": start, "length": stored.nbytes, "digest": digest, "name": name})
+            self._journal.note({"file": file, "start": start, "length": stored.nbytes, "crc32": crc32, "name": name})
         if self._open[file].is_whole:
             self._open[file].close()
         del self._expected[name]

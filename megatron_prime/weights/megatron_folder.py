@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_prime.checkpoint.journal import HashedWriter, Journal, Part
+from megatron_prime.checkpoint.journal import Journal, Part
 from megatron_prime.checkpoint.torch_dist import (
     COMMON_FILE,
     ChunkRecord,
+    CountedFile,
     StoredChunk,
     file_name,
     read_chunks,
@@ -31,10 +32,10 @@ from megatron_prime.checkpoint.torch_dist import (
 )
 from megatron_prime.errors import CheckpointError
 from megatron_prime.weights.architecture import ModelArchitecture
-from megatron_prime.weights.families import Layout, WeightSpec
-from megatron_prime.weights.layouts import local_shape
+from megatron_prime.weights.families import Sharding, WeightSpec
+from megatron_prime.weights.sharding import local_shape
 
-Place = tuple[str, tuple[int, ...]]
+ChunkPlace = tuple[str, tuple[int, ...]]
 """Name of a stored tensor and offsets in it."""
 _NO_WEIGHTS = ("optimizer.",)
 _EXTRA_STATE = "_extra_state"
@@ -60,7 +61,7 @@ def shard_chunks(
 
     Args:
         spec: the weight.
-        shard: of `layouts.local_slice`.
+        shard: of `sharding.local_slice`.
         tp_rank: which shard; a weight that ranks hold whole is stored for rank 0 only.
         tp_size: number of shards.
 
@@ -69,9 +70,8 @@ def shard_chunks(
     """
     stack = _place(spec)
     tp_size = 1 if spec.is_whole else tp_size
-    # Megatron stores gate and up projection one behind the other over all ranks, while a shard holds its rows of both.
-    parts = shard.chunk(2) if spec.layout is Layout.GATE_UP else (shard,)
-    dim = 1 if spec.layout is Layout.ROW else 0
+    parts = shard.chunk(2) if spec.sharding is Sharding.GATE_UP else (shard,)
+    dim = 1 if spec.sharding is Sharding.ROW else 0
     for number, part in enumerate(parts):
         offsets = [0] * part.dim()
         offsets[dim] = (number * tp_size + tp_rank) * part.shape[dim]
@@ -97,7 +97,7 @@ class MegatronWriter:
         self._dtype = dtype
         self._records: list[ChunkRecord] = []
 
-    def written(self, rank: int) -> set[Place]:
+    def written(self, rank: int) -> set[ChunkPlace]:
         """The chunks that a file begins with."""
         return {(part["key"], tuple(part["offsets"])) for part in self._whole_parts(rank)}
 
@@ -112,13 +112,13 @@ class MegatronWriter:
             file.truncate(end)
             file.seek(end)
             for key, shape, offsets, tensor in chunks:
-                start, written = file.tell(), HashedWriter(file)
+                start, written = file.tell(), CountedFile(file)
                 torch.save(tensor, written)  # type: ignore[arg-type]
                 part = {
                     "file": name,
                     "start": start,
-                    "length": file.tell() - start,
-                    "digest": written.digest,
+                    "length": written.num_bytes,
+                    "crc32": written.crc32,
                     "key": key,
                     "shape": list(shape),
                     "offsets": list(offsets),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_prime.errors import WeightsError
 from megatron_prime.weights.architecture import ModelArchitecture
-from megatron_prime.weights.families import Layout, WeightSpec
+from megatron_prime.weights.families import Sharding, WeightSpec
 
 Range = tuple[int, int]
 Ranges = tuple[Range, ...]
@@ -60,7 +60,10 @@ def cut_for_workers(part: ShardSlice, size: int, num_workers: int) -> list[Shard
 def shard_slices(
     spec: WeightSpec, architecture: ModelArchitecture, shard: Tensor, *, tp_rank: int, tp_size: int
 ) -> list[ShardSlice]:
-    """Cuts a tensor-parallel shard into slices of the weight's Hugging Face tensors (the inverse of `local_slice`).
+    """What a tensor-parallel shard holds of the Hugging Face tensors of a weight.
+
+    Column, qkv and gate_up are one sharding with a different number of blocks: a shard is a sequence of blocks, and
+    each block has its share of rows from every source tensor. qkv has a block per query group, the others have one.
 
     Args:
         spec: the weight.
@@ -78,18 +81,18 @@ def shard_slices(
         if tp_rank > 0:
             return []
         tp_size = 1
-    match spec.layout:
-        case Layout.REPLICATED:
+    match spec.sharding:
+        case Sharding.REPLICATED:
             return [_rows(spec.hf_names[0], first, 0, shard)]
-        case Layout.ROW:
+        case Sharding.ROW:
             start = tp_rank * shard.shape[1]
             ranges = ((0, first[0]), (start, start + shard.shape[1]), *((0, size) for size in first[2:]))
             return [ShardSlice(spec.hf_names[0], ranges, shard, dim=1)]
-        case Layout.VOCAB:
+        case Sharding.VOCAB:
             start = min(tp_rank * shard.shape[0], first[0])
             rows = shard[: max(min(first[0] - start, shard.shape[0]), 0)]
             return [_rows(spec.hf_names[0], first, start, rows)] if len(rows) else []
-    num_blocks = architecture.num_query_groups // tp_size if spec.layout in (Layout.QKV, Layout.QKV_BIAS) else 1
+    num_blocks = architecture.num_query_groups // tp_size if spec.sharding in (Sharding.QKV, Sharding.QKV_BIAS) else 1
     num_rows = [shape[0] // tp_size for shape in spec.hf_shapes]
     blocks = shard.reshape(num_blocks, sum(num_rows) // num_blocks, *first[1:])
     parts = blocks.split([rows // num_blocks for rows in num_rows], dim=1)

@@ -14,7 +14,7 @@ from megatron_prime.errors import WeightsError
 from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.families import WeightSpec
 from megatron_prime.weights.hf_folder import HfFolder
-from megatron_prime.weights.layouts import local_shape, local_slice, merge
+from megatron_prime.weights.sharding import local_shape, local_slice, merge
 from megatron_prime.weights.shards import ShardSlice, check_cover, shard_slices
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prime.commands.main import _parser
+from megatron_prime.commands.main import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -24,7 +24,7 @@ def commands(program: str) -> list[str]:
 
 @pytest.mark.parametrize("command", commands("megatron-prime"))
 def test_commands_parse(command: str) -> None:
-    options = _parser().parse_args(shlex.split(command)[1:])
+    options = build_parser().parse_args(shlex.split(command)[1:])
     config = getattr(options, "config", None)
     if config is not None and config.startswith("configs/"):
         assert (ROOT / config).exists()

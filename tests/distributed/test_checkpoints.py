@@ -26,7 +26,7 @@ from megatron_prime.mcore.checkpoint.resume import find_checkpoint, identity_of
 from megatron_prime.mcore.cpu import megatron_platform
 from megatron_prime.mcore.parallel import Layout, parallel_layout
 from megatron_prime.mcore.role import TrainableRole
-from megatron_prime.weights.convert import to_hf
+from megatron_prime.weights.conversion import to_hf
 from megatron_prime.weights.hf_folder import HfFolder
 from megatron_prime.weights.stream import WeightExport
 

@@ -16,7 +16,8 @@ from megatron_prime.mcore.export import export_hf
 from megatron_prime.mcore.parallel import parallel_layout
 from megatron_prime.mcore.role import ModelRole, RoleSetup
 from megatron_prime.weights.architecture import read_architecture
-from megatron_prime.weights.convert import Cut, to_hf, to_megatron
+from megatron_prime.weights.conversion import to_hf, to_megatron
+from megatron_prime.weights.conversion_plan import Cut
 from megatron_prime.weights.hf_folder import HfFolder
 
 SIZES = {"tp1": (1, 1), "pp2": (1, 2), "tp4": (4, 1), "tp2_pp2": (2, 2)}

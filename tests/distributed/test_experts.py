@@ -21,7 +21,8 @@ from megatron_prime.mcore.cpu import on_megatron_platform
 from megatron_prime.mcore.parallel import parallel_layout
 from megatron_prime.mcore.role import ModelRole, RoleSetup
 from megatron_prime.weights.architecture import read_architecture
-from megatron_prime.weights.convert import Cut, to_hf, to_megatron
+from megatron_prime.weights.conversion import to_hf, to_megatron
+from megatron_prime.weights.conversion_plan import Cut
 from megatron_prime.weights.hf_folder import HfFolder
 from megatron_prime.weights.shards import cut
 

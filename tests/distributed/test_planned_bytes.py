@@ -12,7 +12,7 @@ from parity_rows import ScaledLoss
 
 from megatron_prime.batch import SftExample
 from megatron_prime.config.schema import MicroBatchSection, ModelSection, OptimizerSection, ParallelSection
-from megatron_prime.planner import memory
+from megatron_prime.planner import footprint
 from megatron_prime.weights.architecture import ModelArchitecture
 
 MICRO_BATCH_TOKENS = 512
@@ -163,25 +163,25 @@ def fresh_processes_afterwards(gloo_pool) -> Iterator[None]:
     gloo_pool.close()
 
 
-def planned_update(architecture: ModelArchitecture, layout: memory.Layout) -> float:
+def planned_update(architecture: ModelArchitecture, layout: footprint.LayoutSizes) -> float:
     """The planner's parts of an update that pass, on the only stage."""
     tokens = MICRO_BATCH_TOKENS // layout.context
-    logits = memory.head_bytes(architecture, layout, tokens, 2**28, backward=True)
-    layer = memory.backward_bytes(architecture, layout, tokens)
-    return memory.kept_bytes(architecture, layout, 0, tokens, 1) + max(logits, layer)
+    logits = footprint.head_bytes(architecture, layout, tokens, 2**28, backward=True)
+    layer = footprint.backward_bytes(architecture, layout, tokens)
+    return footprint.kept_bytes(architecture, layout, 0, tokens, 1) + max(logits, layer)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_planned_bytes_are_the_real_ones(gloo_pool, name: str) -> None:
     architecture, model, parallel = sections(CASES[name])
-    layout = memory.Layout.of_sections(model, parallel, on_cpu=True)
+    layout = footprint.LayoutSizes.of_sections(model, parallel, on_cpu=True)
     for found in gloo_pool.run(parallel.world_size, measure, CASES[name]):
-        planned = memory.model_bytes(architecture, layout, found["stage"], trained=True)
+        planned = footprint.model_bytes(architecture, layout, found["stage"], trained=True)
         assert planned.weights == found["weights"]
         assert planned.gradients == pytest.approx(found["gradients"], rel=0.02)  # buckets are padded
         assert planned.optimizer == pytest.approx(found["optimizer"], rel=0.02)
         if parallel.pipeline_model_parallel_size == 1:
             if name not in UNEXPLAINED:
                 assert planned_update(architecture, layout) == pytest.approx(found["update"], rel=0.1)
-            kept = memory.kept_bytes(architecture, layout, 0, MICRO_BATCH_TOKENS // layout.context, 1)
+            kept = footprint.kept_bytes(architecture, layout, 0, MICRO_BATCH_TOKENS // layout.context, 1)
             assert kept == pytest.approx(found["activations"], rel=0.1)

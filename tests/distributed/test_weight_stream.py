@@ -14,7 +14,7 @@ from megatron_prime.errors import WeightsError
 from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.checksum import WeightChecksum
 from megatron_prime.weights.families import WeightSpec, weight_specs
-from megatron_prime.weights.layouts import local_slice
+from megatron_prime.weights.sharding import local_slice
 from megatron_prime.weights.stream import ParallelGroups, export_stream
 
 WORLD_SIZE = 4
@@ -113,9 +113,8 @@ def check_stream(
     local = local_weights(architecture, weights, groups)
     checksum, expected = WeightChecksum(), WeightChecksum()
     names = []
-    for name, tensor in checksum.tee(
-        export_stream(weight_specs(architecture), architecture, local, groups, dtype=wire_dtype)
-    ):
+    for name, tensor in export_stream(weight_specs(architecture), architecture, local, groups, dtype=wire_dtype):
+        checksum.update(name, tensor)
         names.append(name)
         assert tensor.dtype == (wire_dtype or dtype), name
         assert torch.equal(tensor, weights[name].to(tensor.dtype)), name

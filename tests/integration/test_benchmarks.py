@@ -56,7 +56,7 @@ def stop_after_some_answers() -> Iterator[None]:
                 logger.removeHandler(self)
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    logger = logging.getLogger("megatron_prime.commands.evaluate")
+    logger = logging.getLogger("megatron_prime.evaluation.benchmarks")
     handler = Stop()
     logger.addHandler(handler)
     yield

@@ -20,7 +20,7 @@ from megatron_prime.assembly import run as build
 from megatron_prime.checkpoint.manifest import MANIFEST, committed, step_of
 from megatron_prime.config.loader import load_config
 from megatron_prime.errors import CheckpointError, PrimeError
-from megatron_prime.weights.convert import to_hf
+from megatron_prime.weights.conversion import to_hf
 
 SHARD = "model/__0_0.distcp"
 

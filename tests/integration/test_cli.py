@@ -15,10 +15,13 @@ from real_configs import make_start
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from megatron_prime.commands.convert import verify_bits, verify_logprobs
+from megatron_prime.assembly.verify_conversion import verify_bits, verify_logprobs
 from megatron_prime.commands.demo import folder_suffix
-from megatron_prime.commands.main import _alone, main
+from megatron_prime.commands.main import main
 from megatron_prime.config.checks import check_config
+from megatron_prime.config.loader import load_config
+from megatron_prime.config.schema import PrimeConfig
+from megatron_prime.config.single_process import single_process
 from megatron_prime.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,7 +175,9 @@ def test_wrong_rows_are_found_by_check(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize("in_ranks", ["true", "false"])
 def test_whatever_trains_can_be_evaluated_by_one_process(overrides: list[str], in_ranks: str) -> None:
     settings = ["rollout.engine=vllm", "rollout.vllm.tensor_parallel_size=2", f"rollout.vllm.in_ranks={in_ranks}"]
-    config = _alone(str(ROOT / "configs" / "arithmetic.yaml"), [*(f"parallel.{o}" for o in overrides), *settings])
+    config = load_config(ROOT / "configs" / "arithmetic.yaml", [*(f"parallel.{o}" for o in overrides), *settings])
+    assert isinstance(config, PrimeConfig)
+    config = single_process(config)
     assert config.parallel.world_size == 1 and config.rollout.vllm.tensor_parallel_size == 2
     assert check_config(config, None, check_files=False) == []
 

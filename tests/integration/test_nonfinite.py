@@ -13,8 +13,8 @@ from small_task import prime_config, small_model_folder, write_yaml
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_prime.assembly import run as build
+from megatron_prime.assembly.replay import replay_config
 from megatron_prime.commands.main import main
-from megatron_prime.commands.replay import ReplayOptions, replay_config
 from megatron_prime.config.loader import load_config
 from megatron_prime.errors import NonFiniteError, TrainingError
 from megatron_prime.observe.failed_updates import read_failed_update
@@ -75,7 +75,7 @@ def test_replay_shares_experts_out_among_fewer_ranks(tmp_path, random_model) -> 
     wide = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 4}
     content["config"]["parallel"] |= wide | {"world_size": 16}
     torch.save(content, file)
-    parallel = replay_config(ReplayOptions(file=file)).parallel
+    parallel = replay_config(file).parallel
     assert (parallel.world_size, parallel.expert_model_parallel_size) == (4, 2)
 
 

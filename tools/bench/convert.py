@@ -26,7 +26,7 @@ from common.measuring import Row, bench_parser, machine, peak_bytes, resident_by
 def work_of(variant: str, direction: str, source: Path, target: Path) -> Callable[[], object]:
     """What is timed, with everything imported."""
     if variant == "ours":
-        from megatron_prime.weights.convert import to_hf, to_megatron
+        from megatron_prime.weights.conversion import to_hf, to_megatron
 
         convert = to_megatron if direction == "to-megatron" else to_hf
         return lambda: convert(source, target)

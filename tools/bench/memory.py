@@ -1,8 +1,8 @@
 """Peak memory of the stages of a PRIME step, with what saves memory switched on, on a model of Qwen2.5-0.5B's shape.
 
 Each variant is a run of its own, one process, float32, on the CPU; the numbers are the run's own metrics
-(`memory/<stage>_gib`: peak resident size), and what the formulas of `planner/memory.py` say of models. `--layers` cuts
-the model down for machines with less than 24 GiB. Prints a table and writes build/bench/memory.json.
+(`memory/<stage>_gib`: peak resident size), and what the formulas of `planner/footprint.py` say of models. `--layers`
+cuts the model down for machines with less than 24 GiB. Prints a table and writes build/bench/memory.json.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ def num_lines(path: Path) -> int:
 def planned(folder: Path) -> dict[str, float]:
     """GiB of one trained model by part, from the formulas of the planner."""
     from megatron_prime.config import load_config
-    from megatron_prime.planner.memory import Layout, model_bytes
+    from megatron_prime.planner.footprint import LayoutSizes, model_bytes
     from megatron_prime.weights.architecture import read_architecture
 
     config = load_config(ROOT / "configs" / "arithmetic.yaml", [f"model.path={folder}", *COMMON])
-    found = model_bytes(read_architecture(folder), Layout.of(config, on_cpu=True), 0, trained=True)
+    found = model_bytes(read_architecture(folder), LayoutSizes.of(config, on_cpu=True), 0, trained=True)
     return {part: getattr(found, part) / 2**30 for part in ("weights", "gradients", "optimizer")}
 
 

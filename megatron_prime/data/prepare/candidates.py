@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prime.data.code_layouts import read_code, references
-from megatron_prime.data.layouts import PROMPT_LAYOUTS, Row, read_question
+from megatron_prime.data.row_formats import PROMPT_FORMATS, Row, read_question
 from megatron_prime.data.templates import TASK_SUFFIXES, complete_messages
 from megatron_prime.errors import DataError
 
-LAYOUTS = PROMPT_LAYOUTS
+LAYOUTS = PROMPT_FORMATS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

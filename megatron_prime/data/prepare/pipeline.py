@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal
 
-from megatron_prime.data.layouts import Row
 from megatron_prime.data.prepare.candidates import Candidate, read_candidate
 from megatron_prime.data.prepare.contamination import Contamination
 from megatron_prime.data.prepare.rules import OpenQuestion, open_choices, reason_to_drop
 from megatron_prime.data.prepare.similarity import NearDuplicates, fingerprint
+from megatron_prime.data.row_formats import Row
 
 REASONS = (
     "no_answer",

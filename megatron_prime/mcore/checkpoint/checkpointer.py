@@ -38,7 +38,7 @@ from megatron_prime.mcore.cpu import on_megatron_platform
 from megatron_prime.mcore.export import export_hf
 from megatron_prime.mcore.residency import awake
 from megatron_prime.mcore.role import TrainableRole
-from megatron_prime.weights.convert import SIDE_FOLDER, copy_side_files
+from megatron_prime.weights.conversion import SIDE_FOLDER, copy_side_files
 
 logger = logging.getLogger(__name__)
 

@@ -102,11 +102,11 @@ class TransformersEngine:
         model = self._open_model()
         self.weight_version = -1
         self._unusable = f"loading weights of version {version} failed; load a complete set"
-        sent = WeightChecksum()
+        sent = WeightChecksum(self._device)
         problems = _copy_weights(model, weights, sent)
         if problems:
             raise RolloutError("\n".join(f"weights of version {version}: {problem}" for problem in problems))
-        checksum = WeightChecksum()
+        checksum = WeightChecksum(self._device)
         for name, parameter in _published_parameters(model).items():
             checksum.update(name, parameter)
         if checksum.hexdigest() != sent.hexdigest():

@@ -7,9 +7,9 @@ import pytest
 
 from megatron_prime.config.schema import FileData
 from megatron_prime.data.files import FilePrompts
-from megatron_prime.data.layouts import read_question
 from megatron_prime.data.prepare.candidates import read_candidate
 from megatron_prime.data.readers import read_rows
+from megatron_prime.data.row_formats import read_question
 from megatron_prime.interfaces import DropCounts
 
 ASKED = "How many divisors has 28?"

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 import megatron_prime
-from megatron_prime.observe import RunFolder, draw_plots, final_table, read_metrics, write_summary
 from megatron_prime.observe.plots import STAGE_COLORS
+from megatron_prime.observe.report import draw_plots, final_table, read_metrics, write_summary
+from megatron_prime.observe.run_folder import RunFolder
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ import pytest
 
 from megatron_prime.config import load_config
 from megatron_prime.errors import ConfigError
-from megatron_prime.observe import RunFolder
-from megatron_prime.observe.run_folder import commit, versions
+from megatron_prime.observe.run_folder import RunFolder, commit, versions
 
 ROOT = Path(__file__).parents[3]
 
@@ -71,7 +70,8 @@ def test_a_requeued_run_goes_on_with_servers_on_other_nodes(tmp_path):
 
 def test_a_folder_is_one_process_s_while_it_lives(tmp_path, config):
     code = (
-        "import sys; from megatron_prime.config import load_config; from megatron_prime.observe import RunFolder\n"
+        "import sys; from megatron_prime.config import load_config\n"
+        "from megatron_prime.observe.run_folder import RunFolder\n"
         "folder = RunFolder(sys.argv[1], 'a'); folder.prepare(load_config(sys.argv[2]), 'auto')\n"
         "print('ready', flush=True); sys.stdin.read()"
     )

@@ -6,8 +6,7 @@ import pytest
 import torch
 import xxhash
 
-from megatron_prime.weights.checksum import block_values
-from megatron_prime.weights.digests import NUM_DIGEST_BYTES, digest, digest_on, examine, find_non_finite
+from megatron_prime.weights.digests import NUM_DIGEST_BYTES, block_values, digest, digest_on, examine, find_non_finite
 from megatron_prime.weights.shards import ShardSlice
 
 

@@ -4,7 +4,7 @@ import pytest
 from safetensors import safe_open
 
 from megatron_prime.weights.architecture import read_architecture
-from megatron_prime.weights.families import Layout, weight_specs
+from megatron_prime.weights.families import Sharding, weight_specs
 
 
 def test_table_names_exactly_what_transformers_saves(model_folder: Path) -> None:
@@ -18,23 +18,23 @@ def test_table_names_exactly_what_transformers_saves(model_folder: Path) -> None
 
 def test_order_stages_and_layers(model_folders: dict[str, Path]) -> None:
     specs = weight_specs(read_architecture(model_folders["qwen2-untied"]))
-    assert [(spec.megatron_name, spec.layout, spec.stage, spec.layer) for spec in specs] == [
-        ("embedding.word_embeddings.weight", Layout.VOCAB, "embedding", None),
+    assert [(spec.megatron_name, spec.sharding, spec.stage, spec.layer) for spec in specs] == [
+        ("embedding.word_embeddings.weight", Sharding.VOCAB, "embedding", None),
         *(
-            (f"decoder.layers.{layer}.{name}", layout, "layer", layer)
+            (f"decoder.layers.{layer}.{name}", sharding, "layer", layer)
             for layer in range(2)
-            for name, layout in [
-                ("input_layernorm.weight", Layout.REPLICATED),
-                ("self_attention.linear_qkv.weight", Layout.QKV),
-                ("self_attention.linear_qkv.bias", Layout.QKV_BIAS),
-                ("self_attention.linear_proj.weight", Layout.ROW),
-                ("pre_mlp_layernorm.weight", Layout.REPLICATED),
-                ("mlp.linear_fc1.weight", Layout.GATE_UP),
-                ("mlp.linear_fc2.weight", Layout.ROW),
+            for name, sharding in [
+                ("input_layernorm.weight", Sharding.REPLICATED),
+                ("self_attention.linear_qkv.weight", Sharding.QKV),
+                ("self_attention.linear_qkv.bias", Sharding.QKV_BIAS),
+                ("self_attention.linear_proj.weight", Sharding.ROW),
+                ("pre_mlp_layernorm.weight", Sharding.REPLICATED),
+                ("mlp.linear_fc1.weight", Sharding.GATE_UP),
+                ("mlp.linear_fc2.weight", Sharding.ROW),
             ]
         ),
-        ("decoder.final_layernorm.weight", Layout.REPLICATED, "head", None),
-        ("output_layer.weight", Layout.VOCAB, "head", None),
+        ("decoder.final_layernorm.weight", Sharding.REPLICATED, "head", None),
+        ("output_layer.weight", Sharding.VOCAB, "head", None),
     ]
 
 
@@ -67,7 +67,7 @@ def test_transformer_engine_name(model_folders: dict[str, Path], local: str, fus
 def test_experts(model_folders: dict[str, Path]) -> None:
     specs = {spec.megatron_name: spec for spec in weight_specs(read_architecture(model_folders["qwen2-moe"]))}
     expert = specs["decoder.layers.1.mlp.experts.local_experts.2.linear_fc1.weight"]
-    assert (expert.layer, expert.expert, expert.is_whole, expert.layout) == (1, 2, True, Layout.GATE_UP)
+    assert (expert.layer, expert.expert, expert.is_whole, expert.sharding) == (1, 2, True, Sharding.GATE_UP)
     assert expert.hf_names == (
         "model.layers.1.mlp.experts.2.gate_proj.weight",
         "model.layers.1.mlp.experts.2.up_proj.weight",

@@ -14,7 +14,7 @@ from megatron_prime.weights.architecture import read_architecture
 from megatron_prime.weights.families import weight_specs
 from megatron_prime.weights.folder_export import FolderExport
 from megatron_prime.weights.hf_folder import HfFolder
-from megatron_prime.weights.layouts import local_slice
+from megatron_prime.weights.sharding import local_slice
 from megatron_prime.weights.shards import ShardSlice, check_cover, cut, cut_for_workers, shard_slices
 
 

@@ -12,7 +12,7 @@ from megatron_prime.errors import WeightsError
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
 from megatron_prime.weights.families import weight_specs
 from megatron_prime.weights.hf_folder import HfFolder
-from megatron_prime.weights.layouts import Slices, local_shape
+from megatron_prime.weights.sharding import Slices, local_shape
 from megatron_prime.weights.stream import ParallelGroups, export_stream, import_weights
 
 

@@ -13,7 +13,7 @@ from megatron_prime.interfaces import RankPlace
 from megatron_prime.weights.architecture import read_architecture
 from megatron_prime.weights.families import weight_specs
 from megatron_prime.weights.hf_folder import HfFolder
-from megatron_prime.weights.layouts import local_slice
+from megatron_prime.weights.sharding import local_slice
 from megatron_prime.weights.stream import ParallelGroups, WeightExport
 
 

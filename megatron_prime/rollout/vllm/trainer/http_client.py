@@ -26,8 +26,8 @@ async def say_progress(action: Awaitable[Result]) -> Result:
 
     async def say() -> None:
         while True:
-            heartbeat.heard()
-            await asyncio.sleep(heartbeat.SIGN_SECONDS)
+            heartbeat.beat()
+            await asyncio.sleep(heartbeat.BEAT_SECONDS)
 
     saying = asyncio.create_task(say())
     try:

@@ -260,10 +260,10 @@ class EngineProcess:
 def _arrives_within(timeout_seconds: float, poll: Callable[[float], bool]) -> bool:
     """Waits, with heartbeats meanwhile."""
     deadline = time.monotonic() + timeout_seconds
-    while not poll(min(heartbeat.SIGN_SECONDS, max(0.0, deadline - time.monotonic()))):
+    while not poll(min(heartbeat.BEAT_SECONDS, max(0.0, deadline - time.monotonic()))):
         if time.monotonic() >= deadline:
             return False
-        heartbeat.heard()
+        heartbeat.beat()
     return True
 
 

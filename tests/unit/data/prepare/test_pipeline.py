@@ -11,12 +11,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_prime.data.layouts import read_question
 from megatron_prime.data.prepare.candidates import read_candidate
 from megatron_prime.data.prepare.contamination import Contamination
 from megatron_prime.data.prepare.output import check_output, write_rows
 from megatron_prime.data.prepare.pipeline import Cleaner, CleaningOptions
 from megatron_prime.data.readers import read_rows
+from megatron_prime.data.row_formats import read_question
 from megatron_prime.data.templates import PRIME_SYSTEM_PROMPT, TASK_SUFFIXES
 from megatron_prime.errors import DataError
 

@@ -15,7 +15,7 @@ from megatron_prime.interfaces import Engine, Verifier
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
+class GradedAnswer:
     """A graded answer as it is kept."""
 
     prompt_id: str
@@ -31,8 +31,8 @@ class Answer:
     """Seconds of grading."""
 
     @classmethod
-    def of(cls, prompt: Prompt, number: int, response: Response, verdict: Verdict) -> Answer:
-        """Makes an answer from a response and its verdict."""
+    def of(cls, prompt: Prompt, number: int, response: Response, verdict: Verdict) -> GradedAnswer:
+        """From what engine and verifier have said."""
         return cls(
             prompt_id=prompt.prompt_id,
             number=number,
@@ -46,7 +46,7 @@ class Answer:
         )
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any], where: str) -> Answer:
+    def from_row(cls, row: Mapping[str, Any], where: str) -> GradedAnswer:
         """Undoes `row`.
 
         Raises:
@@ -69,7 +69,7 @@ def answer_problems(
     sampling: SamplingParams,
     *,
     kept: Collection[tuple[str, int]],
-    keep: Callable[[list[Answer]], None],
+    keep: Callable[[list[GradedAnswer]], None],
     should_stop: Callable[[], bool],
 ) -> None:
     """Answers and grades what is missing, in this process alone.
@@ -101,7 +101,12 @@ def answer_problems(
             (graded if wait or item[3].done() else waiting).append(item)
         pending[:] = waiting
         if graded:
-            keep([Answer.of(prompt, number, response, future.result()) for prompt, number, response, future in graded])
+            keep(
+                [
+                    GradedAnswer.of(prompt, number, response, future.result())
+                    for prompt, number, response, future in graded
+                ]
+            )
 
     def grade(place: int, number: int, response: Response) -> None:
         prompt = left[place]
@@ -122,8 +127,8 @@ def answer_problems(
         keep_graded(wait=True)
 
 
-def summarize(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Returns the result of a benchmark."""
+def summarize(answers: Sequence[GradedAnswer]) -> dict[str, Any]:
+    """What goes into the result of a benchmark."""
     by_prompt: dict[str, list[float | None]] = {}
     for answer in answers:
         by_prompt.setdefault(answer.prompt_id, []).append(answer.reward)
@@ -139,7 +144,7 @@ def summarize(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def problem_means(answers: Sequence[Answer]) -> list[float]:
+def problem_means(answers: Sequence[GradedAnswer]) -> list[float]:
     """Mean reward of each problem that has a verdict."""
     by_prompt: dict[str, list[float]] = {}
     for answer in answers:

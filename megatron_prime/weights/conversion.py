@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -21,59 +22,35 @@ from torch import Tensor
 
 from megatron_prime.checkpoint.journal import Journal, fingerprint
 from megatron_prime.checkpoint.manifest import FileRecord, altered_files, committed, read_manifest, write_file
-from megatron_prime.checkpoint.torch_dist import StoredChunk, file_name
-from megatron_prime.config.schema import ModelSection
-from megatron_prime.errors import CheckpointError, PrimeError, WeightsError
+from megatron_prime.checkpoint.torch_dist import StoredChunk
+from megatron_prime.errors import CheckpointError, PrimeError
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
-from megatron_prime.weights.families import Layout, WeightSpec, weight_specs
+from megatron_prime.weights.conversion_plan import (
+    RELEASE_BYTES,
+    WHOLE,
+    Cut,
+    hf_sizes,
+    megatron_files,
+    padded_vocab_size,
+    pipeline_stages,
+)
+from megatron_prime.weights.families import Sharding, WeightSpec, weight_specs
 from megatron_prime.weights.hf_folder import HfFolder, expected_shapes
-from megatron_prime.weights.hf_writer import MAX_SHARD_BYTES, HfWriter, plan_shards
-from megatron_prime.weights.layouts import local_shape, local_slice, merge
+from megatron_prime.weights.hf_writer import HfWriter
 from megatron_prime.weights.megatron_folder import (
+    ChunkPlace,
     MegatronFolder,
     MegatronWriter,
-    Place,
     shard_chunks,
     stored_key,
     stored_shape,
 )
+from megatron_prime.weights.sharding import local_shape, local_slice, merge
 
 SIDE_FOLDER = "hf"
 Progress = Callable[[int, int], None]
 """Told the bytes written so far and in all."""
 _SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-_RELEASE_BYTES = 64 << 20
-"""Bytes read before the source's pages are released."""
-_SLACK_BYTES = 2 * _RELEASE_BYTES
-"""Bytes read between two releases, and what libraries load at first use."""
-_COPIES = 3
-"""Copies of the largest tensor: the source's pages or chunk, the assembled tensor, and its cast or cut form."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cut:
-    """The layout that a checkpoint's files are cut for; it loads at any other, reading larger pieces."""
-
-    tp_size: int = 1
-    pp_size: int = 1
-
-
-WHOLE = Cut()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ConversionPlan:
-    """The plan of a conversion."""
-
-    num_tensors: int
-    num_bytes: int
-    """Bytes of the weights written, padding included."""
-    largest: str
-    largest_bytes: int
-    peak_bytes: int
-    """Memory beyond the libraries' own, at most."""
-    files: dict[str, int]
-    """Bytes of weights by file."""
 
 
 def to_megatron(
@@ -103,8 +80,8 @@ def to_megatron(
     folder.validate(architecture)
     stored = {folder.dtype(name) for name in expected_shapes(architecture)}
     dtype = dtype or kept_dtype(stored)
-    stages = _stages(architecture, cut)
-    meter = _Meter(sum(_megatron_files(architecture, stages, cut, dtype).values()), progress)
+    stages = pipeline_stages(architecture, cut)
+    meter = _Meter(sum(megatron_files(architecture, stages, cut, dtype).values()), progress)
     job = {"to": "megatron", "dtype": str(dtype), "cut": [cut.tp_size, cut.pp_size], "source": fingerprint([source])}
     with _resumable(target, job) as journal:
         writer = MegatronWriter(journal, dtype)
@@ -180,6 +157,18 @@ def to_hf(
 
 
 @contextmanager
+def as_hf_folder(path: str) -> Iterator[str]:
+    """The folder itself, or the Megatron checkpoint converted for as long as it is needed."""
+    if not (Path(path) / SIDE_FOLDER / "config.json").is_file():
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "hf"
+        to_hf(Path(path), target)
+        yield str(target)
+
+
+@contextmanager
 def _resumable(target: Path, job: dict[str, Any]) -> Iterator[Journal]:
     """A folder beside the target that what was finished stays in, whatever stops the conversion but bad input."""
     writing = target.with_name(target.name + ".writing")
@@ -204,45 +193,6 @@ def hf_tensors(
         if not set(spec.hf_names) <= set(but):
             merged = merge(spec, architecture, [folder.fetch(spec)], folder.num_rows(spec))
             yield from ((name, tensor) for name, tensor in merged if name not in but)
-
-
-def plan_conversion(
-    architecture: ModelArchitecture, *, megatron: bool, stored: torch.dtype, dtype: torch.dtype, cut: Cut = WHOLE
-) -> ConversionPlan:
-    """Returns what a conversion would write, and the memory that it would need.
-
-    Args:
-        architecture: the model.
-        megatron: the direction.
-        stored: what the source's weights are stored as.
-        dtype: what the target's will be.
-        cut: of the Megatron checkpoint.
-
-    Raises:
-        WeightsError: the model cannot be cut so.
-    """
-    if megatron:
-        files = _megatron_files(architecture, _stages(architecture, cut), cut, dtype)
-    else:
-        sizes = hf_sizes(architecture, dtype)
-        shards = plan_shards(expected_shapes(architecture), dtype.itemsize, MAX_SHARD_BYTES)
-        files = {file: sum(sizes[name] for name in names) for file, names in shards.items()}
-    specs = weight_specs(architecture)
-    numbers = {spec.megatron_name: sum(math.prod(shape) for shape in spec.hf_shapes) for spec in specs}
-    largest = max(numbers, key=lambda name: numbers[name])
-    return ConversionPlan(
-        num_tensors=len(specs) if megatron else len(expected_shapes(architecture)),
-        num_bytes=sum(files.values()),
-        largest=largest,
-        largest_bytes=numbers[largest] * dtype.itemsize,
-        peak_bytes=_COPIES * numbers[largest] * max(stored.itemsize, dtype.itemsize) + _SLACK_BYTES,
-        files=files,
-    )
-
-
-def hf_sizes(architecture: ModelArchitecture, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of every Hugging Face tensor."""
-    return {name: math.prod(shape) * dtype.itemsize for name, shape in expected_shapes(architecture).items()}
 
 
 def side_folder(source: Path, like: Path | None) -> Path:
@@ -277,41 +227,6 @@ def _refuse_existing(target: Path) -> None:
         raise CheckpointError(f"{target}: exists already; choose a new folder")
 
 
-def _stages(architecture: ModelArchitecture, cut: Cut) -> list[list[WeightSpec]]:
-    """The weights of each pipeline stage."""
-    if architecture.num_layers % cut.pp_size:
-        raise WeightsError(
-            f"parallel.pipeline_model_parallel_size: {cut.pp_size} does not divide num_hidden_layers"
-            f" {architecture.num_layers}; choose a divisor of it"
-        )
-    per_stage = architecture.num_layers // cut.pp_size
-    stages: list[list[WeightSpec]] = [[] for _ in range(cut.pp_size)]
-    for spec in weight_specs(architecture):
-        outside = 0 if spec.stage == "embedding" else -1
-        stages[outside if spec.layer is None else spec.layer // per_stage].append(spec)
-    return stages
-
-
-def _padded_vocab_size(architecture: ModelArchitecture, cut: Cut) -> int:
-    return architecture.padded_vocab_size(ModelSection(path="").make_vocab_size_divisible_by, cut.tp_size)
-
-
-def _megatron_files(
-    architecture: ModelArchitecture, stages: list[list[WeightSpec]], cut: Cut, dtype: torch.dtype
-) -> dict[str, int]:
-    """Bytes of weights by file."""
-    padded = _padded_vocab_size(architecture, cut)
-    files: dict[str, int] = {}
-    for rank, (stage, tp_rank) in enumerate(itertools.product(stages, range(cut.tp_size))):
-        shapes = [
-            local_shape(spec, architecture, tp_size=cut.tp_size, padded_vocab_size=padded)
-            for spec in stage
-            if tp_rank == 0 or not spec.is_whole
-        ]
-        files[file_name(rank)] = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
-    return files
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Pieces:
     """Reads what one rank's file holds, piece by piece."""
@@ -322,9 +237,9 @@ class _Pieces:
     dtype: torch.dtype
     meter: _Meter
 
-    def read(self, stage: list[WeightSpec], folder: HfFolder, written: Collection[Place]) -> Iterator[StoredChunk]:
+    def read(self, stage: list[WeightSpec], folder: HfFolder, written: Collection[ChunkPlace]) -> Iterator[StoredChunk]:
         """The chunks of a stage's weights but those that are written."""
-        cut, padded = self.cut, _padded_vocab_size(self.architecture, self.cut)
+        cut, padded = self.cut, padded_vocab_size(self.architecture, self.cut)
         unreleased = 0
         for spec in stage:
             if spec.is_whole and self.tp_rank > 0:
@@ -349,14 +264,14 @@ class _Pieces:
                     yield StoredChunk(stored_key(spec), stored, offsets, own)
                 self.meter.add(part.numel() * self.dtype.itemsize)
             # A column slice touches every page of its tensor.
-            num_touched = cut.tp_size if spec.layout is Layout.ROW and not spec.is_whole else 1
+            num_touched = cut.tp_size if spec.sharding is Sharding.ROW and not spec.is_whole else 1
             unreleased += shard.numel() * shard.itemsize * num_touched
             del shard, part
-            if unreleased >= _RELEASE_BYTES:
+            if unreleased >= RELEASE_BYTES:
                 folder.release()
                 unreleased = 0
 
-    def _places(self, spec: WeightSpec, shape: tuple[int, ...]) -> set[Place]:
+    def _places(self, spec: WeightSpec, shape: tuple[int, ...]) -> set[ChunkPlace]:
         nothing = torch.empty(shape, device="meta")
         chunks = shard_chunks(spec, nothing, tp_rank=self.tp_rank, tp_size=self.cut.tp_size)
         return {(stored_key(spec), offsets) for offsets, _ in chunks}

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megatron_prime.errors import WeightsError
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
-from megatron_prime.weights.families import Layout, WeightSpec, weight_specs
+from megatron_prime.weights.families import Sharding, WeightSpec, weight_specs
 from megatron_prime.weights.hf_folder import HfFolder
-from megatron_prime.weights.layouts import Slices, local_shape, local_slice, merge
+from megatron_prime.weights.sharding import Slices, local_shape, local_slice, merge
 
 SMALL = ModelArchitecture(
     family="qwen2",
@@ -37,7 +37,7 @@ COLUMN = WeightSpec(
     megatron_name="column",
     transformer_engine_name="column",
     hf_names=("c",),
-    layout=Layout.COLUMN,
+    sharding=Sharding.COLUMN,
     hf_shapes=((8, 3),),
     layer=None,
     stage="head",
@@ -68,8 +68,8 @@ def cut_all(
     ]
 
 
-def by_layout(layout: Layout) -> WeightSpec:
-    return COLUMN if layout is Layout.COLUMN else next(s for s in weight_specs(SMALL) if s.layout is layout)
+def by_sharding(sharding: Sharding) -> WeightSpec:
+    return COLUMN if sharding is Sharding.COLUMN else next(s for s in weight_specs(SMALL) if s.sharding is sharding)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
@@ -132,9 +132,9 @@ def test_any_shape_survives_the_round_trip(
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
-@pytest.mark.parametrize("layout", [Layout.QKV, Layout.QKV_BIAS])
-def test_qkv_rows_are_grouped_by_query_group(layout: Layout, tp_size: int) -> None:
-    spec = by_layout(layout)
+@pytest.mark.parametrize("sharding", [Sharding.QKV, Sharding.QKV_BIAS])
+def test_qkv_rows_are_grouped_by_query_group(sharding: Sharding, tp_size: int) -> None:
+    spec = by_sharding(sharding)
     source = Source([spec])
     q, k, v = (source.tensors[name] for name in spec.hf_names)
     heads_per_group, width = 2, SMALL.kv_channels
@@ -150,7 +150,7 @@ def test_qkv_rows_are_grouped_by_query_group(layout: Layout, tp_size: int) -> No
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_gate_comes_before_up_on_every_rank(tp_size: int) -> None:
-    spec = by_layout(Layout.GATE_UP)
+    spec = by_sharding(Sharding.GATE_UP)
     source = Source([spec])
     gate, up = (source.tensors[name] for name in spec.hf_names)
     for rank, shard in enumerate(cut_all(spec, SMALL, source, tp_size, 16)):
@@ -159,7 +159,7 @@ def test_gate_comes_before_up_on_every_rank(tp_size: int) -> None:
 
 
 def test_row_column_and_replicated_cuts() -> None:
-    row, replicated = by_layout(Layout.ROW), by_layout(Layout.REPLICATED)
+    row, replicated = by_sharding(Sharding.ROW), by_sharding(Sharding.REPLICATED)
     source = Source([row, replicated, COLUMN])
     whole = source.tensors[row.hf_names[0]]
     assert torch.equal(cut_all(row, SMALL, source, 4, 16)[2], whole[:, 8:12])
@@ -171,7 +171,7 @@ def test_row_column_and_replicated_cuts() -> None:
 
 @pytest.mark.parametrize("padded", [16, 64])
 def test_vocabulary_padding_is_zero_and_may_fill_whole_ranks(padded: int) -> None:
-    spec = by_layout(Layout.VOCAB)
+    spec = by_sharding(Sharding.VOCAB)
     source = Source([spec])
     shards = cut_all(spec, SMALL, source, 4, padded)
     assert torch.equal(torch.cat(shards)[:13], source.tensors[spec.hf_names[0]])
@@ -180,26 +180,26 @@ def test_vocabulary_padding_is_zero_and_may_fill_whole_ranks(padded: int) -> Non
 
 
 def test_one_shard_of_a_replicated_weight_is_enough() -> None:
-    spec = by_layout(Layout.REPLICATED)
+    spec = by_sharding(Sharding.REPLICATED)
     assert merge(spec, SMALL, [torch.arange(6.0)], 16)[0][1].tolist() == list(range(6))
 
 
 @pytest.mark.parametrize(
-    ("layout", "change", "expected"),
+    ("sharding", "change", "expected"),
     [
-        (Layout.QKV, {"num_query_groups": 2}, "4 does not divide num_key_value_heads 2"),
-        (Layout.QKV_BIAS, {"num_attention_heads": 6}, "4 does not divide num_attention_heads 6"),
-        (Layout.GATE_UP, {"ffn_hidden_size": 10}, "4 does not divide intermediate_size 10"),
+        (Sharding.QKV, {"num_query_groups": 2}, "4 does not divide num_key_value_heads 2"),
+        (Sharding.QKV_BIAS, {"num_attention_heads": 6}, "4 does not divide num_attention_heads 6"),
+        (Sharding.GATE_UP, {"ffn_hidden_size": 10}, "4 does not divide intermediate_size 10"),
         (
-            Layout.ROW,
+            Sharding.ROW,
             {"num_attention_heads": 3, "num_query_groups": 3},
             "4 does not divide columns of model.layers.0.self",
         ),
     ],
 )
-def test_sizes_that_cannot_be_cut(layout: Layout, change: dict[str, int], expected: str) -> None:
+def test_sizes_that_cannot_be_cut(sharding: Sharding, change: dict[str, int], expected: str) -> None:
     architecture = replace(SMALL, **change)
-    spec = next(s for s in weight_specs(architecture) if s.layout is layout)
+    spec = next(s for s in weight_specs(architecture) if s.sharding is sharding)
     with pytest.raises(WeightsError, match=f"parallel.tensor_model_parallel_size: {expected}"):
         local_slice(spec, architecture, Source([spec]).fetch, tp_rank=0, tp_size=4, padded_vocab_size=16)
 
@@ -212,11 +212,11 @@ def test_column_rows_that_cannot_be_cut() -> None:
 @pytest.mark.parametrize(("padded", "expected"), [(12, "12 is less than vocab_size 13"), (14, "padded_vocab_size 14")])
 def test_impossible_vocabulary_padding(padded: int, expected: str) -> None:
     with pytest.raises(WeightsError, match=expected):
-        local_shape(by_layout(Layout.VOCAB), SMALL, tp_size=4, padded_vocab_size=padded)
+        local_shape(by_sharding(Sharding.VOCAB), SMALL, tp_size=4, padded_vocab_size=padded)
 
 
 def test_merge_refuses_a_shard_of_another_shape() -> None:
-    spec = by_layout(Layout.GATE_UP)
+    spec = by_sharding(Sharding.GATE_UP)
     shards = cut_all(spec, SMALL, Source([spec]), 2, 16)
     with pytest.raises(WeightsError, match=r"linear_fc1\.weight: shard 1 has shape \(7, 6\), expected \(8, 6\)"):
         merge(spec, SMALL, [shards[0], shards[1][:7]], 16)

@@ -22,7 +22,7 @@ LOGIT_TILE_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
+class LayoutSizes:
     """What of a configuration decides how a model lies on its ranks."""
 
     tensor: int
@@ -48,12 +48,12 @@ class Layout:
     """Activation functions in several steps; a GPU's are fused."""
 
     @classmethod
-    def of(cls, config: AnyConfig, *, on_cpu: bool) -> Layout:
+    def of(cls, config: AnyConfig, *, on_cpu: bool) -> LayoutSizes:
         """The layout of a configuration."""
         return cls.of_sections(config.model, config.parallel, on_cpu=on_cpu)
 
     @classmethod
-    def of_sections(cls, model: ModelSection, parallel: ParallelSection, *, on_cpu: bool) -> Layout:
+    def of_sections(cls, model: ModelSection, parallel: ParallelSection, *, on_cpu: bool) -> LayoutSizes:
         """The layout of a configuration's two sections that have a say in it."""
         tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         return cls(
@@ -112,7 +112,7 @@ def active_parameters(architecture: ModelArchitecture) -> int:
     return num_parameters(a) - idle
 
 
-def stage_parameters(architecture: ModelArchitecture, layout: Layout, stage: int) -> int:
+def stage_parameters(architecture: ModelArchitecture, layout: LayoutSizes, stage: int) -> int:
     """Parameters that one rank of a pipeline stage holds, vocabulary padding included."""
     a, last = architecture, stage == layout.pipeline - 1
     table = vocabulary_rows(a, layout) * a.hidden_size
@@ -125,7 +125,7 @@ def stage_parameters(architecture: ModelArchitecture, layout: Layout, stage: int
     return count
 
 
-def vocabulary_rows(architecture: ModelArchitecture, layout: Layout) -> int:
+def vocabulary_rows(architecture: ModelArchitecture, layout: LayoutSizes) -> int:
     """Rows of the embedding (and of the head) on one rank."""
     return architecture.padded_vocab_size(layout.vocab_multiple, layout.tensor) // layout.tensor
 
@@ -152,7 +152,7 @@ def _expert_parameters(a: ModelArchitecture) -> int:
     return 3 * a.hidden_size * a.experts.ffn_hidden_size * a.experts.num_experts if a.experts else 0
 
 
-def _stage_experts(a: ModelArchitecture, layout: Layout) -> int:
+def _stage_experts(a: ModelArchitecture, layout: LayoutSizes) -> int:
     """Parameters of experts on one rank."""
     return a.num_layers // layout.pipeline * _expert_parameters(a) // layout.expert
 
@@ -164,7 +164,7 @@ def _feed_forward_channels(a: ModelArchitecture) -> int:
     return a.experts.router_topk * a.experts.ffn_hidden_size + (a.experts.shared_ffn_hidden_size or 0)
 
 
-def model_bytes(architecture: ModelArchitecture, layout: Layout, stage: int, *, trained: bool) -> ModelBytes:
+def model_bytes(architecture: ModelArchitecture, layout: LayoutSizes, stage: int, *, trained: bool) -> ModelBytes:
     """One model on one rank.
 
     Args:
@@ -188,7 +188,7 @@ def model_bytes(architecture: ModelArchitecture, layout: Layout, stage: int, *, 
     )
 
 
-def fp8_copy_bytes(architecture: ModelArchitecture, layout: Layout, *, training: bool) -> int:
+def fp8_copy_bytes(architecture: ModelArchitecture, layout: LayoutSizes, *, training: bool) -> int:
     """FP8 copies of the layers' matrices that one model keeps on one rank from a pass's first micro-batch on.
 
     Args:
@@ -216,7 +216,7 @@ def num_checkpoints(config: AnyConfig) -> int:
     return min(num_saves, section.keep_last + (section.keep_best or 0 if rated else 0) + 1)
 
 
-def checkpoint_bytes(config: AnyConfig, architecture: ModelArchitecture, layout: Layout) -> int:
+def checkpoint_bytes(config: AnyConfig, architecture: ModelArchitecture, layout: LayoutSizes) -> int:
     """A checkpoint of all trained models over all ranks: weights, masters and moments."""
     count = 0
     for stage in range(layout.pipeline):
@@ -227,7 +227,7 @@ def checkpoint_bytes(config: AnyConfig, architecture: ModelArchitecture, layout:
     return num_trained_models(config) * count * (layout.item_bytes + master + 2 * FLOAT32)
 
 
-def exported_bytes(config: AnyConfig, architecture: ModelArchitecture, layout: Layout) -> int:
+def exported_bytes(config: AnyConfig, architecture: ModelArchitecture, layout: LayoutSizes) -> int:
     """The trained models as Hugging Face folders, of the end of a run and of `export_every_saves`."""
     section = config.checkpoint
     every = section.every_steps * section.export_every_saves
@@ -235,7 +235,7 @@ def exported_bytes(config: AnyConfig, architecture: ModelArchitecture, layout: L
     return num_exports * num_trained_models(config) * num_parameters(architecture) * layout.item_bytes
 
 
-def layer_activation_bytes(architecture: ModelArchitecture, layout: Layout) -> float:
+def layer_activation_bytes(architecture: ModelArchitecture, layout: LayoutSizes) -> float:
     """What one layer keeps of one of a rank's tokens for its backward pass."""
     a, item = architecture, layout.item_bytes
     query, key = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
@@ -259,7 +259,7 @@ def layer_activation_bytes(architecture: ModelArchitecture, layout: Layout) -> f
     return 2 * _norm_bytes(a, layout) + (attention + feed_forward) / layout.tensor + statistics + rotary
 
 
-def _norm_bytes(a: ModelArchitecture, layout: Layout) -> float:
+def _norm_bytes(a: ModelArchitecture, layout: LayoutSizes) -> float:
     """Of one token: the norm's input and output; torch's keeps input and product in float32 beside the output."""
     per_channel = layout.item_bytes + 2 * FLOAT32 if layout.local_layers else 2 * layout.item_bytes
     return per_channel * a.hidden_size / layout.norm_shards
@@ -267,7 +267,7 @@ def _norm_bytes(a: ModelArchitecture, layout: Layout) -> float:
 
 def kept_bytes(
     architecture: ModelArchitecture,
-    layout: Layout,
+    layout: LayoutSizes,
     stage: int,
     num_tokens: int,
     num_micro_batches: int,
@@ -300,7 +300,7 @@ def kept_bytes(
     return int(num_tokens * kept)
 
 
-def backward_bytes(architecture: ModelArchitecture, layout: Layout, num_tokens: int) -> int:
+def backward_bytes(architecture: ModelArchitecture, layout: LayoutSizes, num_tokens: int) -> int:
     """What exists at one time in a layer's backward pass beside what was kept: gradients of activations, of which the
     feed-forward part is widest, and what the layer recomputes."""
     a = architecture
@@ -310,7 +310,7 @@ def backward_bytes(architecture: ModelArchitecture, layout: Layout, num_tokens: 
     return int(num_tokens * per_token)
 
 
-def forward_bytes(architecture: ModelArchitecture, layout: Layout, num_tokens: int) -> int:
+def forward_bytes(architecture: ModelArchitecture, layout: LayoutSizes, num_tokens: int) -> int:
     """Activations of the one layer that computes, without backward."""
     a = architecture
     per_token = 4 * _feed_forward_channels(a) / layout.tensor + 2 * a.hidden_size
@@ -318,7 +318,7 @@ def forward_bytes(architecture: ModelArchitecture, layout: Layout, num_tokens: i
 
 
 def head_bytes(
-    architecture: ModelArchitecture, layout: Layout, num_tokens: int, workspace_bytes: float, *, backward: bool
+    architecture: ModelArchitecture, layout: LayoutSizes, num_tokens: int, workspace_bytes: float, *, backward: bool
 ) -> int:
     """Peak of the log-prob op on the last stage: float32 logits of one tile with their exponentials and hidden states
     in float32. Backward adds the exponentials that the workspace keeps, the hidden states' gradient, and a gradient

@@ -12,7 +12,7 @@ from megatron_prime.errors import NonFiniteError
 logger = logging.getLogger(__name__)
 
 
-class Skips:
+class SkippedSteps:
     """Decides about one model's optimizer steps before they change anything.
 
     Args:

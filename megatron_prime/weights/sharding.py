@@ -1,8 +1,6 @@
 """Cuts tensor-parallel shards out of Hugging Face tensors, and merges shards again.
 
-Column, qkv and gate_up are one layout with a different number of blocks: a shard is a sequence of
-blocks, and each block has its share of rows from every source tensor. qkv has a block per query
-group, the others have one.
+`shards.shard_slices` says what of which tensor lies where in a shard; both directions follow from it.
 """
 
 from __future__ import annotations
@@ -14,7 +12,8 @@ from torch import Tensor
 
 from megatron_prime.errors import WeightsError
 from megatron_prime.weights.architecture import ModelArchitecture
-from megatron_prime.weights.families import Layout, WeightSpec
+from megatron_prime.weights.families import Sharding, WeightSpec
+from megatron_prime.weights.shards import ShardSlice, cut, shard_slices
 
 Slices = tuple[slice, ...]
 Fetch = Callable[[str, Slices], Tensor]
@@ -40,22 +39,22 @@ def local_shape(
     """
     first = spec.hf_shapes[0]
     tp_size = 1 if spec.is_whole else tp_size
-    match spec.layout:
-        case Layout.REPLICATED:
+    match spec.sharding:
+        case Sharding.REPLICATED:
             return first
-        case Layout.ROW:
+        case Sharding.ROW:
             return (first[0], _share(first[1], tp_size, f"columns of {spec.hf_names[0]}"), *first[2:])
-        case Layout.VOCAB:
+        case Sharding.VOCAB:
             if padded_vocab_size < first[0]:
                 raise WeightsError(f"padded_vocab_size: {padded_vocab_size} is less than vocab_size {first[0]}")
             return (_share(padded_vocab_size, tp_size, "padded_vocab_size"), *first[1:])
-        case Layout.QKV | Layout.QKV_BIAS:
+        case Sharding.QKV | Sharding.QKV_BIAS:
             _share(architecture.num_attention_heads, tp_size, "num_attention_heads")
             _share(architecture.num_query_groups, tp_size, "num_key_value_heads")
-        case Layout.GATE_UP:
+        case Sharding.GATE_UP:
             shared = ".shared_expert." in spec.hf_names[0]
             _share(first[0], tp_size, "shared_expert_intermediate_size" if shared else "intermediate_size")
-        case Layout.COLUMN:
+        case Sharding.COLUMN:
             _share(first[0], tp_size, f"rows of {spec.hf_names[0]}")
     return (sum(shape[0] for shape in spec.hf_shapes) // tp_size, *first[1:])
 
@@ -88,32 +87,19 @@ def local_slice(
     shape = local_shape(spec, architecture, tp_size=tp_size, padded_vocab_size=padded_vocab_size)
     tp_rank, tp_size = (0, 1) if spec.is_whole else (tp_rank, tp_size)
 
-    def cut(index: int, dim: int, start: int, stop: int) -> Tensor:
-        slices = [slice(0, size) for size in spec.hf_shapes[index]]
-        slices[dim] = slice(start, stop)
-        return fetch(spec.hf_names[index], tuple(slices))
+    def slices_of(shard: Tensor) -> list[ShardSlice]:
+        return shard_slices(spec, architecture, shard, tp_rank=tp_rank, tp_size=tp_size)
 
-    match spec.layout:
-        case Layout.REPLICATED:
-            return cut(0, 0, 0, shape[0])
-        case Layout.ROW:
-            return cut(0, 1, tp_rank * shape[1], (tp_rank + 1) * shape[1])
-        case Layout.VOCAB:
-            vocab_size = spec.hf_shapes[0][0]
-            # With much padding the last ranks may hold no real row at all: `start` stops at the vocabulary's end.
-            start = min(tp_rank * shape[0], vocab_size)
-            rows = cut(0, 0, start, min(start + shape[0], vocab_size))
-            return (
-                rows if len(rows) == shape[0] else torch.cat([rows, rows.new_zeros(shape[0] - len(rows), *shape[1:])])
-            )
-    # Interleave the source tensors block by block: [q q k v | q q k v] for QKV, [gate | up] with one block.
-    num_blocks = _num_blocks(spec, architecture, tp_size)
-    parts = []
-    for index, hf_shape in enumerate(spec.hf_shapes):
-        num_rows = hf_shape[0] // tp_size
-        part = cut(index, 0, tp_rank * num_rows, (tp_rank + 1) * num_rows)
-        parts.append(part.reshape(num_blocks, num_rows // num_blocks, *hf_shape[1:]))
-    return torch.cat(parts, dim=1).reshape(shape)
+    planned = slices_of(torch.empty(shape, device="meta"))
+    parts = [fetch(part.name, tuple(slice(*bounds) for bounds in part.ranges)) for part in planned]
+    if len(parts) == 1 and tuple(parts[0].shape) == shape:
+        return parts[0]
+    # A rank may hold nothing but padding: the dtype is that of an empty slice.
+    empty = fetch(spec.hf_names[0], tuple(slice(0, 0) for _ in spec.hf_shapes[0]))
+    shard = empty.new_zeros(shape)
+    for place, part in zip(slices_of(shard), parts, strict=True):
+        place.values.copy_(part)
+    return shard
 
 
 def merge(
@@ -139,31 +125,20 @@ def merge(
     for rank, shard in enumerate(shards):
         if tuple(shard.shape) != shape:
             raise WeightsError(f"{spec.megatron_name}: shard {rank} has shape {tuple(shard.shape)}, expected {shape}")
-    name = spec.hf_names[0]
-    match spec.layout:
-        case Layout.REPLICATED:
-            return [(name, shards[0].contiguous())]
-        case Layout.ROW:
-            return [(name, _join(shards, dim=1))]
-        case Layout.VOCAB:
-            return [(name, _join(shards, dim=0)[: spec.hf_shapes[0][0]])]
-    num_blocks = _num_blocks(spec, architecture, tp_size)
-    rows_per_block = [hf_shape[0] // tp_size // num_blocks for hf_shape in spec.hf_shapes]
-    blocks = [
-        shard.reshape(num_blocks, sum(rows_per_block), *shape[1:]).split(rows_per_block, dim=1) for shard in shards
-    ]
-    return [
-        (name, _join([part[index] for part in blocks], dim=0).reshape(spec.hf_shapes[index]))
-        for index, name in enumerate(spec.hf_names)
-    ]
+    parts: dict[str, list[ShardSlice]] = {name: [] for name in spec.hf_names}
+    for rank, shard in enumerate(shards):
+        for part in shard_slices(spec, architecture, shard, tp_rank=rank, tp_size=tp_size):
+            parts[part.name].append(part)
+    return [(name, _join(parts[name], shape)) for name, shape in zip(spec.hf_names, spec.hf_shapes, strict=True)]
 
 
-def _num_blocks(spec: WeightSpec, architecture: ModelArchitecture, tp_size: int) -> int:
-    return architecture.num_query_groups // tp_size if spec.layout in (Layout.QKV, Layout.QKV_BIAS) else 1
-
-
-def _join(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    return tensors[0].contiguous() if len(tensors) == 1 else torch.cat(list(tensors), dim=dim)
+def _join(parts: Sequence[ShardSlice], shape: tuple[int, ...]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0].values.contiguous()
+    whole = parts[0].values.new_empty(shape)
+    for part in parts:
+        cut(whole, part.ranges).copy_(part.values)
+    return whole
 
 
 def _share(size: int, tp_size: int, what: str) -> int:

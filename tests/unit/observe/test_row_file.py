@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prime.errors import DataError
-from megatron_prime.observe.rows import RowFile
+from megatron_prime.observe.row_file import RowFile
 
 ROWS = [{"text": "a\nb\u2028c", "n": 1}, {"text": "½ \ud800", "n": None}]
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_prime.errors import CheckpointError, WeightsError
-from megatron_prime.weights import convert
+from megatron_prime.weights import conversion
 from megatron_prime.weights.architecture import read_architecture
+from megatron_prime.weights.conversion_plan import Cut, plan_conversion
 from megatron_prime.weights.hf_folder import expected_shapes
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,14 +53,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def checkpoint(folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("checkpoints") / "qwen2"
-    convert.to_megatron(folders["qwen2"], target)
+    conversion.to_megatron(folders["qwen2"], target)
     return target
 
 
 @pytest.mark.parametrize("family", MODELS)
 def test_there_and_back_is_bitwise(folders, tmp_path: Path, family: str) -> None:
-    convert.to_megatron(folders[family], tmp_path / "megatron")
-    convert.to_hf(tmp_path / "megatron", tmp_path / "back")
+    conversion.to_megatron(folders[family], tmp_path / "megatron")
+    conversion.to_hf(tmp_path / "megatron", tmp_path / "back")
     wanted, found = (load_file(path / "model.safetensors") for path in (folders[family], tmp_path / "back"))
     assert wanted.keys() == found.keys()
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
@@ -77,8 +78,8 @@ def test_precision_is_kept_unless_another_is_asked_for(folders, tmp_path: Path) 
         (folders["llama"], torch.bfloat16, torch.bfloat16),
     ):
         name = f"{source.name}-{asked}"
-        convert.to_megatron(source, tmp_path / name, dtype=asked)
-        convert.to_hf(tmp_path / name, tmp_path / f"{name}-back")
+        conversion.to_megatron(source, tmp_path / name, dtype=asked)
+        conversion.to_hf(tmp_path / name, tmp_path / f"{name}-back")
         found = load_file(tmp_path / f"{name}-back" / "model.safetensors")
         assert all(torch.equal(found[key], weights[key].to(expected)) for key in weights)
         config = json.loads((tmp_path / f"{name}-back" / "config.json").read_text())
@@ -99,10 +100,10 @@ def test_a_checkpoint_carries_its_tokenizer_but_no_other_weights(folders, tmp_pa
         "x.safetensors.index.json",
     ):
         (source / name).write_text("{}")
-    convert.to_megatron(source, tmp_path / "megatron")
-    kept = {path.name for path in (tmp_path / "megatron" / convert.SIDE_FOLDER).iterdir()}
+    conversion.to_megatron(source, tmp_path / "megatron")
+    kept = {path.name for path in (tmp_path / "megatron" / conversion.SIDE_FOLDER).iterdir()}
     assert kept == {"config.json", "generation_config.json", "tokenizer.json", "merges.txt", "LICENSE"}
-    convert.to_hf(tmp_path / "megatron", tmp_path / "back")
+    conversion.to_hf(tmp_path / "megatron", tmp_path / "back")
     assert (tmp_path / "back" / "LICENSE").exists() and (tmp_path / "back" / "merges.txt").exists()
 
 
@@ -114,9 +115,9 @@ def test_an_occupied_target_is_refused_and_kept(folders, checkpoint, tmp_path: P
     kept = target / "mine" if kind == "folder" else target
     kept.write_text("mine")
     with pytest.raises(CheckpointError, match="exists already"):
-        convert.to_megatron(folders["qwen2"], target)
+        conversion.to_megatron(folders["qwen2"], target)
     with pytest.raises(CheckpointError, match="exists already"):
-        convert.to_hf(checkpoint, target)
+        conversion.to_hf(checkpoint, target)
     assert kept.read_text() == "mine" and list(tmp_path.iterdir()) == [target]
 
 
@@ -128,7 +129,7 @@ def test_an_incomplete_folder_is_refused(folders, tmp_path: Path) -> None:
     weights["model.norm.weight"] = removed
     save_file(weights, source / "model.safetensors")
     with pytest.raises(WeightsError, match=r"layers\.1\.self_attn\.q_norm\.weight: missing") as caught:
-        convert.to_megatron(source, tmp_path / "target")
+        conversion.to_megatron(source, tmp_path / "target")
     assert "model.norm.weight: has shape (16,)" in str(caught.value)
     assert list(tmp_path.iterdir()) == [source]
 
@@ -142,7 +143,7 @@ def test_an_incomplete_folder_is_refused(folders, tmp_path: Path) -> None:
 )
 def test_a_checkpoint_of_another_model_is_refused(folders, checkpoint, tmp_path, like, expected) -> None:
     with pytest.raises(CheckpointError, match=expected):
-        convert.to_hf(checkpoint, tmp_path / "target", like=folders[like])
+        conversion.to_hf(checkpoint, tmp_path / "target", like=folders[like])
     assert not list(tmp_path.iterdir())
 
 
@@ -150,7 +151,7 @@ def test_too_few_rows_of_the_vocabulary_are_refused(folders, checkpoint, tmp_pat
     config = json.loads((folders["qwen2"] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
     with pytest.raises(CheckpointError, match=r"holds 256 rows of the embedding, .* says 400"):
-        convert.to_hf(checkpoint, tmp_path / "target", like=tmp_path)
+        conversion.to_hf(checkpoint, tmp_path / "target", like=tmp_path)
     assert not (tmp_path / "target").exists()
 
 
@@ -161,34 +162,34 @@ def test_a_truncated_checkpoint_is_refused(checkpoint, tmp_path: Path, file: str
     whole = (source / file).read_bytes()
     (source / file).write_bytes(whole[: len(whole) // 3])
     with pytest.raises(CheckpointError, match=r"^[^\n]*source: [^\n]*damaged[^\n]*$"):
-        convert.to_hf(source, tmp_path / "target")
+        conversion.to_hf(source, tmp_path / "target")
     assert list(tmp_path.iterdir()) == [source]
 
 
 def test_what_is_no_checkpoint_is_refused(folders, checkpoint, tmp_path: Path) -> None:
     for source in (tmp_path / "absent", folders["qwen2"]):
         with pytest.raises(CheckpointError, match="is no Megatron distributed checkpoint"):
-            convert.to_hf(source, tmp_path / "target")
+            conversion.to_hf(source, tmp_path / "target")
     source = tmp_path / "source"
     shutil.copytree(checkpoint, source)
-    shutil.rmtree(source / convert.SIDE_FOLDER)
+    shutil.rmtree(source / conversion.SIDE_FOLDER)
     with pytest.raises(CheckpointError, match="pass --like"):
-        convert.to_hf(source, tmp_path / "target")
+        conversion.to_hf(source, tmp_path / "target")
 
 
 def test_progress_ends_at_the_bytes_of_the_plan(folders, tmp_path: Path) -> None:
     architecture = read_architecture(folders["qwen3"])
-    cut = convert.Cut(tp_size=2, pp_size=2)
+    cut = Cut(tp_size=2, pp_size=2)
     told: list[tuple[int, int]] = []
-    convert.to_megatron(folders["qwen3"], tmp_path / "megatron", cut=cut, progress=lambda *seen: told.append(seen))
+    conversion.to_megatron(folders["qwen3"], tmp_path / "megatron", cut=cut, progress=lambda *seen: told.append(seen))
     kinds: dict[str, Any] = {"stored": torch.float32, "dtype": torch.float32}
-    plan = convert.plan_conversion(architecture, megatron=True, cut=cut, **kinds)
+    plan = plan_conversion(architecture, megatron=True, cut=cut, **kinds)
     assert told[-1] == (plan.num_bytes, plan.num_bytes) and told == sorted(set(told))
     files = {path.name: path.stat().st_size for path in (tmp_path / "megatron").glob("*.distcp")}
     assert files.keys() == plan.files.keys() and all(files[name] > size for name, size in plan.files.items())
     told.clear()
-    convert.to_hf(tmp_path / "megatron", tmp_path / "back", progress=lambda *seen: told.append(seen))
-    plan = convert.plan_conversion(architecture, megatron=False, **kinds)
+    conversion.to_hf(tmp_path / "megatron", tmp_path / "back", progress=lambda *seen: told.append(seen))
+    plan = plan_conversion(architecture, megatron=False, **kinds)
     assert told[-1] == (plan.num_bytes, plan.num_bytes) and list(plan.files) == ["model.safetensors"]
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
         folders["qwen3"] / "model.safetensors"
@@ -199,9 +200,9 @@ def test_progress_ends_at_the_bytes_of_the_plan(folders, tmp_path: Path) -> None
 def stopped(folders, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     """By direction: the source of a conversion that was killed half-way, and the folder that it left."""
     root = tmp_path_factory.mktemp("stopped")
-    convert.to_megatron(folders["llama"], root / "megatron")
+    conversion.to_megatron(folders["llama"], root / "megatron")
     code = (
-        "import os, sys; from pathlib import Path; from megatron_prime.weights.convert import to_megatron, to_hf;"
+        "import os, sys; from pathlib import Path; from megatron_prime.weights.conversion import to_megatron, to_hf;"
         "stop = lambda done, total: os._exit(9) if 2 * done > total else None;"
         "globals()[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]), progress=stop)"
     )
@@ -230,12 +231,12 @@ def test_a_killed_conversion_goes_on(folders, stopped, tmp_path: Path, way: str,
     dtype = torch.bfloat16 if harm == "other precision" else None
 
     read: list[str] = []
-    reader = convert.HfFolder if way == "to_megatron" else convert.MegatronFolder
+    reader = conversion.HfFolder if way == "to_megatron" else conversion.MegatronFolder
     fetch = reader.fetch
     monkeypatch.setattr(reader, "fetch", lambda self, what, *rest: read.append(str(what)) or fetch(self, what, *rest))
-    getattr(convert, way)(source, target, dtype=dtype)
+    getattr(conversion, way)(source, target, dtype=dtype)
     num_read = len(read)
-    getattr(convert, way)(source, whole, dtype=dtype)
+    getattr(conversion, way)(source, whole, dtype=dtype)
     num_all = len(read) - num_read
     assert num_read == num_all if harm == "other precision" else 0 < num_read < num_all
     assert not writing.exists()
@@ -243,7 +244,7 @@ def test_a_killed_conversion_goes_on(folders, stopped, tmp_path: Path, way: str,
         assert path.is_dir() or path.name == ".metadata" or (target / path.name).read_bytes() == path.read_bytes()
     assert {path.name for path in target.iterdir()} == {path.name for path in whole.iterdir()}
     if way == "to_megatron":
-        convert.to_hf(target, tmp_path / "back", dtype=torch.float32)
+        conversion.to_hf(target, tmp_path / "back", dtype=torch.float32)
         found, wanted = (load_file(path / "model.safetensors") for path in (tmp_path / "back", folders["llama"]))
         rounded = dtype or torch.float32
         assert all(torch.equal(found[name], wanted[name].to(rounded).float()) for name in wanted)
@@ -259,7 +260,7 @@ def test_memory_is_a_few_tensors_not_the_model(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "source" / "model.safetensors")
     del tensors
     code = (
-        "import sys; from pathlib import Path; from megatron_prime.weights.convert import to_megatron, to_hf;"
+        "import sys; from pathlib import Path; from megatron_prime.weights.conversion import to_megatron, to_hf;"
         "memory = lambda: next(int(l.split()[1]) << 10 for l in open('/proc/self/status') if l.startswith('VmHWM'));"
         "before = memory(); source, megatron, back = map(Path, sys.argv[1:]); to_megatron(source, megatron);"
         "between = memory(); to_hf(megatron, back); print(between - before, memory() - before)"
@@ -270,20 +271,20 @@ def test_memory_is_a_few_tensors_not_the_model(tmp_path: Path) -> None:
     )
     kinds: dict[str, Any] = {"stored": torch.float32, "dtype": torch.float32}
     for used, megatron in zip(map(int, printed.stdout.split()), (True, False), strict=True):
-        plan = convert.plan_conversion(architecture, megatron=megatron, **kinds)
+        plan = plan_conversion(architecture, megatron=megatron, **kinds)
         assert used < plan.peak_bytes < plan.num_bytes / 2, (used, plan)
 
 
 @pytest.mark.parametrize(
     ("cut", "expected"),
     [
-        (convert.Cut(tp_size=3), r"tensor_model_parallel_size: 3 does not divide"),
-        (convert.Cut(pp_size=3), r"pipeline_model_parallel_size: 3 does not divide num_hidden_layers 2"),
+        (Cut(tp_size=3), r"tensor_model_parallel_size: 3 does not divide"),
+        (Cut(pp_size=3), r"pipeline_model_parallel_size: 3 does not divide num_hidden_layers 2"),
     ],
 )
-def test_an_impossible_layout_is_refused(folders, tmp_path: Path, cut: convert.Cut, expected: str) -> None:
+def test_an_impossible_layout_is_refused(folders, tmp_path: Path, cut: Cut, expected: str) -> None:
     with pytest.raises(WeightsError, match=expected):
-        convert.to_megatron(folders["qwen2"], tmp_path / "target", cut=cut)
+        conversion.to_megatron(folders["qwen2"], tmp_path / "target", cut=cut)
     assert not list(tmp_path.iterdir())
 
 
@@ -292,9 +293,9 @@ def test_a_failed_write_goes_on_when_there_is_room(folders, tmp_path: Path) -> N
     resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, hard))
     try:
         with pytest.raises(CheckpointError, match=r"cannot be written: .*free space .*remove target.writing"):
-            convert.to_megatron(folders["llama"], tmp_path / "target")
+            conversion.to_megatron(folders["llama"], tmp_path / "target")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["target.writing"]
-    convert.to_megatron(folders["llama"], tmp_path / "target")
+    conversion.to_megatron(folders["llama"], tmp_path / "target")
     assert [path.name for path in tmp_path.iterdir()] == ["target"]

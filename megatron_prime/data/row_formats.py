@@ -1,4 +1,4 @@
-"""The layouts of dataset rows, and what is read from each."""
+"""The formats of dataset rows, and what is read from each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_prime.errors import DataError
 
 Row = Mapping[str, Any]
 
-PROMPT_LAYOUTS = (
+PROMPT_FORMATS = (
     "Eurus-2-RL-Data, DAPO and Skywork-OR1 (prompt: messages or text, reward_model: {ground_truth}, and optionally "
     "data_source, ability, extra_info), GSM8K (question, answer with '#### 42'), MATH and NuminaMath (problem, and "
     "answer, expected_answer, or solution with \\boxed{..}), DeepMath and OlympiadBench (question, final_answer), "
@@ -25,7 +25,7 @@ NO_ANSWERS = ("proof", "notfound", "not found", "n/a")
 """Labels that say that there is none (NuminaMath-1.5)."""
 ABILITIES = {"mathematics": "math", "maths": "math", "coding": "code", "programming": "code", "codegen": "code"}
 """Other names of abilities; upper case makes no difference."""
-SFT_LAYOUTS = (
+SFT_FORMATS = (
     "messages (the last by the assistant), prompt + response, GSM8K (question, answer), or MATH (problem, solution)"
 )
 
@@ -67,7 +67,7 @@ def read_question(row: Row, where: str) -> Question:
         The question and its ground truth.
 
     Raises:
-        DataError: the row has none of the layouts.
+        DataError: the row has none of the formats.
     """
     if "reward_model" in row and "prompt" in row:
         return _read_eurus(row, where)
@@ -86,7 +86,7 @@ def read_question(row: Row, where: str) -> Question:
             return question
     asked = row.get("problem", row.get("question"))
     if not isinstance(asked, str):
-        raise _unknown(where, PROMPT_LAYOUTS, row)
+        raise _unknown(where, PROMPT_FORMATS, row)
     if not asked.strip():
         raise DataError(f"{where}: the question is empty; remove the row")
     key = next((key for key in ("answer", "expected_answer", "final_answer") if row.get(key) is not None), "")
@@ -94,7 +94,7 @@ def read_question(row: Row, where: str) -> Question:
         solution = row.get("solution", "")
         known = {"answer", "expected_answer", "final_answer", "solution"} & row.keys()
         if not isinstance(solution, str | None) or not known:
-            raise _unknown(where, PROMPT_LAYOUTS, row)
+            raise _unknown(where, PROMPT_FORMATS, row)
         answer: Any = last_boxed(solution or "")
     else:
         answer = row[key]
@@ -107,7 +107,7 @@ def _math_question(messages: tuple[Message, ...], answer: Any, row: Row, where: 
         # OlympiadBench; several answers are one list, in any order.
         answer = answer[0] if len(answer) == 1 else json.dumps(list(answer)) if answer else ""
     if not isinstance(answer, str | int | float) or isinstance(answer, bool):
-        raise _unknown(where, PROMPT_LAYOUTS, row)
+        raise _unknown(where, PROMPT_FORMATS, row)
     text = _final_answer(answer)
     is_none = text.strip().casefold() in NO_ANSWERS
     return Question(
@@ -168,7 +168,7 @@ def _read_prompt(asked: Any, where: str, row: Row) -> tuple[Message, ...]:
         if not asked.strip():
             raise DataError(f"{where}: the question is empty; remove the row")
         return ({"role": "user", "content": asked},)
-    return _read_messages(asked, where, PROMPT_LAYOUTS, row)
+    return _read_messages(asked, where, PROMPT_FORMATS, row)
 
 
 def _ability(name: str) -> str:
@@ -179,7 +179,7 @@ def _ability(name: str) -> str:
 def _read_eurus(row: Row, where: str) -> Question:
     reward_model, named = row["reward_model"], row.get("ability") or "math"
     if not isinstance(reward_model, Mapping) or "ground_truth" not in reward_model or not isinstance(named, str):
-        raise _unknown(where, PROMPT_LAYOUTS, row)
+        raise _unknown(where, PROMPT_FORMATS, row)
     truth, ability = reward_model["ground_truth"], _ability(named)
     messages = _read_prompt(row["prompt"], where, row)
     extra_info = row.get("extra_info")
@@ -197,9 +197,9 @@ def _read_eurus(row: Row, where: str) -> Question:
 def read_demonstration(row: Row, where: str) -> Demonstration:
     """Reads a row of any supervised layout; arguments and errors as in `read_question`."""
     if "messages" in row:
-        messages = _read_messages(row["messages"], where, SFT_LAYOUTS, row)
+        messages = _read_messages(row["messages"], where, SFT_FORMATS, row)
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
-            raise _unknown(where, SFT_LAYOUTS, row)
+            raise _unknown(where, SFT_FORMATS, row)
         return Demonstration(messages=messages[:-1], response=messages[-1]["content"])
     for asked_key, answered_key in (("prompt", "response"), ("problem", "solution"), ("question", "answer")):
         asked, answered = row.get(asked_key), row.get(answered_key)
@@ -207,18 +207,18 @@ def read_demonstration(row: Row, where: str) -> Demonstration:
             continue
         if isinstance(asked, str):
             return Demonstration(messages=({"role": "user", "content": asked},), response=answered)
-        return Demonstration(messages=_read_messages(asked, where, SFT_LAYOUTS, row), response=answered)
-    raise _unknown(where, SFT_LAYOUTS, row)
+        return Demonstration(messages=_read_messages(asked, where, SFT_FORMATS, row), response=answered)
+    raise _unknown(where, SFT_FORMATS, row)
 
 
-def _read_messages(value: Any, where: str, layouts: str, row: Row) -> tuple[Message, ...]:
+def _read_messages(value: Any, where: str, formats: str, row: Row) -> tuple[Message, ...]:
     messages = list(value) if isinstance(value, (list, tuple)) else []
     whole = all(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
         for m in messages
     )
     if not messages or not whole:
-        raise _unknown(where, layouts, row)
+        raise _unknown(where, formats, row)
     return tuple({"role": m["role"], "content": m["content"]} for m in messages)
 
 
@@ -230,9 +230,9 @@ def _final_answer(answer: str | int | float | None) -> str:
     return "" if answer is None or answer != answer else str(answer)
 
 
-def _unknown(where: str, layouts: str, row: Row) -> DataError:
+def _unknown(where: str, formats: str, row: Row) -> DataError:
     columns = ", ".join(f"{key}: {type(value).__name__}" for key, value in row.items())
-    return DataError(f"{where}: unknown layout with columns ({columns}); expected {layouts}")
+    return DataError(f"{where}: unknown layout with columns ({columns}); expected {formats}")
 
 
 def last_boxed(solution: str) -> str:
