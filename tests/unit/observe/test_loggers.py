@@ -14,8 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_prime.config import load_config
 from megatron_prime.errors import ConfigError
-from megatron_prime.observe import RunFolder, RunLog
 from megatron_prime.observe.loggers import GuardedLoggers, LoggerRequest, make_logger
+from megatron_prime.observe.metrics import RunLog
+from megatron_prime.observe.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[3]
 MODULE = """

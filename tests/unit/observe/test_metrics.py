@@ -8,7 +8,9 @@ import re
 import pytest
 from rich.console import Console
 
-from megatron_prime.observe import RunFolder, RunLog, read_metrics
+from megatron_prime.observe.metrics import RunLog
+from megatron_prime.observe.report import read_metrics
+from megatron_prime.observe.run_folder import RunFolder
 
 
 @pytest.fixture
