@@ -199,7 +199,7 @@ def read_chunks(folder: Path, metadata: Metadata, wanted: Sequence[StoredChunk])
     for key, targets in by_key.items():
         stored = cast(TensorStorageMetadata, metadata.state_dict_metadata[key])
         for chunk in stored.chunks:
-            if touched := [target for target in targets if _common_box(chunk, target)]:
+            if touched := [target for target in targets if _common_box(chunk, target) is not None]:
                 place = where[MetadataIndex(key, chunk.offsets)]
                 needed[place.relative_path].append((place, chunk, touched))
     for name, reads in needed.items():

@@ -1,5 +1,6 @@
 """Model folders made by transformers: the real configurations' proportions, shrunk."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from written_folders import export
 
 _SIZES = {"num_hidden_layers": 2, "intermediate_size": 40, "vocab_size": 101, "max_position_embeddings": 256}
 _LLAMA3_ROPE = {
@@ -68,3 +70,16 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def model_folder(request: pytest.FixtureRequest, model_folders: dict[str, Path]) -> Path:
     """Each folder in turn."""
     return model_folders[request.param]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, model_folders: dict[str, Path]) -> Path:
+    """A private copy of an untied Qwen2 model in one file."""
+    return shutil.copytree(model_folders["qwen2-untied"], tmp_path / "model")
+
+
+@pytest.fixture
+def sharded(folder: Path) -> Path:
+    """The same model in several files."""
+    export(folder, folder.with_name("sharded"), max_shard_bytes=20_000)
+    return folder.with_name("sharded")

@@ -1,11 +1,9 @@
 """Extraction and exact comparison of math answers."""
 
-from fractions import Fraction
-
 import pytest
 
 from megatron_prime.verify.math.answer import MAX_ANSWER_CHARS, decide, extract_answer
-from megatron_prime.verify.math.normalize import clean_unicode, exact_value, normalize
+from megatron_prime.verify.math.normalize import clean_unicode
 
 
 @pytest.mark.parametrize(
@@ -54,61 +52,7 @@ def test_extraction_takes_linear_time(text):
     assert extract_answer(text).status in ("no_answer", "malformed")
 
 
-@pytest.mark.parametrize(
-    ("text", "plain"),
-    [
-        ("The answer is 4", "4"),
-        ("So the final answer is: -3", "-3"),
-        (r"\text{The answer is }\frac12", r"\frac{1}{2}"),
-        ("answer = x+1", "x+1"),
-        ("the answer is", "theansweris"),
-        (r"\text{answer}", "answer"),
-    ],
-)
-def test_words_in_front_say_only_that_it_is_the_answer(text: str, plain: str) -> None:
-    assert normalize(text).text == plain
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("7", Fraction(7)),
-        ("-7.50", Fraction(-15, 2)),
-        (".5", Fraction(1, 2)),
-        ("1,234,567", Fraction(1234567)),
-        (r"1\,000", Fraction(1000)),
-        ("1{,}234.5", Fraction("1234.5")),
-        ("3/4", Fraction(3, 4)),
-        (r"-\dfrac{3}{-4}", Fraction(3, 4)),
-        (r"\frac12", Fraction(1, 2)),
-        (r"3\frac{1}{2}", Fraction(7, 2)),
-        ("-3 1/2", Fraction(-7, 2)),
-        ("5e-9", Fraction(5, 10**9)),
-        (r"6.02\times 10^{23}", 602 * Fraction(10) ** 21),
-        (r"\$12.", Fraction(12)),
-        ("½", Fraction(1, 2)),
-        ("3½", Fraction(7, 2)),
-        ("−５", Fraction(-5)),
-        ("0.333...", Fraction(1, 3)),
-        ("-0.1666\\ldots", Fraction(-1, 6)),
-        ("0.142857142857…", Fraction(1, 7)),
-        (r"2.1\overline{36}", Fraction(47, 22)),
-        (r"0.\overline{3}", Fraction(1, 3)),
-    ],
-)
-def test_reads_numbers_exactly(text, value):
-    assert normalize(clean_unicode(text)).value == value
-
-
-@pytest.mark.parametrize(
-    "text", ["1/0", r"\frac{1}{0}", "1,23", "1e99999", "--5", "1.2.3", "x", "", "5!", "0.33...", "0.1234..."]
-)
-def test_leaves_other_text_alone(text):
-    assert normalize(text).value is None
-
-
 def test_a_space_between_digits_keeps_its_meaning():
-    assert exact_value("3 1/2") != exact_value("31/2")
     assert decide("12", "1 2") is not True
 
 
