@@ -27,7 +27,7 @@ def test_gspo_clips_the_geometric_mean_ratio_of_a_response(seed):
     assert logprobs.grad is not None
     for i in range(5):
         length, a = int(lengths[i]), float(advantage[i])
-        ratio = math.exp(math.fsum(float(logprobs[i, t] - old[i, t]) for t in range(length)) / length)
+        ratio = math.exp(math.fsum((logprobs[i, t] - old[i, t]).item() for t in range(length)) / length)
         clipped = min(max(ratio, 0.9), 1.15)
         # GSPO's own objective: one ratio and one advantage per response.
         assert float(losses[i].sum()) / length == pytest.approx(max(-a * ratio, -a * clipped))
@@ -57,8 +57,8 @@ def test_cispo_bounds_the_weight_and_keeps_every_gradient(seed):
             if not mask[i, t]:
                 assert losses[i, t] == 0 and logprobs.grad[i, t] == 0 and not is_cut[i, t]
                 continue
-            ratio = math.exp(float(logprobs[i, t] - old[i, t]))
+            ratio = math.exp((logprobs[i, t] - old[i, t]).item())
             weight = min(max(ratio, 0.8), 1.1)
-            assert float(losses[i, t]) == pytest.approx(-weight * float(advantages[i, t] * logprobs[i, t]))
+            assert float(losses[i, t]) == pytest.approx(-weight * (advantages[i, t] * logprobs[i, t]).item())
             assert float(logprobs.grad[i, t]) == pytest.approx(-weight * float(advantages[i, t]))
             assert bool(is_cut[i, t]) == (not 0.8 <= ratio <= 1.1)
