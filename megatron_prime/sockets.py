@@ -19,6 +19,9 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "rloo": "megatron_prime.algorithm.advantage:rloo",
         "grpo": "megatron_prime.algorithm.advantage:grpo",
         "reinforce": "megatron_prime.algorithm.advantage:reinforce",
+        "reinforce_pp": "megatron_prime.algorithm.baselines:reinforce_pp",
+        "reinforce_pp_baseline": "megatron_prime.algorithm.baselines:reinforce_pp_baseline",
+        "dr_grpo": "megatron_prime.algorithm.baselines:dr_grpo",
     },
     "advantage.process_source": {
         "implicit": "megatron_prime.algorithm.implicit_reward:implicit_source",
@@ -26,9 +29,12 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
     "prm.loss": {
         "cross_entropy": "megatron_prime.algorithm.prm_loss:cross_entropy",
         "pairwise": "megatron_prime.algorithm.prm_loss:pairwise",
+        "prefix": "megatron_prime.algorithm.prefix_loss:prefix",
     },
     "policy.loss": {
         "ppo_clip": "megatron_prime.algorithm.policy_loss:ppo_clip",
+        "gspo": "megatron_prime.algorithm.surrogates:gspo",
+        "cispo": "megatron_prime.algorithm.surrogates:cispo",
     },
     "rollout.engine": {
         "transformers": "megatron_prime.rollout.embedded.engine:make_engine",

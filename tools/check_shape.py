@@ -1,4 +1,4 @@
-"""Fails where a file or a function has grown too long to be read at one sitting, or two test files share a name."""
+"""Fails where a file or a function is too long to be read at one sitting, or a unit test mirrors no module."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def long_parts(path: Path) -> list[str]:
     return findings
 
 
-def shared_names(paths: Sequence[Path]) -> list[str]:
-    """One line for each test file whose name another one has: processes of tests import them by it."""
-    first: dict[str, Path] = {}
-    tests = [path for path in paths if path.name.startswith("test_")]
+def not_mirrored(package: Path, tests: Path) -> list[str]:
+    """One line for each unit test file that no module of the package has the place and name of."""
     return [
-        f"{path}: {found} has the same name" for path in tests if (found := first.setdefault(path.name, path)) != path
+        f"{path}: there is no {package / path.relative_to(tests).with_name(path.name.removeprefix('test_'))}"
+        for path in sorted(tests.rglob("test_*.py"))
+        if not (package / path.relative_to(tests).with_name(path.name.removeprefix("test_"))).exists()
     ]
 
 
@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("megatron_prime"), Path("tools"), Path("tests")])
     options = parser.parse_args(arguments)
     paths = sorted(path for folder in options.folders for path in folder.rglob("*.py"))
-    findings = [line for path in paths for line in long_parts(path)] + shared_names(paths)
+    findings = [line for path in paths for line in long_parts(path)]
+    findings += not_mirrored(Path("megatron_prime"), Path("tests/unit"))
     print("\n".join(findings) if findings else f"{len(paths)} files are short enough")
     return 1 if findings else 0
 

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from megatron_prime.algorithm.credit import scale_by_rms, spare_right_steps
 from megatron_prime.algorithm.groups import group_max, group_sum
 from megatron_prime.config.schema import AdvantageSection
 from megatron_prime.sockets import resolve
@@ -250,6 +251,13 @@ def _outcome_returns(
     return discounted_returns(torch.where(is_last, values, 0.0), mask, section.outcome_gamma)
 
 
+def _normalised(values: torch.Tensor, mask: torch.Tensor, section: AdvantageSection) -> torch.Tensor:
+    if not section.whiten:
+        return values
+    # A shift would push down the tokens that were spared.
+    return scale_by_rms(values, mask) if section.wrong_answers == "spare" else whiten(values, mask)
+
+
 def compute_advantages(
     outcomes: torch.Tensor,
     process_rewards: torch.Tensor | None,
@@ -285,6 +293,8 @@ def compute_advantages(
 
     estimator: Estimator = resolve("advantage.estimator", section.estimator)
     outcome_returns = _outcome_returns(outcomes, mask, group_index, section, estimator)
+    if section.wrong_answers == "spare":
+        outcome_returns = spare_right_steps(outcome_returns, torch.zeros_like(outcome_returns), mask)
     process_returns, scale = torch.zeros_like(outcome_returns), 1.0
     if process_rewards is not None:
         scaled, scale = scale_process(process_rewards, mask, mode=section.process_scale, gamma=section.process_gamma)
@@ -298,7 +308,7 @@ def compute_advantages(
     outcome_size, process_size = (float(part.abs().sum(dtype=torch.float64)) for part in (outcome_part, process_part))
     size = outcome_size + process_size or 1.0  # shares of nothing are 0, not NaN
     return AdvantageResult(
-        advantages=whiten(total, mask) if section.whiten else total,
+        advantages=_normalised(total, mask, section),
         outcome_returns=outcome_returns,
         process_returns=process_returns,
         metrics={

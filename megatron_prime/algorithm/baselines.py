@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from megatron_prime.algorithm.groups import group_max, group_sum
+from megatron_prime.config.schema import AdvantageSection
 
 RELATIVE_NOISE = 1e-6
 """A spread below this share of the values' magnitude is float32 rounding, not a signal."""
@@ -124,3 +125,24 @@ def overlong_penalty(lengths: torch.Tensor, *, max_length: int, buffer: int) -> 
     if not 1 <= buffer <= max_length:
         raise ValueError(f"buffer: {buffer} is not in 1 .. max_length ({max_length})")
     return ((max_length - buffer - lengths.to(torch.float32)) / buffer).clamp(-1.0, 0.0)
+
+
+def dr_grpo(
+    rewards: torch.Tensor, mask: torch.Tensor, group_index: torch.Tensor, section: AdvantageSection
+) -> torch.Tensor:
+    """Subtracts the group's mean: `dr_grpo_process` (`advantage.estimator: dr_grpo`)."""
+    return dr_grpo_process(rewards, mask, group_index)
+
+
+def reinforce_pp(
+    rewards: torch.Tensor, mask: torch.Tensor, group_index: torch.Tensor, section: AdvantageSection
+) -> torch.Tensor:
+    """Standardises over the batch: `reinforce_pp_process` with baseline `batch`."""
+    return reinforce_pp_process(rewards, mask, group_index, baseline="batch")
+
+
+def reinforce_pp_baseline(
+    rewards: torch.Tensor, mask: torch.Tensor, group_index: torch.Tensor, section: AdvantageSection
+) -> torch.Tensor:
+    """Standardises what is above the group's mean over the batch: `reinforce_pp_process` with baseline `group`."""
+    return reinforce_pp_process(rewards, mask, group_index, baseline="group")

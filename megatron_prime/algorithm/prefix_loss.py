@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_prime.algorithm.groups import group_sum
+from megatron_prime.algorithm.implicit_reward import implicit_rewards
+from megatron_prime.algorithm.prm_loss import PrmResponses
 
 _PRIOR = 0.5
 """Answers of either kind that every group is taken to have had before: keeps the logit of 0 of 4 finite."""
@@ -85,3 +87,27 @@ def prefix_cross_entropy_loss(
     losses = -labels * F.logsigmoid(values - margin) - (1.0 - labels) * F.logsigmoid(-values - margin)
     losses = torch.where(mask, losses, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
     return (losses if weights is None else losses * weights).sum() / num_responses
+
+
+def prefix(responses: PrmResponses) -> torch.Tensor:
+    """The prefix-value loss with its difficulty baseline and label weights, margin 0 (`prm.loss: prefix`).
+
+    Groups of one kind, whose label weight is 0, teach nothing. Wants a `prm.beta` of about 10, since a prefix value is
+    a mean over tokens.
+    """
+    mean = responses.group_accuracy
+    size = responses.group_size
+    rewards = implicit_rewards(
+        responses.prm_logprobs, responses.reference_logprobs, responses.mask, beta=responses.section.beta
+    )
+    baseline = (mean * size + _PRIOR).log() - ((1.0 - mean) * size + _PRIOR).log()
+    share = torch.where(responses.labels > 0.5, mean, 1.0 - mean)
+    weights = torch.where((mean > 0) & (mean < 1), 0.5 / share.clamp(min=1e-6), 0.0)
+    return prefix_cross_entropy_loss(
+        rewards,
+        responses.mask,
+        responses.labels,
+        num_responses=responses.num_responses,
+        baseline=baseline,
+        weights=weights,
+    )

@@ -32,6 +32,8 @@ class PrmResponses:
     """[b], in [0, 1]."""
     group_accuracy: torch.Tensor
     """[b], mean label of all answers to the response's prompt."""
+    group_size: torch.Tensor
+    """[b], how many these are."""
     opponents: torch.Tensor | None
     """[b], `opponent_logits` of the PRM before its update; None unless the loss has the attribute ``needs_scores``."""
     num_responses: int

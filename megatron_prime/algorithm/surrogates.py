@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_prime.algorithm.policy_loss import MAX_LOG_RATIO
+from megatron_prime.algorithm.policy_loss import MAX_LOG_RATIO, PolicyTokens
+from megatron_prime.config.schema import PolicySection
 
 
 def _log_ratio(logprobs: torch.Tensor, old_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -80,3 +81,41 @@ def cispo_losses(
     weight = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     losses = -weight * torch.where(mask, advantages * logprobs, 0.0)
     return losses, (weight != ratio) & mask
+
+
+def gspo(tokens: PolicyTokens, section: PolicySection) -> tuple[torch.Tensor, torch.Tensor]:
+    """GSPO on whole responses (`policy.loss: gspo`): `gspo_losses` with `clip_ratio_low` and `clip_ratio_high`."""
+    if tokens.sequences is None:
+        raise ValueError("gspo: needs to know which response each token belongs to")
+    _, rows, counts = torch.unique_consecutive(tokens.sequences, return_inverse=True, return_counts=True)
+    first = counts.cumsum(0) - counts
+    columns = torch.arange(len(rows), device=rows.device) - first[rows]
+    shape = (len(counts), int(counts.max()) if len(counts) else 0)
+
+    def by_response(flat: torch.Tensor) -> torch.Tensor:
+        return flat.new_zeros(shape).index_put((rows, columns), flat)
+
+    losses, is_cut = gspo_losses(
+        by_response(tokens.logprobs),
+        by_response(tokens.old_logprobs),
+        by_response(tokens.advantages),
+        by_response(tokens.weights) > 0,
+        clip_low=section.clip_ratio_low,
+        clip_high=section.clip_ratio_high,
+    )
+    return losses[rows, columns], is_cut[rows, columns]
+
+
+gspo.whole_sequences = True
+
+
+def cispo(tokens: PolicyTokens, section: PolicySection) -> tuple[torch.Tensor, torch.Tensor]:
+    """CISPO (`policy.loss: cispo`): `cispo_losses` with `clip_ratio_low` and `clip_ratio_high`."""
+    return cispo_losses(
+        tokens.logprobs,
+        tokens.old_logprobs,
+        tokens.advantages,
+        tokens.weights > 0,
+        clip_low=section.clip_ratio_low,
+        clip_high=section.clip_ratio_high,
+    )

@@ -5,12 +5,13 @@ Two kinds of run: `PrimeConfig` (``kind: prime``) and `SftConfig` (``kind: sft``
 """
 
 from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megatron_prime.config.schema_checkpoint import CheckpointSection
+from megatron_prime.config.schema_data import ArithmeticData, FileData, OwnData
 from megatron_prime.config.schema_model import HeadSection, MicroBatchSection, ModelSection, ParallelSection
 from megatron_prime.config.schema_verifier import VerifierSection
 from megatron_prime.config.section import (
@@ -76,65 +77,6 @@ class OptimizerSection(Section):
     both no weight has changed, and the batch is kept for `megatron-prime replay`."""
     max_skipped_steps: Annotated[CountOrZero, MAY_CHANGE] = 3
     """Optimizer steps in a row that `skip` leaves out before the run ends."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ArithmeticData(Section):
-    """Chains of additions and subtractions, made by a generator that also knows which steps are right."""
-
-    kind: Literal["arithmetic"] = "arithmetic"
-    min_operations: Count = 2
-    max_operations: Count = 4
-    max_operand: Count = 9
-    max_start: Count = 99
-    """The chain starts with a number of 1 .. max_start."""
-    step_error_rate: FractionBelowOne = 0.15
-    """Share of wrong steps in the SFT answers; reinforcement has these to repair."""
-    wrong_fact_share: Fraction = 0.0
-    """Share of the facts (last digit of the left number, sign, operand) that the SFT answers get wrong, each always by
-    the same amount."""
-    wrong_fact_rate: Fraction = 0.75
-    """How often they get such a fact wrong; above 0.5, greedy decoding of what was learned is wrong too."""
-    num_problems: Count = 100_000
-    """Problems of one epoch."""
-
-
-@dataclass(kw_only=True, slots=True)
-class FileData(Section):
-    """Prompts from files or Hugging Face datasets (Eurus-2-RL-Data, GSM8K and MATH layouts)."""
-
-    kind: Literal["files"] = "files"
-    train: list[str]
-    """Files `.jsonl`, `.jsonl.gz`, `.json` or `.parquet`, or `hf:NAME[:CONFIG]:SPLIT`."""
-    evaluation: list[str] = field(default_factory=list)
-    """The same for evaluation; needed unless `evaluation.num_prompts` is 0."""
-    template: Literal["chat", "raw"] = "chat"
-    """`chat` applies the tokenizer's chat template, `raw` joins the messages' contents."""
-    system_prompt: Literal["prime", "none"] = "prime"
-    """`prime` puts the published system prompt first (unless the row brings its own)."""
-    task_suffix: bool = True
-    """Append PRIME's math or code suffix to the question (unless it is there)."""
-    abilities: list[str] = field(default_factory=lambda: ["math"])
-    """PRIME only: rows of other abilities are dropped and counted (Eurus-2-RL-Data mixes math and code)."""
-    max_prompt_tokens: Count = 1024
-    """Longer prompts are dropped and counted."""
-    max_response_tokens: Count = 3072
-    """SFT only: longer answers are dropped and counted."""
-
-
-@dataclass(kw_only=True, slots=True)
-class OwnData(Section):
-    """Prompts of your own, made by a function (docs/howto/); PRIME runs only."""
-
-    kind: Literal["own"] = "own"
-    factory: Annotated[str, Named("data.factory")]
-    """`package.module:function` that makes the prompt source, given a `PromptRequest`."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Anything, handed to the factory as it is."""
-    abilities: list[str] = field(default_factory=lambda: ["math"])
-    """Abilities that your prompts have; the built-in verifier is set up for these."""
-    max_prompt_tokens: Count = 1024
-    """A longer prompt ends the run: leave such prompts out."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -279,6 +221,9 @@ class AdvantageSection(Section):
     """Where process rewards come from: `implicit`, the PRM that learns from outcomes, or a function of your own."""
     process_baseline: Literal["strict", "group"] = "strict"
     """RLOO baseline of process rewards: leave-one-out mean (paper) or the released code's K/(K-1) form."""
+    wrong_answers: Literal["full", "spare"] = "full"
+    """`spare`: outcomes teach by answers above their baseline alone; advantages are then scaled and not shifted. See
+    docs/reference/credit-experiments.md for what it gains and may cost."""
     outcome_coef: NotNegative = 1.0
     process_coef: NotNegative = 1.0
     """0 makes outcome-only training; no PRM is then built."""

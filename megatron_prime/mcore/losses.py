@@ -103,6 +103,8 @@ class PrmTokenLoss:
     """[B]."""
     group_accuracy: torch.Tensor
     """[B]."""
+    group_size: torch.Tensor
+    """[B]."""
     opponents: torch.Tensor | None
     """[B]."""
     num_responses: int
@@ -125,6 +127,7 @@ class PrmTokenLoss:
             mask=self.mask[mine].to(device),
             labels=self.labels[mine].to(device),
             group_accuracy=self.group_accuracy[mine].to(device),
+            group_size=self.group_size[mine].to(device),
             opponents=None if self.opponents is None else self.opponents[mine].to(device),
             num_responses=self.num_responses,
             section=self.section,

@@ -244,6 +244,7 @@ class PrmRole(TrainableRole):
             mask=batch.mask,
             labels=labels,
             group_accuracy=group_sum(labels, batch.group_index) / sizes,
+            group_size=sizes,
             opponents=opponents,
             num_responses=num_responses,
         )

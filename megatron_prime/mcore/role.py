@@ -7,15 +7,14 @@ pipeline schedule happen inside.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from megatron_prime import collectives
-from megatron_prime.config.schema import MicroBatchSection, ModelSection, OptimizerSection, ParallelSection
+from megatron_prime.config.schema import OptimizerSection
 from megatron_prime.errors import NonFiniteError, TrainingError
-from megatron_prime.kernels import HeadOptions
 from megatron_prime.mcore.cpu import megatron_platform, on_megatron_platform
 from megatron_prime.mcore.losses import TokenLoss
 from megatron_prime.mcore.packing import (
@@ -26,36 +25,13 @@ from megatron_prime.mcore.packing import (
     sequence_multiple,
     shard_rows,
 )
-from megatron_prime.mcore.parallel import Layout
 from megatron_prime.mcore.reports import ReportingLoss, combined, reduce_metrics
 from megatron_prime.mcore.residency import Residency
+from megatron_prime.mcore.role_setup import RoleSetup, StepResult
 from megatron_prime.mcore.skipped_steps import SkippedSteps
-from megatron_prime.weights.architecture import ModelArchitecture
 from megatron_prime.weights.families import WeightSpec, weight_specs
 from megatron_prime.weights.hf_folder import HfFolder
 from megatron_prime.weights.stream import WeightExport, import_weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoleSetup:
-    """Everything that a model of a run is built from."""
-
-    architecture: ModelArchitecture
-    model: ModelSection
-    parallel: ParallelSection
-    micro_batch: MicroBatchSection
-    layout: Layout
-    head: HeadOptions = field(default_factory=HeadOptions)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
-    """Results of one optimizer step, the same on every rank."""
-
-    metrics: dict[str, float]
-    """Metrics of the loss, with ``grad_norm``, ``lr`` and ``max_imbalance`` (of data-parallel ranks)."""
-    logprobs: torch.Tensor | None
-    """float32 [B, R] of the selected rows from before the step, 0 elsewhere; None unless asked for."""
 
 
 class ModelRole:

@@ -119,6 +119,7 @@ def _try_prm_loss(function: Any, config: PrimeConfig) -> None:
                 mask=batch.mask[rows],
                 labels=batch.outcomes[rows],
                 group_accuracy=torch.full((len(rows),), 0.5),
+                group_size=torch.full((len(rows),), 2.0),
                 opponents=None if opponents is None else opponents[rows],
                 num_responses=len(_LENGTHS),
                 section=config.prm,

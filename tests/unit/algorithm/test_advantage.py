@@ -301,3 +301,24 @@ def test_whitened_advantages_have_zero_mean_and_unit_variance(batch):
     if len(values) > 1:
         assert abs(values.mean()) < 1e-9
         assert values.std() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_spared_wrong_answers_are_not_pushed_at_all():
+    mask = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
+    outcomes, group_index = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.zeros(4, dtype=torch.int64)
+    section = AdvantageSection(wrong_answers="spare", process_coef=0.0)
+    result = compute_advantages(outcomes, None, mask, group_index, section)
+    # One right answer of two tokens, advantage 1, among seven tokens: the root mean square is sqrt(2 / 7).
+    expected = torch.zeros(4, 2)
+    expected[0] = (7 / 2) ** 0.5
+    torch.testing.assert_close(result.advantages, expected)
+
+
+@pytest.mark.parametrize("name", ["reinforce_pp", "reinforce_pp_baseline", "dr_grpo"])
+def test_estimators_of_the_literature_by_their_names(name):
+    outcomes, group_index = torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 0, 1, 1])
+    mask = torch.ones(4, 1, dtype=torch.bool)
+    section = AdvantageSection(estimator=name, whiten=False)
+    found = compute_advantages(outcomes, None, mask, group_index, section).advantages[:, 0]
+    size = {"dr_grpo": 0.5, "reinforce_pp": 0.5 / (1 / 3) ** 0.5, "reinforce_pp_baseline": 0.5 / (1 / 3) ** 0.5}[name]
+    torch.testing.assert_close(found, torch.tensor([1.0, -1.0, -1.0, 1.0]) * size)

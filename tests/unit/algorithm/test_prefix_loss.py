@@ -6,7 +6,9 @@ import pytest
 import slow_reference as slow
 import torch
 
-from megatron_prime.algorithm.prefix_loss import difficulty_baseline, label_weights, prefix_cross_entropy_loss
+from megatron_prime.algorithm.prefix_loss import difficulty_baseline, label_weights, prefix, prefix_cross_entropy_loss
+from megatron_prime.algorithm.prm_loss import PrmResponses
+from megatron_prime.config.schema import PrmSection
 
 
 def random_batch(seed: int):
@@ -63,3 +65,39 @@ def test_early_tokens_learn_more_than_late_ones():
     # Token s is in the prefixes s .. L, each a mean of t tokens: -1/2 * (1/L) * sum_{t >= s} 1/t.
     expected = [-0.5 / 4 * sum(1 / t for t in range(s, 5)) for s in range(1, 5)]
     assert rewards.grad[0].tolist() == pytest.approx(expected)
+
+
+def test_the_loss_of_the_configuration_is_the_one_with_baseline_and_weights_of_the_whole_batch():
+    generator = torch.Generator().manual_seed(4)
+    mask = torch.arange(5) < torch.tensor([5, 2, 3, 1, 4, 4])[:, None]
+    labels, group_index = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0]), torch.tensor([0, 0, 0, 1, 1, 2])
+    prm, reference = (torch.where(mask, -torch.rand(6, 5, generator=generator), 0.0) for _ in range(2))
+    size = torch.tensor([3.0, 3.0, 3.0, 2.0, 2.0, 1.0])
+    mean = torch.tensor([1 / 3, 1 / 3, 1 / 3, 0.5, 0.5, 0.0])
+    section = PrmSection(beta=10.0)
+
+    def loss_of(rows: list[int]) -> torch.Tensor:
+        return prefix(
+            PrmResponses(
+                prm_logprobs=prm[rows],
+                reference_logprobs=reference[rows],
+                mask=mask[rows],
+                labels=labels[rows],
+                group_accuracy=mean[rows],
+                group_size=size[rows],
+                opponents=None,
+                num_responses=6,
+                section=section,
+            )
+        )
+
+    expected = prefix_cross_entropy_loss(
+        10.0 * (prm - reference),
+        mask,
+        labels,
+        num_responses=6,
+        baseline=difficulty_baseline(labels, group_index),
+        weights=label_weights(labels, group_index),
+    )
+    torch.testing.assert_close(loss_of([0, 1, 2, 3, 4, 5]), expected)
+    torch.testing.assert_close(loss_of([0, 4]) + loss_of([1, 2, 3, 5]), expected)

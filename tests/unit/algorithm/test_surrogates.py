@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from megatron_prime.algorithm.surrogates import cispo_losses, gspo_losses
+from megatron_prime.algorithm.policy_loss import PolicyTokens
+from megatron_prime.algorithm.surrogates import cispo, cispo_losses, gspo, gspo_losses
+from megatron_prime.config.schema import PolicySection
 
 
 def random_batch(seed: int):
@@ -62,3 +64,38 @@ def test_cispo_bounds_the_weight_and_keeps_every_gradient(seed):
             assert float(losses[i, t]) == pytest.approx(-weight * (advantages[i, t] * logprobs[i, t]).item())
             assert float(logprobs.grad[i, t]) == pytest.approx(-weight * float(advantages[i, t]))
             assert bool(is_cut[i, t]) == (not 0.8 <= ratio <= 1.1)
+
+
+def test_gspo_on_flat_tokens_of_whole_responses_is_gspo_on_rows():
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.arange(4) < torch.tensor([3, 1, 4])[:, None]
+    logprobs, old, advantages = (torch.randn(3, 4, generator=generator) for _ in range(3))
+    section = PolicySection(clip_ratio_low=0.05, clip_ratio_high=0.1)
+    flat = logprobs[mask].requires_grad_()
+    tokens = PolicyTokens(
+        logprobs=flat,
+        old_logprobs=old[mask],
+        advantages=advantages[mask],
+        weights=torch.full((8,), 1 / 8),
+        sequences=mask.nonzero()[:, 0] + 5,
+    )
+    losses, is_cut = gspo(tokens, section)
+    rows = logprobs.clone().requires_grad_()
+    expected, expected_cut = gspo_losses(rows, old, advantages, mask, clip_low=0.05, clip_high=0.1)
+    torch.testing.assert_close(losses, expected[mask])
+    assert torch.equal(is_cut, expected_cut[mask])
+    losses.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(flat.grad, rows.grad[mask])
+    assert gspo.whole_sequences
+
+
+def test_cispo_takes_its_bounds_from_the_configuration():
+    tokens = PolicyTokens(
+        logprobs=torch.tensor([0.0, -1.0], requires_grad=True),
+        old_logprobs=torch.tensor([-1.0, -1.0]),
+        advantages=torch.tensor([1.0, -2.0]),
+        weights=torch.full((2,), 0.5),
+    )
+    losses, is_cut = cispo(tokens, PolicySection(clip_ratio_high=0.3))
+    assert losses.tolist() == pytest.approx([0.0, -2.0]) and is_cut.tolist() == [True, False]

@@ -94,7 +94,7 @@ def test_numbers_are_taken_as_floats(value):
         ({"prm": {"num_minibatches": None}}, "prm.num_minibatches: expected a whole number, got null"),
         ({"prm": {"soft_labels": 1}}, "prm.soft_labels: expected true or false, got 1 (int)"),
         ({"prm": {"path": 7}}, "prm.path: expected text (put it in quotes), got 7 (int)"),
-        ({"prm": {"loss": "dpo"}}, "prm.loss: 'dpo' is not a choice; choose one of 'cross_entropy', 'pairwise', or"),
+        ({"prm": {"loss": "dpo"}}, "prm.loss: 'dpo' is not a choice; choose one of 'cross_entropy', 'pairwise', '"),
         ({"prm": {"loss": "pairwize"}}, "prm.loss: 'pairwize' is not a choice (did you mean 'pairwise'?); choose one"),
         ({"prm": {"loss": "my-losses:dpo"}}, "prm.loss: 'my-losses:dpo' is not a choice"),
         ({"verifier": {"factory": "grading"}}, "verifier.factory: 'grading' must be package.module:function"),

@@ -109,6 +109,7 @@ def prm_loss(name: str, reference: torch.Tensor, **changes: object) -> PrmTokenL
         "mask": MASK,
         "labels": torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64),
         "group_accuracy": torch.full((4,), 0.5, dtype=torch.float64),
+        "group_size": torch.full((4,), 2.0, dtype=torch.float64),
         "opponents": None,
         "num_responses": 4,
     }

@@ -14,7 +14,6 @@ from megatron_prime.checkpoint.torch_dist import COMMON_FILE, StoredChunk, file_
 from megatron_prime.errors import CheckpointError
 from megatron_prime.weights.architecture import ModelArchitecture, read_architecture
 from megatron_prime.weights.families import WeightSpec, weight_specs
-from megatron_prime.weights.layouts import local_slice
 from megatron_prime.weights.megatron_folder import (
     MegatronFolder,
     MegatronWriter,
@@ -22,6 +21,7 @@ from megatron_prime.weights.megatron_folder import (
     stored_key,
     stored_shape,
 )
+from megatron_prime.weights.sharding import local_slice
 
 TP_SIZE, PADDED = 2, 104
 """The vocabulary has 101 tokens."""
