@@ -1,13 +1,29 @@
 """The package, its dependencies and its extras (reasons for each: docs/reference/dependencies.md)."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="megatron-prime",
     version="0.1.0",
     description="PRIME reinforcement learning on Megatron-Core, from a CPU to a cluster",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="megatron_prime maintainers",
+    license="Apache-2.0",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    keywords="reinforcement learning, language models, process rewards, Megatron",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_prime", "megatron_prime.*"]),
+    package_data={"megatron_prime.assets": ["*.yaml", "*.sbatch", "models/*/*.json"]},
     entry_points={"console_scripts": ["megatron-prime = megatron_prime.commands.main:main"]},
     install_requires=[
         "torch==2.13.*",

@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
-import megatron_prime
+from megatron_prime.assets import ASSETS
 from megatron_prime.commands import train
 from megatron_prime.commands.arguments import Commands, add_command
 from megatron_prime.config.checks import check_config, raise_for_problems
 from megatron_prime.config.loader import load_config
 from megatron_prime.errors import ConfigError
-
-_CONFIGS = Path(megatron_prime.__file__).resolve().parents[1] / "configs"
 
 
 def add_parser(commands: Commands) -> None:
@@ -47,11 +44,17 @@ def demo_commands(overrides: Sequence[str]) -> list[list[str]]:
     seed = [override for override in overrides if override.startswith("run.seed=")]
     start, folder = "demo/sft" + folder_suffix(seed), "demo" + folder_suffix(overrides)
     train_overrides = [*overrides, f"run.name={folder}", f"model.path=runs/{start}/hf"]
-    config = load_config(_CONFIGS / "arithmetic.yaml", train_overrides)
+    config = load_config(ASSETS / "arithmetic.yaml", train_overrides)
     raise_for_problems(check_config(config, None, check_files=False))
     return [
-        ["sft", str(_CONFIGS / "arithmetic_sft.yaml"), *seed, f"run.name={start}"],
-        ["train", str(_CONFIGS / "arithmetic.yaml"), *train_overrides],
+        [
+            "sft",
+            str(ASSETS / "arithmetic_sft.yaml"),
+            *seed,
+            f"run.name={start}",
+            f"model.path={ASSETS / 'models' / 'arithmetic'}",
+        ],
+        ["train", str(ASSETS / "arithmetic.yaml"), *train_overrides],
     ]
 
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import megatron_prime
+from megatron_prime.assets import ASSETS
 from megatron_prime.config.schema import AnyConfig, PrimeConfig
 from megatron_prime.errors import LaunchError
 from megatron_prime.launch.local import command_of
 
-SCRIPT = Path(megatron_prime.__file__).resolve().parents[1] / "tools" / "launch_prime.sbatch"
+SCRIPT = ASSETS / "launch_prime.sbatch"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prime.assets import ASSETS
 from megatron_prime.commands.main import main
 from megatron_prime.launch import health
 from megatron_prime.launch.newest_step import newest_step
@@ -31,7 +32,7 @@ def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_the_slurm_command(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--gpus-per-node=8", "--time=4:00:00", "--partition=gpu", "--container=prime.sqsh", "--sbatch=--mem=0"]
     words = shlex.split(dry_run(capsys, "slurm", RECIPE, "run.seed=3", *options))
-    script = words.index(str(ROOT / "tools" / "launch_prime.sbatch"))
+    script = words.index(str(ASSETS / "launch_prime.sbatch"))
     assert words[0] == "sbatch"
     assert {
         "--nodes=4",
@@ -50,7 +51,7 @@ def test_the_slurm_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_servers_are_a_second_component(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--gpus-per-node=8", "--time=4:00:00", "--partition=gpu", "--server-nodes=2", "--sbatch=--mem=0"]
     words = shlex.split(dry_run(capsys, "slurm", RECIPE, "rollout.vllm.tensor_parallel_size=4", *options))
-    colon, script = words.index(":"), words.index(str(ROOT / "tools" / "launch_prime.sbatch"))
+    colon, script = words.index(":"), words.index(str(ASSETS / "launch_prime.sbatch"))
     shared = {"--gpus-per-node=8", "--exclusive", "--time=4:00:00", "--partition=gpu", "--mem=0"}
     assert {"--nodes=4", "--ntasks-per-node=8", "--signal=B:USR1@300", *shared} <= set(words[:colon])
     assert {"--nodes=2", "--ntasks-per-node=2", *shared} == set(words[colon + 1 : script])
