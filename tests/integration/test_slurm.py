@@ -146,7 +146,7 @@ def test_two_nodes_train_as_one_machine_through_stop_and_requeue(cluster: SlurmC
     paths = {}
     for name in ("local", "slurm"):
         sections = {
-            "run": {"name": name, "directory": str(work), "num_steps": 6, "seed": 5},
+            "run": {"name": name, "directory": str(work), "num_steps": 24, "seed": 5},
             "parallel": {"world_size": 4, "tensor_model_parallel_size": 2},
             "rollout": {"num_prompts": 8},
             "evaluation": {"num_prompts": 8},
