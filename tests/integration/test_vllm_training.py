@@ -103,7 +103,7 @@ def test_engines_inside_the_ranks_agree_too(tmp_path: Path, engine_ranks: int) -
 
 
 def engines_of(process_id: int) -> list[int]:
-    """Engine processes below a process: children of a child that runs rollout.vllm.parent."""
+    """Engine processes below a process: children of a child that runs rollout.vllm.worker.fork_server."""
     tree: dict[int, list[int]] = {}
     commands: dict[int, str] = {}
     for entry in Path("/proc").iterdir():
@@ -118,7 +118,7 @@ def engines_of(process_id: int) -> list[int]:
     while open_ids:
         for child in tree.get(open_ids.pop(), []):
             open_ids.append(child)
-            if "rollout.vllm.parent" in commands[child]:
+            if "rollout.vllm.worker.fork_server" in commands[child]:
                 found += tree.get(child, [])
     return found
 
