@@ -59,6 +59,13 @@ GROUPS: Mapping[str, tuple[Metric, ...]] = {
         ),
         Metric("evaluation/accuracy_low", "share", "Lower end of its 95% interval (Wilson).", "", "likewise"),
         Metric("evaluation/accuracy_high", "share", "Upper end.", "", "likewise"),
+        Metric(
+            "evaluation/missing",
+            "share",
+            "Answers without a verdict; accuracy counts them as wrong, the upper end of its interval as right.",
+            "0. Above 0.01 a warning says so: the verifier, a truth or tests are broken.",
+            "likewise",
+        ),
     ),
     "rollout": (
         Metric(

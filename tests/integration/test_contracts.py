@@ -12,7 +12,7 @@ import pytest
 from megatron_prime.assembly.contracts import check_imports, check_sockets, own_parts
 from megatron_prime.config import AnyConfig, load_config
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = f"model.path={ROOT / 'configs' / 'models' / 'arithmetic'}"
 IMPORTS = """
 import json, random

@@ -3,12 +3,20 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
+
+from megatron_prime.verify.code.sandbox.launch import SandboxError
+from megatron_prime.verify.code.worker import make_launcher
 from megatron_prime.verify.routing import build_verifier
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "fuzz_verifiers.py"
 
 
-def test_a_verdict_comes_out_whatever_comes_in(fork_server):
+def test_a_verdict_comes_out_whatever_comes_in() -> None:
+    try:
+        make_launcher("fork_server", 2**30).close()
+    except SandboxError as error:
+        pytest.skip(f"no namespaces on this machine: {error}")
     specification = importlib.util.spec_from_file_location("fuzz_verifiers", TOOL)
     assert specification is not None and specification.loader is not None
     tool = importlib.util.module_from_spec(specification)
