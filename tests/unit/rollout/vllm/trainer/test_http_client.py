@@ -128,7 +128,7 @@ def test_an_error_of_ones_own_is_nobody_elses(server: ScriptedServer) -> None:
 
 
 def test_heartbeats_are_given_while_servers_are_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "SIGN_SECONDS", 0.02)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.02)
     heard: list[None] = []
 
     async def work() -> str:

@@ -120,7 +120,7 @@ def test_a_long_answer_is_no_silence_while_its_tokens_come(parents) -> None:
 
 
 def test_whoever_waits_for_an_engine_gives_heartbeats(parents, monkeypatch) -> None:
-    monkeypatch.setattr(heartbeat, "SIGN_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.05)
 
     def take_long(connection: Connection, process_id: int) -> None:
         connection.send(Started(process_id=process_id))
