@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def test_a_resumed_run_goes_on_as_the_same_run(tmp_path, monkeypatch) -> None:
         for step in steps:
             logger.log(step, {"policy/loss": step / 2})
         logger.close()
+        time.sleep(1.1)  # wandb names the folders of one run by the second
     run_id = (tmp_path / "run_id").read_text()
     files = sorted((tmp_path / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"), key=os.path.getmtime)
     assert [row["step"] for file in files for row in rows_in(file)] == [0, 1, 2, 2, 3]
