@@ -1,107 +1,19 @@
-"""A verifier of one's own: what the contract finds, and that its failures end no run."""
+"""A verifier of one's own by its import path: found or named, and its failures end no run."""
 
-import json
+from __future__ import annotations
+
 import re
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from own_verifiers import CASES, Crashing, Exact, Generous, Refusing
 
-from megatron_prime.batch import Prompt, Response, Verdict
+from megatron_prime.batch import Prompt, Response
 from megatron_prime.config.schema_verifier import VerifierSection
 from megatron_prime.errors import ConfigError, VerifierError
-from megatron_prime.verify.contract import Case, check_verifier
+from megatron_prime.verify.contract import check_verifier
 from megatron_prime.verify.routing import build_verifier
-
-CASES = [Case("yes", "yes", 1.0), Case("no", "yes", 0.0)]
-
-
-class Exact:
-    """Right where the answer is the truth."""
-
-    def __init__(self):
-        self._threads = ThreadPoolExecutor(2)
-
-    def submit(self, prompt, response):
-        return self._threads.submit(self.judge, prompt, response)
-
-    def judge(self, prompt, response):
-        same = response.text == prompt.ground_truth
-        return Verdict(status="correct" if same else "wrong", reward=float(same))
-
-    def close(self):
-        self._threads.shutdown()
-
-
-class Crashing(Exact):
-    def judge(self, prompt, response):
-        return super().judge(prompt, response) if response.text in ("yes", "no") else [][0]
-
-
-class Generous(Exact):
-    def judge(self, prompt, response):
-        return Verdict(status="fine", reward=2.0 if response.text == "yes" else 0.0)
-
-
-class Fickle(Exact):
-    calls = 0
-
-    def judge(self, prompt, response):
-        self.calls += 1
-        return Verdict(status="correct", reward=float(self.calls == 1))
-
-
-class Silent(Exact):
-    def submit(self, prompt, response):
-        return Future()
-
-
-class Direct(Exact):
-    def submit(self, prompt, response):
-        return self.judge(prompt, response)
-
-
-class Refusing(Exact):
-    def submit(self, prompt, response):
-        raise KeyError(response.text)
-
-
-def test_the_contract_accepts_a_good_verifier_and_ours():
-    check_verifier(lambda section: Exact(), CASES)
-    maths = [Case(r"\boxed{4}", "4", 1.0), Case(r"\boxed{x+1}", "1+x", 1.0), Case(r"\boxed{5}", "4", 0.0)]
-    section = VerifierSection(timeout_seconds=2.0)
-    check_verifier(lambda section: build_verifier(section, ["math"]), maths, section=section)
-
-
-def test_the_contract_accepts_the_code_verifier(fork_server):
-    tests = json.dumps({"inputs": ["1"], "outputs": ["2"]})
-    code = [Case(f"```python\nprint({n})\n```", tests, float(n == 2), ability="code") for n in (2, 3)]
-    check_verifier(lambda section: build_verifier(section, ["code"]), code)
-
-
-@pytest.mark.parametrize(
-    ("verifier", "complaint"),
-    [
-        (Crashing, "answer '': the future raised IndexError"),
-        (Generous, "answer 'yes': the verdict has reward 2.0"),
-        (Fickle, "answer 'yes': once correct"),
-        (Silent, "answer 'yes': no verdict in time"),
-        (Direct, "answer 'yes': submit returned a Verdict"),
-        (Refusing, "answer 'yes': submit raised KeyError"),
-    ],
-)
-def test_the_contract_names_what_is_wrong(verifier, complaint):
-    with pytest.raises(VerifierError) as caught:
-        check_verifier(lambda section: verifier(), CASES, patience_seconds=0.5)
-    assert complaint in str(caught.value)
-
-
-def test_the_contract_wants_both_kinds_of_cases():
-    with pytest.raises(VerifierError, match="cases: give at least one"):
-        check_verifier(lambda section: Exact(), CASES[:1])
-    with pytest.raises(VerifierError, match=r"answer 'yes': reward 1.0 \(correct\), expected 0.0"):
-        check_verifier(lambda section: Exact(), [Case("yes", "yes", 0.0), Case("good", "good", 1.0)])
 
 
 @pytest.fixture
