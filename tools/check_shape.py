@@ -1,4 +1,8 @@
-"""Fails where a file or a function is too long to be read at one sitting, or a unit test mirrors no module."""
+"""Fails where a file or function is too long to be read at one sitting, and where a test does not stand by its file.
+
+`tests/unit/` mirrors the package: `tests/unit/ROOM/test_NAME.py` tests `megatron_prime/ROOM/NAME.py`, or the package of
+that name. Every file of the package from a certain length on has its test there.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,10 @@ from pathlib import Path
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 70
+MIN_TESTED_LINES = 150
+"""A file of the package of so many lines has a test of its name."""
+PACKAGE, UNIT_TESTS = Path("megatron_prime"), Path("tests/unit")
+FOLDERS = (PACKAGE, Path("tools"), Path("tests"))
 
 
 def long_parts(path: Path) -> list[str]:
@@ -27,24 +35,48 @@ def long_parts(path: Path) -> list[str]:
     return findings
 
 
-def not_mirrored(package: Path, tests: Path) -> list[str]:
-    """One line for each unit test file that no module of the package has the place and name of."""
-    return [
-        f"{path}: there is no {package / path.relative_to(tests).with_name(path.name.removeprefix('test_'))}"
-        for path in sorted(tests.rglob("test_*.py"))
-        if not (package / path.relative_to(tests).with_name(path.name.removeprefix("test_"))).exists()
-    ]
+def strays(root: Path) -> list[str]:
+    """One line for each unit test whose name is that of no file and no package of its room.
+
+    Args:
+        root: of the repository.
+    """
+    findings = []
+    for test in sorted((root / UNIT_TESTS).rglob("test_*.py")):
+        room = test.parent.relative_to(root / UNIT_TESTS)
+        tested = root / PACKAGE / room / test.name.removeprefix("test_")
+        if not tested.is_file() and not (tested.with_suffix("") / "__init__.py").is_file():
+            findings.append(
+                f"{test.relative_to(root)}: there is no {tested.relative_to(root)}; name it by what it tests"
+            )
+    return findings
+
+
+def untested(root: Path) -> list[str]:
+    """One line for each long file of the package without a unit test of its name.
+
+    Args:
+        root: of the repository.
+    """
+    findings = []
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        num_lines = len(path.read_text(encoding="utf-8").splitlines())
+        place = path.relative_to(root / PACKAGE)
+        named = place.parent if place.name == "__init__.py" else place.with_suffix("")
+        test = UNIT_TESTS / named.parent / f"test_{named.name}.py"
+        if num_lines >= MIN_TESTED_LINES and not (root / test).is_file():
+            findings.append(f"{PACKAGE / place}: {num_lines} lines and no {test}")
+    return findings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Checks all Python files below the given folders; the exit status says whether all are short enough."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="*", type=Path, default=[Path("megatron_prime"), Path("tools"), Path("tests")])
-    options = parser.parse_args(arguments)
-    paths = sorted(path for folder in options.folders for path in folder.rglob("*.py"))
-    findings = [line for path in paths for line in long_parts(path)]
-    findings += not_mirrored(Path("megatron_prime"), Path("tests/unit"))
-    print("\n".join(findings) if findings else f"{len(paths)} files are short enough")
+    """Checks a repository; the exit status says whether nothing was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", nargs="?", type=Path, default=Path(), help="of the repository (default: here)")
+    root = parser.parse_args(arguments).root
+    paths = sorted(path for folder in FOLDERS for path in (root / folder).rglob("*.py"))
+    findings = [line for path in paths for line in long_parts(path)] + strays(root) + untested(root)
+    print("\n".join(findings) if findings else f"{len(paths)} files are short enough, and tests stand by their files")
     return 1 if findings else 0
 
 

@@ -13,7 +13,6 @@ from small_task import prime_config, small_model_folder, write_yaml
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_prime.assembly import run as build
-from megatron_prime.assembly.replay import replay_config
 from megatron_prime.commands.main import main
 from megatron_prime.config.loader import load_config
 from megatron_prime.errors import NonFiniteError, TrainingError
@@ -65,18 +64,6 @@ def test_an_infinite_coefficient_stops_before_anything_changes(tmp_path, random_
     assert f"{random_model}, the start, 0 steps before the update" in text
     assert text.count("came in not finite: advantages") == 4
     assert text.rstrip().endswith("coefficients and weights first")
-
-
-def test_replay_shares_experts_out_among_fewer_ranks(tmp_path, random_model) -> None:
-    with pytest.raises(NonFiniteError):
-        train(tmp_path, random_model, advantage={"outcome_coef": 1e39, "whiten": False})
-    file = tmp_path / "run" / "failures" / "step_00000001_policy.pt"
-    content = torch.load(file, weights_only=True)
-    wide = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 4}
-    content["config"]["parallel"] |= wide | {"world_size": 16}
-    torch.save(content, file)
-    parallel = replay_config(file).parallel
-    assert (parallel.world_size, parallel.expert_model_parallel_size) == (4, 2)
 
 
 def test_replay_names_the_one_response_that_is_at_fault(tmp_path, random_model, capsys) -> None:
