@@ -242,9 +242,9 @@ def bench_attacks(data: Path, isolation: str, at_most: int | None) -> Row:
     return row
 
 
-def bench_assertions(isolation: str) -> Row:
+def bench_assertions(isolation: str, at_most: int | None) -> Row:
     """Programs that bring their own judge; each must get 0: a reward is stolen, and a missing one dodged."""
-    cases = read_rows(SAMPLE / "code_cases" / "assertion_attacks.jsonl")
+    cases = read_rows(SAMPLE / "code_cases" / "assertion_attacks.jsonl")[:at_most]
     with make_verifier(isolation, test_seconds=1.0, total_seconds=5.0) as verifier:
         verdicts, seconds = timed(verifier, [item(row["tests"], row["code"]) for row in cases])
     rewarded = [row["id"] for row, verdict in zip(cases, verdicts, strict=True) if verdict.reward]
@@ -252,7 +252,9 @@ def bench_assertions(isolation: str) -> Row:
     name = f"attacks on assertions ({isolation})"
     print(f"{name:34}{len(cases):5} programs: {len(rewarded)} rewarded {rewarded}, {len(missing)} missing {missing}")
     return {
-        "variant": name,
+        "variant": "ours",
+        "set": "attacks on assertions",
+        "isolation": isolation,
         "cases": len(cases),
         "attacks_rewarded": len(rewarded),
         "missing_caused_by_answers": len(missing),
@@ -319,7 +321,7 @@ def main() -> None:
         rows += bench_verdicts(options.data, isolations[0], at_most)
     if "attacks" in parts:
         rows += [bench_attacks(options.data, isolation, at_most) for isolation in isolations]
-        rows += [bench_assertions(isolation) for isolation in isolations]
+        rows += [bench_assertions(isolation, at_most) for isolation in isolations]
     write_result("verify_code", machine(), rows, options)
 
 
